@@ -1,0 +1,178 @@
+"""Bounds of a graph's nodes over a perturbation set: IBP, CROWN and CROWN-IBP.
+
+Only lower bounds are ever computed: an upper bound is minus the lower bound of minus the node, so the bounds of a node
+are the rows [I; -I] of one backward pass.
+
+- "ibp": intervals passed forward.
+- "crown": every relaxed operand is bounded by a backward pass to the input, in topological order, and cut to its
+  interval; then the specification rows.
+- "crown-ibp": operands are bounded by their intervals, the specification rows by a backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from utils.graph import Frame, Graph, Interval, Linear, Node, NonLinear, Slice
+from utils.perturbation import Perturbation
+from utils.relaxations import Relaxation
+
+METHODS = ("crown", "ibp", "crown-ibp")
+
+
+class BoundPass:
+    """Everything that is known of one graph's nodes over one perturbation set.
+
+    Nothing outlives the object: intervals, values and relaxations are made once, when they are first asked for.
+    """
+
+    def __init__(self, graph: Graph, perturbation: Perturbation, method: str = "crown"):
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+        self.graph, self.perturbation, self.method = graph, perturbation, method
+        self._values: dict[Node, Tensor] = {}
+        self._exact = self._find_exact()
+        self._offsets: dict[Node, Tensor] = {}
+        self._intervals: dict[Node, Interval] = {}
+        self._relaxations: dict[Node, Relaxation] = {}
+        self._pending: list[list[tuple[int | None, Tensor]]] = []
+        if method == "crown":
+            self._tighten_operands()
+
+    # --- what is exact ---
+
+    def _find_exact(self) -> list[bool]:
+        exact: list[bool] = []
+        for node in self.graph.nodes:
+            if isinstance(node, Frame):
+                exact.append(self.perturbation.is_exact(node.frame))
+            else:
+                exact.append(all(exact[parent.index] for parent in node.parents))
+        return exact
+
+    def is_exact(self, node: Node) -> bool:
+        """True if no perturbation of any sample reaches the node."""
+        return self._exact[node.index]
+
+    def exact_value(self, node: Node) -> Tensor:
+        """Value of an exact node, (batch or 1, size)."""
+        if node not in self._values:
+            if isinstance(node, Frame):
+                self._values[node] = self.perturbation.center(node.frame)
+            else:
+                self._values[node] = node.value(*(self.exact_value(parent) for parent in node.parents))
+        return self._values[node]
+
+    def known_part(self, node: Node) -> Tensor | None:
+        """What a Linear child may add up beforehand: an exact node's value, a perturbed frame's centre, else None."""
+        if isinstance(node, Frame):
+            return self.perturbation.center(node.frame)
+        return self.exact_value(node) if self.is_exact(node) else None
+
+    def offset(self, node: Linear) -> Tensor:
+        """``node.offset``, made once."""
+        if node not in self._offsets:
+            self._offsets[node] = node.offset(self)
+        return self._offsets[node]
+
+    # --- intervals and relaxations ---
+
+    def interval(self, node: Node) -> Interval:
+        """Tightest known (lower, upper) of a node, (batch, size) each."""
+        if node not in self._intervals:
+            if self.is_exact(node):
+                value = self.exact_value(node)
+                self._intervals[node] = (value, value)
+            else:
+                self._intervals[node] = node.interval(self)
+        return self._intervals[node]
+
+    def _tighten_operands(self) -> None:
+        """Bound, by backward passes, every node that some relaxation needs bounds of."""
+        needed = {_base(operand) for node in self.graph.nodes for operand in node.relaxed_operands}
+        for node in sorted(needed, key=lambda operand: operand.index):
+            if not self.is_exact(node):
+                low, high = self.interval(node)
+                identity = torch.eye(node.size, dtype=low.dtype, device=low.device)
+                rows = torch.cat((identity, -identity))[None]
+                lower, minus_upper = self.lower_bound(node, rows).split(node.size, dim=-1)
+                self._intervals[node] = _intersect((low, high), (lower, -minus_upper))
+
+    def relaxation(self, node: NonLinear) -> Relaxation:
+        """Planes around a non-linear node on the box of its operands' intervals."""
+        if node not in self._relaxations:
+            self._relaxations[node] = node.relax(*(self.interval(operand) for operand in node.parents))
+        return self._relaxations[node]
+
+    # --- lower bounds of rows ---
+
+    def margin(self, rows: Tensor) -> Tensor:
+        """Lower bounds of ``rows @ output``, (batch, n_rows), for rows (batch or 1, n_rows, output size)."""
+        by_interval = self.interval_lower_bound(self.graph.output, rows)
+        if self.method == "ibp":
+            return by_interval
+        return torch.maximum(by_interval, self.lower_bound(self.graph.output, rows))
+
+    def interval_lower_bound(self, node: Node, rows: Tensor) -> Tensor:
+        """Lower bound of ``rows @ node`` from intervals alone, with the rows folded into a Linear node."""
+        if isinstance(node, Linear) and not self.is_exact(node):
+            center, radius = node.center_radius(self, rows)
+            return center - radius
+        low, high = self.interval(node)
+        return (rows.clamp(min=0.0) @ low[..., None] + rows.clamp(max=0.0) @ high[..., None]).squeeze(-1)
+
+    def lower_bound(self, node: Node, rows: Tensor) -> Tensor:
+        """Lower bound of ``rows @ node`` over the perturbation set, (batch, n_rows), by a backward pass."""
+        if self.is_exact(node):
+            return (rows @ self.exact_value(node)[..., None]).squeeze(-1)
+        self._pending = [[] for _ in range(node.index + 1)]
+        self.pass_to(node, rows)
+        total: Tensor | float = 0.0
+        deviations: list[Tensor] = []
+        for current in reversed(self.graph.nodes[: node.index + 1]):
+            contributions = self._pending.pop()
+            if not contributions:
+                continue
+            coefficients = _gather(contributions, current.size)
+            if isinstance(current, Frame):
+                deviations.append(self.perturbation.frame_deviation(current.frame, coefficients))
+                continue
+            constant = current.backward(coefficients, self)
+            if constant is not None:
+                total = total + constant
+        return total - self.perturbation.total_deviation(deviations)
+
+    def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None) -> None:
+        """Add coefficients to those of an inexact node, or of its elements from ``start`` on."""
+        self._pending[node.index].append((start, coefficients))
+
+
+def _base(node: Node) -> Node:
+    """The node whose bounds give a slice's bounds."""
+    return _base(node.parents[0]) if isinstance(node, Slice) else node
+
+
+def _gather(contributions: list[tuple[int | None, Tensor]], size: int) -> Tensor:
+    """Sum of what children handed over; slices are put side by side if they tile the node, else padded with zeros."""
+    whole = [coefficients for start, coefficients in contributions if start is None]
+    parts = sorted(((s, c) for s, c in contributions if s is not None), key=lambda part: part[0])
+    if parts:
+        whole.append(_tile(parts, size))
+    return whole[0] if len(whole) == 1 else sum(whole[1:], start=whole[0])
+
+
+def _tile(parts: list[tuple[int, Tensor]], size: int) -> Tensor:
+    batch = max(part.shape[0] for _, part in parts)
+    parts = [(start, part.expand(batch, -1, -1)) for start, part in parts]
+    ends = [start + part.shape[-1] for start, part in parts]
+    if [start for start, _ in parts] == [0, *ends[:-1]] and ends[-1] == size:
+        return torch.cat([part for _, part in parts], dim=-1)
+    return sum(torch.nn.functional.pad(part, (start, size - start - part.shape[-1])) for start, part in parts)
+
+
+def _intersect(first: Interval, second: Interval) -> Interval:
+    """Both intervals hold, so their intersection does; rounding must not turn a point inside out."""
+    lower = torch.maximum(first[0], second[0])
+    upper = torch.minimum(first[1], second[1])
+    return torch.minimum(lower, upper), torch.maximum(lower, upper)

@@ -1,0 +1,300 @@
+"""Certified margins and radii of a sequence classifier: the Python interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.bounds import METHODS, BoundPass
+from utils.graph import Graph
+from utils.models import SequenceClassifier
+from utils.perturbation import Perturbation, dual_norm
+from utils.search import Bracket, largest_certified
+from utils.unroll import unroll
+
+# A margin counts as positive if it exceeds this share of 1 + |clean margin|: room for the rounding of sums and
+# products, which the bounds, statements about real numbers, do not account for.
+SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
+# First eps of a search, as a share of the radius at which the margin's linearisation vanishes.
+FIRST_SHARE = 0.1
+
+Frames = int | Sequence[int] | Tensor | None
+
+
+def margin_rows(labels: Tensor, num_classes: int, targets: Tensor | None = None) -> Tensor:
+    """The spec matrix C, (batch, n_specs, classes), with rows e_label - e_other.
+
+    Args:
+        labels: (batch,) classes that must win.
+        targets: (batch,) or (batch, n_specs) classes they must beat; None for all others, in increasing order.
+
+    Raises:
+        ValueError: a label or target is no class, or a target is the label itself.
+    """
+    if targets is None:
+        others = torch.arange(num_classes - 1, device=labels.device).expand(len(labels), -1)
+        targets = others + (others >= labels[:, None])
+    targets = targets.reshape(len(labels), -1)
+    for name, classes in (("label", labels), ("target", targets)):
+        if bool(((classes < 0) | (classes >= num_classes)).any()):
+            raise ValueError(f"a {name} is not one of the classes 0 ... {num_classes - 1}")
+    if bool((targets == labels[:, None]).any()):
+        raise ValueError("a target is the sample's own label")
+    identity = torch.eye(num_classes, device=labels.device)
+    return identity[labels][:, None] - identity[targets]
+
+
+def frame_mask(frames: Frames, batch: int, num_frames: int) -> Tensor:
+    """Which frames are perturbed, (batch, T) of bool: None for all, a frame, a list of frames, or a mask.
+
+    Raises:
+        ValueError: there is no such frame, or a mask has another shape.
+    """
+    if frames is None:
+        return torch.ones(batch, num_frames, dtype=torch.bool)
+    if isinstance(frames, Tensor) and frames.dtype == torch.bool:
+        if frames.shape not in ((num_frames,), (batch, num_frames)):
+            raise ValueError(f"a frame mask is (T,) or (batch, T) = {(batch, num_frames)}, not {tuple(frames.shape)}")
+        return frames.expand(batch, num_frames).clone()
+    chosen = [frames] if isinstance(frames, int) else [int(frame) for frame in frames]
+    if not chosen or any(not 0 <= frame < num_frames for frame in chosen):
+        raise ValueError(f"frames must be from 0 ... {num_frames - 1}, not {frames}")
+    mask = torch.zeros(batch, num_frames, dtype=torch.bool)
+    mask[:, chosen] = True
+    return mask
+
+
+class MarginProblem:
+    """The margins of a batch under one threat model, for any eps; see ``certified_margin`` for the arguments."""
+
+    def __init__(
+        self,
+        model: SequenceClassifier,
+        x: Tensor,
+        labels: Tensor,
+        *,
+        norm: float = 2.0,
+        targets: Tensor | None = None,
+        frames: Frames = None,
+        clip: tuple[float, float] | None = None,
+        ball: str = "frame",
+        method: str = "crown",
+    ):
+        check_inputs(model, x, labels)
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+        self.model, self.x, self.method = model, x, method
+        self.threat = {"norm": float(norm), "clip": clip, "ball": ball}
+        self.rows = margin_rows(labels, model.head.out_features, targets)
+        self.mask = frame_mask(frames, *x.shape[:2]).to(x.device)
+        self._graphs: dict[torch.dtype, Graph] = {}
+
+    def graph(self, dtype: torch.dtype) -> Graph:
+        if dtype not in self._graphs:
+            self._graphs[dtype] = unroll(self.model, self.x.shape[1], dtype)
+        return self._graphs[dtype]
+
+    def clean_margins(self, dtype: torch.dtype) -> Tensor:
+        """Margins of the unperturbed input, (batch, n_specs)."""
+        logits = self.graph(dtype).evaluate(self.x.to(dtype))
+        return (self.rows.to(dtype) @ logits[..., None]).squeeze(-1)
+
+    def margins(self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """Lower bounds of the margins, (m, n_specs), of the chosen samples at eps, (m,) or (m, T)."""
+        x, mask = self.x[chosen].to(dtype), self.mask[chosen]
+        eps = eps.to(dtype)
+        eps = (eps[:, None] if eps.dim() == 1 else eps) * mask
+        perturbation = Perturbation(x, eps, **self.threat)
+        return BoundPass(self.graph(dtype), perturbation, self.method).margin(self.rows[chosen].to(dtype))
+
+    def linear_radius(self, dtype: torch.dtype) -> Tensor:
+        """eps at which the worst margin's linearisation at x vanishes, (batch,): above the true radius as a rule."""
+        with torch.enable_grad():
+            x = self.x.detach().to(dtype).requires_grad_()
+            logits = self.graph(dtype).evaluate(x)
+            margins = (self.rows.to(dtype) @ logits[..., None]).squeeze(-1)
+            worst = margins.amin(dim=1)
+            (gradient,) = torch.autograd.grad(worst.sum(), x)
+        norms = dual_norm(gradient, self.threat["norm"]) * self.mask
+        total = dual_norm(norms, self.threat["norm"]) if self.threat["ball"] == "sequence" else norms.sum(dim=1)
+        radius = worst.detach().clamp(min=0) / total
+        # Saturated activations have no gradient; any positive number starts the search.
+        return torch.where(radius.isfinite() & (radius > 0), radius, torch.ones_like(radius))
+
+
+def check_inputs(model: SequenceClassifier, x: Tensor, labels: Tensor) -> None:
+    """Raise ValueError, saying what is wrong, unless x, (batch, T, n), and labels, (batch,), fit the model."""
+    if x.dim() != 3 or x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"x must be (batch, T, n) with at least one sample and frame, not {tuple(x.shape)}")
+    if x.shape[2] != model.rnn.input_size:
+        raise ValueError(f"x has {x.shape[2]} values a frame, the model takes {model.rnn.input_size}")
+    if labels.shape != x.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels must be ({x.shape[0]},) of integers, not {tuple(labels.shape)} of {labels.dtype}")
+    if not x.is_floating_point() or not bool(x.isfinite().all()):
+        raise ValueError("x must be finite floating-point numbers")
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"the model's parameter {name} is not finite")
+
+
+def certified_margin(
+    model: SequenceClassifier,
+    x: Tensor,
+    labels: Tensor,
+    eps: float | Tensor,
+    *,
+    norm: float = 2.0,
+    targets: Tensor | None = None,
+    frames: Frames = None,
+    clip: tuple[float, float] | None = None,
+    ball: str = "frame",
+    method: str = "crown",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Lower bounds of the margins over all perturbations of size eps; differentiable in the model and in x.
+
+    Args:
+        model: the classifier; its weights are read, never changed.
+        x: (batch, T, n) sequences in the model's input units.
+        labels: (batch,) classes that must win.
+        eps: radius in the units of x: a number, (batch,), or (batch, T) for one radius a frame.
+        norm: p of the l_p balls: 1, 2 or inf.
+        targets: (batch,) or (batch, n_specs) classes to beat; None for every other class.
+        frames: which frames are perturbed (``frame_mask``); the others are exact. None for all.
+        clip: valid input range (lowest, highest) to which l_inf boxes are cut.
+        ball: "frame" for a ball around every frame, "sequence" for one around the whole sequence.
+        method: "crown", "ibp" or "crown-ibp" (``utils.bounds``).
+        dtype: precision of the computation; that of x if left out.
+
+    Returns:
+        (batch, n_specs); a positive row cannot change sign inside the perturbation set (up to rounding; ``SLACK``).
+
+    Raises:
+        ValueError: an argument does not fit; the message says which.
+    """
+    problem = MarginProblem(
+        model, x, labels, norm=norm, targets=targets, frames=frames, clip=clip, ball=ball, method=method
+    )
+    eps = torch.as_tensor(eps, dtype=dtype or x.dtype, device=x.device)
+    if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
+        raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
+    return problem.margins(eps.expand(len(x)) if eps.dim() == 0 else eps, dtype or x.dtype)
+
+
+@dataclass
+class RadiusResult:
+    """What a radius search found, (batch,) each.
+
+    Attributes:
+        radius: the largest eps that was certified in the verdict's precision; 0 if none was.
+        failed: the smallest eps that was not certified.
+        margin: worst lower bound at ``radius`` less the slack for rounding (the clean one where radius is 0).
+        evaluations: how many bounds were computed.
+    """
+
+    radius: Tensor
+    failed: Tensor
+    margin: Tensor
+    evaluations: Tensor
+
+
+def search_radius(
+    problem: MarginProblem,
+    *,
+    tol: float = 1e-3,
+    eps0: float | None = None,
+    dtype: torch.dtype = torch.float64,
+    search_dtype: torch.dtype = torch.float32,
+    batch_size: int = 100,
+) -> RadiusResult:
+    """Largest certified eps of every sample: a search in ``search_dtype``, the verdict in ``dtype``.
+
+    What the search found is certified once more in ``dtype``. The few samples for which that fails, by the precision
+    of the search, are searched again in ``dtype``.
+    """
+    if not 0 < tol < 1:
+        raise ValueError(f"tol must be between 0 and 1, not {tol}")
+    if eps0 is not None and not 0 < eps0 < torch.inf:
+        raise ValueError(f"eps0 must be a positive number, not {eps0}")
+    parts = [
+        _search_rows(problem, rows, tol, eps0, dtype, search_dtype)
+        for rows in torch.arange(len(problem.x), device=problem.x.device).split(batch_size)
+    ]
+    return RadiusResult(*(torch.cat([getattr(part, name) for part in parts]) for name in RadiusResult.__annotations__))
+
+
+def _search_rows(problem, rows: Tensor, tol: float, eps0, dtype, search_dtype) -> RadiusResult:
+    clean = problem.clean_margins(dtype)[rows].amin(dim=1)
+
+    def margin_in(precision: torch.dtype):
+        slack = SLACK[precision] * (1.0 + clean.abs())
+
+        def margin_of(chosen: Tensor, eps: Tensor) -> Tensor:
+            margins = problem.margins(eps, precision, rows[chosen])
+            return margins.amin(dim=1).to(dtype) - slack[chosen]
+
+        return margin_of
+
+    at_zero = clean - SLACK[dtype] * (1.0 + clean.abs())
+    first = FIRST_SHARE * problem.linear_radius(search_dtype)[rows] if eps0 is None else torch.full_like(clean, eps0)
+    found = largest_certified(margin_in(search_dtype), at_zero, first.to(dtype), tol)
+    if search_dtype != dtype:
+        _confirm(margin_in(dtype), at_zero, found, tol)
+    return RadiusResult(found.low, found.high, found.margin, found.evaluations)
+
+
+def _confirm(margin_of, at_zero: Tensor, found: Bracket, tol: float) -> None:
+    """Replace what does not hold in the verdict's precision by a search in it."""
+    rows = (found.low > 0).nonzero().squeeze(-1)
+    if rows.numel() == 0:
+        return
+    found.margin[rows] = margin_of(rows, found.low[rows])
+    found.evaluations[rows] += 1
+    refuted = rows[found.margin[rows] <= 0]
+    if refuted.numel():
+        first = found.low[refuted] * (1 - tol)
+        again = largest_certified(lambda chosen, eps: margin_of(refuted[chosen], eps), at_zero[refuted], first, tol)
+        found.low[refuted], found.high[refuted], found.margin[refuted] = again.low, again.high, again.margin
+        found.evaluations[refuted] += again.evaluations
+
+
+@torch.no_grad()
+def certified_radius(
+    model: SequenceClassifier,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    norm: float = 2.0,
+    targets: Tensor | None = None,
+    frames: Frames = None,
+    clip: tuple[float, float] | None = None,
+    ball: str = "frame",
+    method: str = "crown",
+    tol: float = 1e-3,
+    eps0: float | None = None,
+    dtype: torch.dtype = torch.float64,
+    search_dtype: torch.dtype = torch.float32,
+    batch_size: int = 100,
+) -> Tensor:
+    """Radius per sample, (batch,), within which no perturbation changes the classification (or reaches the target).
+
+    Arguments as for ``certified_margin``, and:
+
+    Args:
+        tol: the smallest eps that failed is at most this relative distance above the radius.
+        eps0: first eps of the search; found from the gradient if left out. It does not change what is certified.
+        dtype: precision of the verdict, in which every returned radius was certified.
+        search_dtype: precision of the search before it.
+        batch_size: samples bounded at once; less needs less memory.
+
+    Returns:
+        The largest eps that certified, in the units of x; 0 where none did (a misclassified sample).
+    """
+    problem = MarginProblem(
+        model, x, labels, norm=norm, targets=targets, frames=frames, clip=clip, ball=ball, method=method
+    )
+    search = {"tol": tol, "eps0": eps0, "dtype": dtype, "search_dtype": search_dtype, "batch_size": batch_size}
+    return search_radius(problem, **search).radius

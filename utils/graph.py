@@ -1,0 +1,264 @@
+"""A classifier unrolled into nodes: what they compute, their intervals and how coefficients pass back through them.
+
+A graph is a list of nodes in topological order, each a vector of ``size`` numbers a sample. Few kinds suffice for
+recurrent cells, bidirectional and deep stacks, and feed-forward nets. An architecture builds them in ``utils.unroll``;
+``utils.bounds`` walks them.
+
+Backward mode keeps, for each node v, coefficients A of shape (batch or 1, rows, size) in the lower bound
+``sum_v A_v v + bias`` of the rows being bounded. Handing them to the parents, a non-linear node replaces itself by its
+lower plane where a coefficient is positive and by its upper plane where it is negative.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from utils.relaxations import ACTIVATIONS, Relaxation
+
+if TYPE_CHECKING:
+    from utils.bounds import BoundPass
+
+Interval = tuple[Tensor, Tensor]
+
+
+def apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
+    """A v for every row: (batch or 1, rows, n) and (batch or 1, n) to (batch, rows)."""
+    return (coefficients @ values.unsqueeze(-1)).squeeze(-1)
+
+
+class Node:
+    """One vector of the unrolled network. ``index`` is its place in the graph."""
+
+    index: int = -1
+
+    def __init__(self, size: int, parents: tuple[Node, ...]):
+        self.size, self.parents = size, parents
+
+    def value(self, *parents: Tensor) -> Tensor:
+        """The node at exact parent values, (batch, size)."""
+        raise NotImplementedError
+
+    def interval(self, bounds: BoundPass) -> Interval:
+        """Bounds from the parents' intervals, (batch, size) each."""
+        raise NotImplementedError
+
+    def backward(self, coefficients: Tensor, bounds: BoundPass) -> Tensor | None:
+        """Hand coefficients to the parents by ``bounds.pass_to``; return the constant term, (batch, rows), if any."""
+        raise NotImplementedError
+
+    @property
+    def relaxed_operands(self) -> tuple[Node, ...]:
+        """Parents whose bounds the node's relaxation needs."""
+        return ()
+
+
+class Frame(Node):
+    """The input of time step ``frame``. Its children are Linear nodes only, which account for the ball's centre."""
+
+    def __init__(self, size: int, frame: int):
+        super().__init__(size, ())
+        self.frame = frame
+
+
+class Constant(Node):
+    """A vector known beforehand, such as an initial state: (size,) or (batch, size)."""
+
+    def __init__(self, vector: Tensor):
+        super().__init__(vector.shape[-1], ())
+        self.vector = vector if vector.dim() == 2 else vector[None]
+
+    def value(self) -> Tensor:
+        return self.vector
+
+
+class Linear(Node):
+    """``sum_i weights[i] @ parents[i] + bias``, weights (size, parent size), bias (size,)."""
+
+    def __init__(self, parents: tuple[Node, ...], weights: tuple[Tensor, ...], bias: Tensor):
+        super().__init__(bias.shape[0], tuple(parents))
+        self.weights, self.bias = tuple(weights), bias
+
+    def value(self, *parents: Tensor) -> Tensor:
+        return self.bias + sum(v @ w.T for v, w in zip(parents, self.weights, strict=True))
+
+    def offset(self, bounds: BoundPass) -> Tensor:
+        """Bias plus all that exact parents and the centres of perturbed frames contribute, (batch or 1, size)."""
+        total = self.bias[None]
+        for parent, weight in zip(self.parents, self.weights, strict=True):
+            known = bounds.known_part(parent)
+            if known is not None:
+                total = total + known @ weight.T
+        return total
+
+    def inexact_parents(self, bounds: BoundPass):
+        """The (parent, weight) pairs through which the perturbation comes."""
+        pairs = zip(self.parents, self.weights, strict=True)
+        return [(parent, weight) for parent, weight in pairs if not bounds.is_exact(parent)]
+
+    def interval(self, bounds: BoundPass) -> Interval:
+        center, radius = self.center_radius(bounds, None)
+        return center - radius, center + radius
+
+    def center_radius(self, bounds: BoundPass, rows: Tensor | None) -> Interval:
+        """Interval of ``rows @ node`` as centre and radius, (batch, n_rows).
+
+        Rows are (batch or 1, n_rows, size), or None for the node itself. They are
+        folded into the weights first: the interval of a difference, not the difference of intervals.
+        """
+        center, radius = bounds.offset(self), 0.0
+        if rows is not None:
+            center = apply_rows(rows, center)
+        for parent, weight in self.inexact_parents(bounds):
+            folded = weight[None] if rows is None else rows @ weight
+            if isinstance(parent, Frame):
+                radius = radius + bounds.perturbation.frame_deviation(parent.frame, folded)
+                continue
+            low, high = bounds.interval(parent)
+            center = center + apply_rows(folded, 0.5 * (low + high))
+            radius = radius + apply_rows(folded.abs(), 0.5 * (high - low))
+        return center, radius
+
+    def backward(self, coefficients: Tensor, bounds: BoundPass) -> Tensor:
+        for parent, weight in self.inexact_parents(bounds):
+            bounds.pass_to(parent, coefficients @ weight)
+        return apply_rows(coefficients, bounds.offset(self))
+
+
+class WeightedSum(Node):
+    """``sum_i factors[i] * parents[i]``, element-wise: additions, means, and choices between states by a mask.
+
+    A factor is a number or a tensor that broadcasts to (batch, size).
+    """
+
+    def __init__(self, parents: tuple[Node, ...], factors: tuple[float | Tensor, ...] | None = None):
+        super().__init__(parents[0].size, tuple(parents))
+        self.factors = (1.0,) * len(parents) if factors is None else tuple(factors)
+
+    def value(self, *parents: Tensor) -> Tensor:
+        return sum(f * v for f, v in zip(self.factors, parents, strict=True))
+
+    def interval(self, bounds: BoundPass) -> Interval:
+        lower = upper = 0.0
+        for parent, factor in zip(self.parents, self.factors, strict=True):
+            low, high = (factor * end for end in bounds.interval(parent))
+            lower, upper = lower + torch.minimum(low, high), upper + torch.maximum(low, high)
+        return lower, upper
+
+    def backward(self, coefficients: Tensor, bounds: BoundPass) -> Tensor | None:
+        constant = None
+        for parent, factor in zip(self.parents, self.factors, strict=True):
+            scaled = coefficients * _per_row(factor) if isinstance(factor, Tensor) or factor != 1.0 else coefficients
+            if bounds.is_exact(parent):
+                term = apply_rows(scaled, bounds.exact_value(parent))
+                constant = term if constant is None else constant + term
+            else:
+                bounds.pass_to(parent, scaled)
+        return constant
+
+
+def _per_row(factor: float | Tensor) -> float | Tensor:
+    return factor.unsqueeze(-2) if isinstance(factor, Tensor) and factor.dim() > 1 else factor
+
+
+class Slice(Node):
+    """Elements start ... start + size of the parent: one gate of a stack of them."""
+
+    def __init__(self, parent: Node, start: int, size: int):
+        super().__init__(size, (parent,))
+        self.start = start
+
+    def of(self, vector: Tensor) -> Tensor:
+        return vector[..., self.start : self.start + self.size]
+
+    def value(self, parent: Tensor) -> Tensor:
+        return self.of(parent)
+
+    def interval(self, bounds: BoundPass) -> Interval:
+        low, high = bounds.interval(self.parents[0])
+        return self.of(low), self.of(high)
+
+    def backward(self, coefficients: Tensor, bounds: BoundPass) -> None:
+        bounds.pass_to(self.parents[0], coefficients, start=self.start)
+
+
+class NonLinear(Node):
+    """A node that is replaced by its relaxation, made from the bounds of its operands (the parents)."""
+
+    @property
+    def relaxed_operands(self) -> tuple[Node, ...]:
+        return self.parents
+
+    def relax(self, *operands: Interval) -> Relaxation:
+        raise NotImplementedError
+
+    def backward(self, coefficients: Tensor, bounds: BoundPass) -> Tensor:
+        lower, upper = bounds.relaxation(self)
+        positive, negative = coefficients.clamp(min=0.0), coefficients.clamp(max=0.0)
+        constant = apply_rows(positive, lower.intercept) + apply_rows(negative, upper.intercept)
+        for parent, low, high in zip(self.parents, lower.slopes, upper.slopes, strict=True):
+            if low is high:
+                passed = coefficients * low.unsqueeze(-2)
+            else:
+                passed = torch.addcmul(positive * low.unsqueeze(-2), negative, high.unsqueeze(-2))
+            if bounds.is_exact(parent):
+                constant = constant + apply_rows(passed, bounds.exact_value(parent))
+            else:
+                bounds.pass_to(parent, passed)
+        return constant
+
+
+class Activation(NonLinear):
+    """An activation of ``utils.relaxations.ACTIVATIONS`` by name, element-wise."""
+
+    def __init__(self, parent: Node, name: str):
+        super().__init__(parent.size, (parent,))
+        self.name = name
+
+    def value(self, parent: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name].function(parent)
+
+    def interval(self, bounds: BoundPass) -> Interval:
+        low, high = bounds.interval(self.parents[0])
+        return self.value(low), self.value(high)
+
+    def relax(self, operand: Interval) -> Relaxation:
+        return ACTIVATIONS[self.name].relax(*operand)
+
+
+class Graph:
+    """Nodes in topological order; the last one is the output (logits)."""
+
+    def __init__(self):
+        self.nodes: list[Node] = []
+
+    def add(self, node: Node) -> Node:
+        """Append a node whose parents are in the graph already, and return it."""
+        for parent in node.parents:
+            if parent.index < 0 or self.nodes[parent.index] is not parent:
+                raise ValueError("a node's parents must be added to the graph before it")
+            if isinstance(parent, Frame) and not isinstance(node, Linear):
+                raise ValueError("an input frame must enter through a Linear node (the identity, if nothing else)")
+        node.index = len(self.nodes)
+        self.nodes.append(node)
+        return node
+
+    @property
+    def output(self) -> Node:
+        return self.nodes[-1]
+
+    @property
+    def frames(self) -> list[Frame]:
+        return [node for node in self.nodes if isinstance(node, Frame)]
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """The output at the sequences x, (batch, T, n): the forward pass."""
+        values: list[Tensor] = []
+        for node in self.nodes:
+            if isinstance(node, Frame):
+                values.append(x[:, node.frame])
+            else:
+                values.append(node.value(*(values[parent.index] for parent in node.parents)))
+        return values[-1]

@@ -1,0 +1,98 @@
+"""Where the true input may lie: l_p balls around the frames of a sequence, and how coefficients meet them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INF = math.inf
+NORMS = (1.0, 2.0, INF)
+BALLS = ("frame", "sequence")
+
+
+def dual_norm(coefficients: Tensor, norm: float) -> Tensor:
+    """||A||_q over the last dimension, 1/p + 1/q = 1: the most that A delta can change per unit of ||delta||_p."""
+    if norm == 1.0:
+        return coefficients.abs().amax(dim=-1)
+    if norm == 2.0:
+        return torch.linalg.vector_norm(coefficients, dim=-1)
+    return coefficients.abs().sum(dim=-1)
+
+
+@dataclass
+class Perturbation:
+    """The set of sequences x' that a bound has to hold for.
+
+    Attributes:
+        x: the sequences, (batch, T, n), in the model's own input units.
+        eps: radius of each frame's ball, (batch, T), same units; 0 where a frame is exact.
+        norm: p, one of 1, 2 and inf.
+        ball: "frame": every frame has its own ball, ||x'_t - x_t||_p <= eps[:, t]; "sequence": one ball around the
+            whole sequence, ||x' - x||_p <= eps, over the frames whose eps is not 0 (one value a sample).
+        clip: (lowest, highest) valid input value, to which l_inf boxes are cut, or None.
+    """
+
+    x: Tensor
+    eps: Tensor
+    norm: float = 2.0
+    ball: str = "frame"
+    clip: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if self.norm not in NORMS:
+            raise ValueError(f"p must be 1, 2 or inf, not {self.norm}")
+        if self.ball not in BALLS:
+            raise ValueError(f"ball must be one of {', '.join(BALLS)}, not {self.ball!r}")
+        if self.clip is not None and self.norm != INF:
+            raise ValueError("only l_inf boxes can be cut to the valid input range: leave out clip or take p = inf")
+        if self.x.dim() != 3 or self.eps.shape != self.x.shape[:2]:
+            shapes = f"{tuple(self.x.shape)} and {tuple(self.eps.shape)}"
+            raise ValueError(f"x must be (batch, T, n) and eps (batch, T), not {shapes}")
+        if not bool(((self.eps >= 0) & self.eps.isfinite()).all()):
+            raise ValueError("eps must be a finite number >= 0 for every frame")
+        if self.ball == "sequence" and not bool(((self.eps == self._sequence_eps()[:, None]) | (self.eps == 0)).all()):
+            raise ValueError("a ball around the whole sequence has one eps a sample")
+        self._box = self._cut_box() if self.clip is not None else None
+        self._exact = (self.eps == 0).all(dim=0).tolist()
+
+    def _sequence_eps(self) -> Tensor:
+        return self.eps.amax(dim=1)
+
+    def _cut_box(self) -> tuple[Tensor, Tensor]:
+        """Centre and half-width, (batch, T, n) each, of the boxes cut to the valid range (which must hold x itself)."""
+        low, high = self.clip
+        if bool(((self.x < low) | (self.x > high)).any()):
+            raise ValueError(f"inputs lie outside the range [{low}, {high}] that they are to be clipped to")
+        below = (self.x - self.eps[..., None]).clamp(min=low)
+        above = (self.x + self.eps[..., None]).clamp(max=high)
+        return 0.5 * (below + above), 0.5 * (above - below)
+
+    def is_exact(self, frame: int) -> bool:
+        """True where no sample of the batch perturbs the frame."""
+        return self._exact[frame]
+
+    def center(self, frame: int) -> Tensor:
+        """Centre of the frame's ball or cut box, (batch, n)."""
+        return self.x[:, frame] if self._box is None else self._box[0][:, frame]
+
+    def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
+        """Most that A_t x'_t can deviate from A_t center_t, (batch, rows), for A_t (batch or 1, rows, n).
+
+        For a ball around the sequence that is the deviation if the frame has the ball to itself.
+        """
+        if self._box is not None:
+            return (coefficients.abs() @ self._box[1][:, frame, :, None]).squeeze(-1)
+        return self.eps[:, frame, None] * dual_norm(coefficients, self.norm)
+
+    def total_deviation(self, deviations: list[Tensor]) -> Tensor:
+        """Most that sum_t A_t x'_t can deviate, (batch, rows), from the deviations of the frames.
+
+        Own balls add up. In a common ball, ||(A_1 ... A_T)||_q = ||(||A_1||_q ... ||A_T||_q)||_q.
+        """
+        stacked = torch.stack(torch.broadcast_tensors(*deviations), dim=-1)
+        if self.ball == "sequence":
+            return dual_norm(stacked, self.norm)
+        return stacked.sum(dim=-1)
