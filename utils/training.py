@@ -50,7 +50,10 @@ def add_training_arguments(parser: argparse.ArgumentParser, hidden_size: int = 6
     group.add_argument("--batch-size", type=positive_int, default=128, help="images per step")
     group.add_argument("--lr", type=positive_float, default=3e-3, help="largest learning rate of Adam")
     group.add_argument(
-        "--weight-decay", type=non_negative_float, default=1e-2, help="decoupled weight decay of Adam, per unit of rate"
+        "--weight-decay",
+        type=non_negative_float,
+        default=0.3,
+        help="decoupled weight decay of Adam; more of it makes smaller weights and larger radii",
     )
     group.add_argument(
         "--save-dir", type=Path, default=ROOT / "models" / "mnist_classifier", help="folder of the model folders"
