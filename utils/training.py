@@ -63,8 +63,9 @@ def add_training_arguments(parser: argparse.ArgumentParser, hidden_size: int = 6
 
 def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --num-layers and --bidirectional."""
-    parser.add_argument("--num-layers", type=positive_int, default=1, help="recurrent layers on top of each other")
-    parser.add_argument("--bidirectional", action="store_true", help="read the frames in both directions")
+    group = parser.add_argument_group("stack")
+    group.add_argument("--num-layers", type=positive_int, default=1, help="recurrent layers on top of each other")
+    group.add_argument("--bidirectional", action="store_true", help="read the frames in both directions")
 
 
 def train_mnist_classifier(args: argparse.Namespace, architecture: str, activation: str | None = None) -> None:
