@@ -38,14 +38,21 @@ class Relaxation(NamedTuple):
     upper: Plane
 
 
-def guarded_minimum(values: list[Tensor], linear_terms: list[Tensor]) -> Tensor:
-    """The least ``value - linear_term`` over the candidates, each lowered by what rounding may have added to it."""
-    ulp = GUARD_ULPS * torch.finfo(values[0].dtype).eps
-    candidates = [v - a - ulp * (v.abs() + a.abs()) for v, a in zip(values, linear_terms, strict=True)]
-    least = candidates[0]
+def guarded(value: Tensor, *terms: Tensor) -> Tensor:
+    """``value - sum(terms)``, lowered by what rounding may have added to it."""
+    ulp = GUARD_ULPS * torch.finfo(value.dtype).eps
+    difference, magnitude = value, value.abs()
+    for term in terms:
+        difference, magnitude = difference - term, magnitude + term.abs()
+    return difference - ulp * magnitude
+
+
+def least(candidates: list[Tensor]) -> Tensor:
+    """Element-wise minimum of the candidates."""
+    smallest = candidates[0]
     for candidate in candidates[1:]:
-        least = torch.minimum(least, candidate)
-    return least
+        smallest = torch.minimum(smallest, candidate)
+    return smallest
 
 
 def mirrored(lower: Callable[..., Plane], lower_bound: Tensor, upper_bound: Tensor, slopes=None) -> Relaxation:
@@ -73,7 +80,7 @@ def tanh_lower(l: Tensor, u: Tensor, slope: Tensor | None = None) -> Plane:  # n
         slope = tanh_supporting_slope(l, u)
     contact = tanh_stationary_point(slope).clamp(l, u)
     points = (l, u, contact)
-    return Plane((slope,), guarded_minimum([y.tanh() for y in points], [slope * y for y in points]))
+    return Plane((slope,), least([guarded(y.tanh(), slope * y) for y in points]))
 
 
 def tanh_stationary_point(slope: Tensor) -> Tensor:
@@ -92,41 +99,41 @@ def tanh_supporting_slope(l: Tensor, u: Tensor) -> Tensor:  # noqa: E741
     """Slope of the line under tanh on [l, u] with the least volume between them.
 
     That line supports the convex envelope at the midpoint m. The envelope is tanh itself up to the point d < 0 whose
-    tangent runs through (u, tanh u), and that tangent from there on; d >= l or the envelope is the chord.
+    tangent runs through (u, tanh u), and that tangent from there on; with d < l it is the chord.
+
+    The tangent's slope is taken as that of its secant from d to u: it is stationary at the true d, so an error in d
+    hardly matters, no gradient goes through d, and nothing cancels where tanh'(d) does not differ from 0 in floats.
     """
     middle = 0.5 * (l + u)
-    d = tanh_tangent_point(u)
-    tangent = 1.0 - torch.minimum(middle, d).tanh() ** 2
+    start = torch.maximum(tanh_tangent_point(u), l)
+    return torch.where(middle < start, 1.0 - middle.tanh() ** 2, tanh_chord(start, u))
+
+
+def tanh_chord(l: Tensor, u: Tensor) -> Tensor:  # noqa: E741
+    """Slope of the chord of tanh on [l, u]; tanh' where l = u."""
     width = u - l
-    degenerate = width <= 0
-    chord = (u.tanh() - l.tanh()) / torch.where(degenerate, 1.0, width)
+    chord = (u.tanh() - l.tanh()) / torch.where(width > 0, width, 1.0)
     # Rounding must not make a slope of a very narrow interval leave the range of tanh'.
-    slope = torch.where(d <= l, chord.clamp(0.0, 1.0), tangent)
-    return torch.where(degenerate, 1.0 - middle.tanh() ** 2, slope)
+    return torch.where(width > 0, chord.clamp(0.0, 1.0), 1.0 - l.tanh() ** 2)
 
 
+@torch.no_grad()
 def tanh_tangent_point(u: Tensor, newton_steps: int = 2) -> Tensor:
-    """The d <= 0 whose tangent to tanh runs through (u, tanh u), for u > 0; u itself for u <= 0.
+    """The d <= 0 whose tangent to tanh runs through (u, tanh u), for u > 0; u itself for u <= 0. Without gradient.
 
     Newton steps on tanh'(d) (u - d) = tanh(u) - tanh(d) from -asinh(u) / 2, which has the right limits, -u / 2 for
-    small u and -log(2u) / 2 for large. The last step carries the gradient in u. Errors cost tightness, not soundness.
+    small u and -log(2u) / 2 for large. Errors cost tightness, not soundness.
     """
-    positive = u.clamp(min=torch.finfo(u.dtype).eps ** 0.5)
+    smallest = torch.finfo(u.dtype).eps
+    positive = u.clamp(min=smallest**0.5)
     target = positive.tanh()
-    with torch.no_grad():
-        d = -0.5 * positive.asinh()
-        for _ in range(newton_steps - 1):
-            d = d - _tangent_newton_step(d, positive, target)
-    d = d - _tangent_newton_step(d, positive, target)
-    return torch.where(u > 0, d.clamp(max=0.0), u)
-
-
-def _tangent_newton_step(d: Tensor, u: Tensor, tanh_u: Tensor) -> Tensor:
-    t = d.tanh()
-    gap = u - d
-    derivative = 1.0 - t * t
-    residual = derivative * gap - (tanh_u - t)
-    return residual / (-2.0 * t * derivative * gap)
+    d = -0.5 * positive.asinh()
+    for _ in range(newton_steps):
+        t = d.tanh()
+        gap = positive - d
+        derivative = (1.0 - t * t).clamp(min=smallest)
+        d = (d + (derivative * gap - (target - t)) / (2.0 * t * derivative * gap)).clamp(max=-0.5 * smallest)
+    return torch.where(u > 0, d, u)
 
 
 def relax_tanh(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
@@ -161,8 +168,8 @@ def relax_relu(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
     kink = torch.zeros_like(l).clamp(l, u)
     points = (l, u, kink)
     low, high = slopes
-    below = guarded_minimum([y.relu() for y in points], [low * y for y in points])
-    above = -guarded_minimum([-y.relu() for y in points], [-high * y for y in points])
+    below = least([guarded(y.relu(), low * y) for y in points])
+    above = -least([guarded(-y.relu(), -high * y) for y in points])
     return Relaxation(Plane((low,), below), Plane((high,), above))
 
 
