@@ -12,6 +12,7 @@ from utils.bounds import METHODS, BoundPass
 from utils.graph import Graph
 from utils.models import SequenceClassifier
 from utils.perturbation import Perturbation, dual_norm
+from utils.planes import SLOPES
 from utils.search import Bracket, largest_certified
 from utils.unroll import unroll
 
@@ -82,19 +83,29 @@ class MarginProblem:
         clip: tuple[float, float] | None = None,
         ball: str = "frame",
         method: str = "crown",
+        relaxation: str = "plane",
+        lengths: Tensor | None = None,
     ):
-        check_inputs(model, x, labels)
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-        self.model, self.x, self.method = model, x, method
+        check_inputs(model, x, labels, lengths)
+        for name, value, known in (("method", method, METHODS), ("relaxation", relaxation, SLOPES)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        self.model, self.x, self.method, self.relaxation = model, x, method, relaxation
         self.threat = {"norm": float(norm), "clip": clip, "ball": ball}
         self.rows = margin_rows(labels, model.head.out_features, targets)
         self.mask = frame_mask(frames, *x.shape[:2]).to(x.device)
+        self.lengths = lengths
+        if lengths is not None:
+            self.mask &= torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         self._graphs: dict[torch.dtype, Graph] = {}
 
-    def graph(self, dtype: torch.dtype) -> Graph:
+    def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Graph:
+        """The model unrolled, over the chosen samples' own lengths if these differ."""
+        num_frames = self.x.shape[1]
+        if self.lengths is not None:
+            return unroll(self.model, num_frames, dtype, self.relaxation, self.lengths[chosen])
         if dtype not in self._graphs:
-            self._graphs[dtype] = unroll(self.model, self.x.shape[1], dtype)
+            self._graphs[dtype] = unroll(self.model, num_frames, dtype, self.relaxation)
         return self._graphs[dtype]
 
     def clean_margins(self, dtype: torch.dtype) -> Tensor:
@@ -108,7 +119,7 @@ class MarginProblem:
         eps = eps.to(dtype)
         eps = (eps[:, None] if eps.dim() == 1 else eps) * mask
         perturbation = Perturbation(x, eps, **self.threat)
-        return BoundPass(self.graph(dtype), perturbation, self.method).margin(self.rows[chosen].to(dtype))
+        return BoundPass(self.graph(dtype, chosen), perturbation, self.method).margin(self.rows[chosen].to(dtype))
 
     def linear_radius(self, dtype: torch.dtype) -> Tensor:
         """eps at which the worst margin's linearisation at x vanishes, (batch,): above the true radius as a rule."""
@@ -125,14 +136,21 @@ class MarginProblem:
         return torch.where(radius.isfinite() & (radius > 0), radius, torch.ones_like(radius))
 
 
-def check_inputs(model: SequenceClassifier, x: Tensor, labels: Tensor) -> None:
-    """Raise ValueError, saying what is wrong, unless x, (batch, T, n), and labels, (batch,), fit the model."""
+def check_inputs(model: SequenceClassifier, x: Tensor, labels: Tensor, lengths: Tensor | None = None) -> None:
+    """Raise ValueError, saying what is wrong, unless x, (batch, T, n), labels and lengths, (batch,), fit the model."""
     if x.dim() != 3 or x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"x must be (batch, T, n) with at least one sample and frame, not {tuple(x.shape)}")
     if x.shape[2] != model.rnn.input_size:
         raise ValueError(f"x has {x.shape[2]} values a frame, the model takes {model.rnn.input_size}")
     if labels.shape != x.shape[:1] or labels.is_floating_point():
         raise ValueError(f"labels must be ({x.shape[0]},) of integers, not {tuple(labels.shape)} of {labels.dtype}")
+    if lengths is not None:
+        if lengths.shape != x.shape[:1] or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths must be ({x.shape[0]},) of integers, not {tuple(lengths.shape)} of {lengths.dtype}"
+            )
+        if bool(((lengths < 1) | (lengths > x.shape[1])).any()):
+            raise ValueError(f"lengths must be from 1 to the {x.shape[1]} frames of x")
     if not x.is_floating_point() or not bool(x.isfinite().all()):
         raise ValueError("x must be finite floating-point numbers")
     for name, parameter in model.named_parameters():
@@ -152,6 +170,8 @@ def certified_margin(
     clip: tuple[float, float] | None = None,
     ball: str = "frame",
     method: str = "crown",
+    relaxation: str = "plane",
+    lengths: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Lower bounds of the margins over all perturbations of size eps; differentiable in the model and in x.
@@ -167,6 +187,8 @@ def certified_margin(
         clip: valid input range (lowest, highest) to which l_inf boxes are cut.
         ball: "frame" for a ball around every frame, "sequence" for one around the whole sequence.
         method: "crown", "ibp" or "crown-ibp" (``utils.bounds``).
+        relaxation: of an LSTM's or GRU's gate products: "plane", "volume", "line" or "constant" (``utils.planes``).
+        lengths: (batch,) number of frames that count in each sample; those after are padding. None for all.
         dtype: precision of the computation; that of x if left out.
 
     Returns:
@@ -175,9 +197,8 @@ def certified_margin(
     Raises:
         ValueError: an argument does not fit; the message says which.
     """
-    problem = MarginProblem(
-        model, x, labels, norm=norm, targets=targets, frames=frames, clip=clip, ball=ball, method=method
-    )
+    threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
+    problem = MarginProblem(model, x, labels, targets=targets, method=method, relaxation=relaxation, **threat)
     eps = torch.as_tensor(eps, dtype=dtype or x.dtype, device=x.device)
     if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
         raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
@@ -206,6 +227,7 @@ def search_radius(
     *,
     tol: float = 1e-3,
     eps0: float | None = None,
+    max_eps: float = torch.inf,
     dtype: torch.dtype = torch.float64,
     search_dtype: torch.dtype = torch.float32,
     batch_size: int = 100,
@@ -213,20 +235,23 @@ def search_radius(
     """Largest certified eps of every sample: a search in ``search_dtype``, the verdict in ``dtype``.
 
     What the search found is certified once more in ``dtype``. The few samples for which that fails, by the precision
-    of the search, are searched again in ``dtype``.
+    of the search, are searched again in ``dtype``. No eps above ``max_eps`` is tried: some samples, of saturating
+    networks, are certified at any.
     """
     if not 0 < tol < 1:
         raise ValueError(f"tol must be between 0 and 1, not {tol}")
     if eps0 is not None and not 0 < eps0 < torch.inf:
         raise ValueError(f"eps0 must be a positive number, not {eps0}")
+    if not max_eps > 0:
+        raise ValueError(f"max_eps must be a positive number, not {max_eps}")
     parts = [
-        _search_rows(problem, rows, tol, eps0, dtype, search_dtype)
+        _search_rows(problem, rows, tol, eps0, max_eps, dtype, search_dtype)
         for rows in torch.arange(len(problem.x), device=problem.x.device).split(batch_size)
     ]
     return RadiusResult(*(torch.cat([getattr(part, name) for part in parts]) for name in RadiusResult.__annotations__))
 
 
-def _search_rows(problem, rows: Tensor, tol: float, eps0, dtype, search_dtype) -> RadiusResult:
+def _search_rows(problem, rows: Tensor, tol: float, eps0, max_eps: float, dtype, search_dtype) -> RadiusResult:
     clean = problem.clean_margins(dtype)[rows].amin(dim=1)
 
     def margin_in(precision: torch.dtype):
@@ -240,7 +265,7 @@ def _search_rows(problem, rows: Tensor, tol: float, eps0, dtype, search_dtype) -
 
     at_zero = clean - SLACK[dtype] * (1.0 + clean.abs())
     first = FIRST_SHARE * problem.linear_radius(search_dtype)[rows] if eps0 is None else torch.full_like(clean, eps0)
-    found = largest_certified(margin_in(search_dtype), at_zero, first.to(dtype), tol)
+    found = largest_certified(margin_in(search_dtype), at_zero, first.to(dtype), tol, max_eps)
     if search_dtype != dtype:
         _confirm(margin_in(dtype), at_zero, found, tol)
     return RadiusResult(found.low, found.high, found.margin, found.evaluations)
@@ -273,6 +298,8 @@ def certified_radius(
     clip: tuple[float, float] | None = None,
     ball: str = "frame",
     method: str = "crown",
+    relaxation: str = "plane",
+    lengths: Tensor | None = None,
     tol: float = 1e-3,
     eps0: float | None = None,
     dtype: torch.dtype = torch.float64,
@@ -293,8 +320,7 @@ def certified_radius(
     Returns:
         The largest eps that certified, in the units of x; 0 where none did (a misclassified sample).
     """
-    problem = MarginProblem(
-        model, x, labels, norm=norm, targets=targets, frames=frames, clip=clip, ball=ball, method=method
-    )
+    threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
+    problem = MarginProblem(model, x, labels, targets=targets, method=method, relaxation=relaxation, **threat)
     search = {"tol": tol, "eps0": eps0, "dtype": dtype, "search_dtype": search_dtype, "batch_size": batch_size}
     return search_radius(problem, **search).radius

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,7 +76,9 @@ def _log(factor: float) -> float:
     return torch.tensor(factor).log().item()
 
 
-def largest_certified(margin_of: MarginOf, margin_at_zero: Tensor, first: Tensor, tol: float) -> Bracket:
+def largest_certified(
+    margin_of: MarginOf, margin_at_zero: Tensor, first: Tensor, tol: float, max_eps: float = math.inf
+) -> Bracket:
     """Shrink a bracket per sample until its width is at most ``tol`` times its upper end.
 
     Every eps in ``low`` was certified by its own evaluation, so nothing depends on the margin being monotone or smooth;
@@ -86,6 +89,7 @@ def largest_certified(margin_of: MarginOf, margin_at_zero: Tensor, first: Tensor
         margin_at_zero: margin of the clean input, (batch,).
         first: eps to try first, (batch,), > 0.
         tol: relative width (high - low) / high at which a sample is finished.
+        max_eps: largest eps to try; a sample that is certified there is finished, with ``high`` = inf.
 
     Raises:
         ArithmeticError: a margin came out as NaN.
@@ -96,7 +100,7 @@ def largest_certified(margin_of: MarginOf, margin_at_zero: Tensor, first: Tensor
     )
     forecast = _Forecast(margin_at_zero)
     aim = _Aim(zeros, tol)
-    eps = first.clone()
+    eps = first.clamp(max=max_eps)
     rows = (margin_at_zero > 0).nonzero().squeeze(-1)
     for _ in range(MAX_EVALUATIONS):
         if rows.numel() == 0:
@@ -110,8 +114,8 @@ def largest_certified(margin_of: MarginOf, margin_at_zero: Tensor, first: Tensor
         bracket.margin[rows] = torch.where(passed, margin, bracket.margin[rows])
         bracket.evaluations[rows] += 1
         forecast.see(rows, eps[rows], margin)
-        eps[rows] = aim.next(bracket, rows, forecast.radius(rows))
-        rows = rows[_unfinished(bracket, rows, tol)]
+        eps[rows] = aim.next(bracket, rows, forecast.radius(rows)).clamp(max=max_eps)
+        rows = rows[_unfinished(bracket, rows, tol) & (bracket.low[rows] < max_eps)]
     return bracket
 
 
