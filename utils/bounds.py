@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from utils.graph import Frame, Graph, Interval, Linear, Node, NonLinear, Slice
+from utils.graph import Frame, Graph, Interval, Linear, Node, NonLinear
 from utils.perturbation import Perturbation
 from utils.relaxations import Relaxation
 
@@ -90,7 +90,7 @@ class BoundPass:
 
     def _tighten_operands(self) -> None:
         """Bound, by backward passes, every node that some relaxation needs bounds of."""
-        needed = {_base(operand) for node in self.graph.nodes for operand in node.relaxed_operands}
+        needed = {operand.bounded_through for node in self.graph.nodes for operand in node.relaxed_operands}
         for node in sorted(needed, key=lambda operand: operand.index):
             if not self.is_exact(node):
                 low, high = self.interval(node)
@@ -146,11 +146,6 @@ class BoundPass:
     def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None) -> None:
         """Add coefficients to those of an inexact node, or of its elements from ``start`` on."""
         self._pending[node.index].append((start, coefficients))
-
-
-def _base(node: Node) -> Node:
-    """The node whose bounds give a slice's bounds."""
-    return _base(node.parents[0]) if isinstance(node, Slice) else node
 
 
 def _gather(contributions: list[tuple[int | None, Tensor]], size: int) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from utils.planes import PRODUCTS, relax_product
 from utils.relaxations import ACTIVATIONS, Relaxation
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class Node:
     def relaxed_operands(self) -> tuple[Node, ...]:
         """Parents whose bounds the node's relaxation needs."""
         return ()
+
+    @property
+    def bounded_through(self) -> Node:
+        """The node whose bounds give this one's without loss: itself, or what a slice or negation is taken of."""
+        return self
 
 
 class Frame(Node):
@@ -183,6 +189,31 @@ class Slice(Node):
     def backward(self, coefficients: Tensor, bounds: BoundPass) -> None:
         bounds.pass_to(self.parents[0], coefficients, start=self.start)
 
+    @property
+    def bounded_through(self) -> Node:
+        return self.parents[0].bounded_through
+
+
+class Negative(Node):
+    """Minus the parent."""
+
+    def __init__(self, parent: Node):
+        super().__init__(parent.size, (parent,))
+
+    def value(self, parent: Tensor) -> Tensor:
+        return -parent
+
+    def interval(self, bounds: BoundPass) -> Interval:
+        low, high = bounds.interval(self.parents[0])
+        return -high, -low
+
+    def backward(self, coefficients: Tensor, bounds: BoundPass) -> None:
+        bounds.pass_to(self.parents[0], -coefficients)
+
+    @property
+    def bounded_through(self) -> Node:
+        return self.parents[0].bounded_through
+
 
 class NonLinear(Node):
     """A node that is replaced by its relaxation, made from the bounds of its operands (the parents)."""
@@ -226,6 +257,26 @@ class Activation(NonLinear):
 
     def relax(self, operand: Interval) -> Relaxation:
         return ACTIVATIONS[self.name].relax(*operand)
+
+
+class Product(NonLinear):
+    """A gate product of ``utils.planes.PRODUCTS`` by name: of a state-like x and a gate's pre-activation y."""
+
+    def __init__(self, x: Node, y: Node, name: str, relaxation: str):
+        super().__init__(x.size, (x, y))
+        self.name, self.relaxation = name, relaxation
+
+    def value(self, x: Tensor, y: Tensor) -> Tensor:
+        return PRODUCTS[self.name].function(x, y)
+
+    def interval(self, bounds: BoundPass) -> Interval:
+        """At corners of the box: the product grows with x, and with y where x > 0."""
+        (lx, ux), (ly, uy) = (bounds.interval(operand) for operand in self.parents)
+        low, high = torch.where(lx >= 0, ly, uy), torch.where(ux >= 0, uy, ly)
+        return self.value(lx, low), self.value(ux, high)
+
+    def relax(self, x: Interval, y: Interval) -> Relaxation:
+        return relax_product(self.name, x, y, self.relaxation)
 
 
 class Graph:

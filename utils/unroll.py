@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from utils.graph import Activation, Constant, Frame, Graph, Linear, Node, WeightedSum
+from utils.graph import Activation, Constant, Frame, Graph, Linear, Negative, Node, Product, Slice, WeightedSum
 from utils.models import SequenceClassifier
 
 
 class Cell:
     """Weights of one layer and direction, and its step. ``inputs`` are the parts of a time step's input vector."""
 
-    def __init__(self, graph: Graph, rnn: nn.RNNBase, layer: int, suffix: str, dtype: torch.dtype):
+    def __init__(self, graph: Graph, rnn: nn.RNNBase, layer: int, suffix: str, dtype: torch.dtype, relaxation: str):
         def weight(name: str) -> Tensor:
             return getattr(rnn, f"{name}_l{layer}{suffix}").to(dtype)
 
-        self.graph, self.hidden = graph, rnn.hidden_size
+        self.graph, self.hidden, self.relaxation = graph, rnn.hidden_size, relaxation
         self.w_ih, self.w_hh = weight("weight_ih"), weight("weight_hh")
         zero = self.w_ih.new_zeros(self.w_ih.shape[0])
         self.b_ih, self.b_hh = (weight("bias_ih"), weight("bias_hh")) if rnn.bias else (zero, zero)
@@ -33,8 +33,8 @@ class Cell:
 class RNNCell(Cell):
     """z_t = W_ih x_t + W_hh h_{t-1} + b_ih + b_hh,  h_t = tanh(z_t) or relu(z_t)."""
 
-    def __init__(self, graph: Graph, rnn: nn.RNN, layer: int, suffix: str, dtype: torch.dtype):
-        super().__init__(graph, rnn, layer, suffix, dtype)
+    def __init__(self, graph: Graph, rnn: nn.RNN, layer: int, suffix: str, dtype: torch.dtype, relaxation: str):
+        super().__init__(graph, rnn, layer, suffix, dtype, relaxation)
         self.activation = rnn.nonlinearity
 
     def step(self, inputs: tuple[Node, ...], state: tuple[Node, ...]) -> tuple[Node, ...]:
@@ -44,30 +44,91 @@ class RNNCell(Cell):
         return (self.graph.add(Activation(z, self.activation)),)
 
 
-CELLS = {nn.RNN: RNNCell}
+class LSTMCell(Cell):
+    """i, f, g, o = W_ih x_t + W_hh h_{t-1} + b_ih + b_hh (stacked in this order),
+
+    c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g),  h_t = sigmoid(o) tanh(c_t).
+    """
+
+    def step(self, inputs: tuple[Node, ...], state: tuple[Node, ...]) -> tuple[Node, ...]:
+        h, c = state
+        weights = (*self.input_weights(inputs), self.w_hh)
+        gates = self.graph.add(Linear((*inputs, h), weights, self.b_ih + self.b_hh))
+        i, f, g, o = (self.graph.add(Slice(gates, k * self.hidden, self.hidden)) for k in range(4))
+        kept = self.graph.add(Product(c, f, "x*sigmoid(y)", self.relaxation))
+        written = self.graph.add(Product(g, i, "tanh(x)*sigmoid(y)", self.relaxation))
+        c = self.graph.add(WeightedSum((kept, written)))
+        h = self.graph.add(Product(c, o, "tanh(x)*sigmoid(y)", self.relaxation))
+        return h, c
 
 
-def unroll(model: SequenceClassifier, num_frames: int, dtype: torch.dtype | None = None) -> Graph:
-    """The graph of a classifier over ``num_frames`` frames, with weights (shared, never changed) in ``dtype``."""
+class GRUCell(Cell):
+    """r, z = W_ir x_t + W_hr h_{t-1} + b_ir + b_hr and likewise z; m = W_hn h_{t-1} + b_hn (stacked in this order),
+
+    n = W_in x_t + b_in + sigmoid(r) m,  h_t = sigmoid(-z) tanh(n) + sigmoid(z) h_{t-1}.
+    """
+
+    def step(self, inputs: tuple[Node, ...], state: tuple[Node, ...]) -> tuple[Node, ...]:
+        (h,) = state
+        size, weights = self.hidden, self.input_weights(inputs)
+        from_input = tuple(torch.cat((w[: 2 * size], torch.zeros_like(w[2 * size :]))) for w in weights)
+        bias = torch.cat((self.b_ih[: 2 * size] + self.b_hh[: 2 * size], self.b_hh[2 * size :]))
+        gates = self.graph.add(Linear((*inputs, h), (*from_input, self.w_hh), bias))
+        r, z, m = (self.graph.add(Slice(gates, k * size, size)) for k in range(3))
+        reset = self.graph.add(Product(m, r, "x*sigmoid(y)", self.relaxation))
+        new = self.graph.add(Linear(inputs, tuple(w[2 * size :] for w in weights), self.b_ih[2 * size :]))
+        n = self.graph.add(WeightedSum((new, reset)))
+        written = self.graph.add(Product(n, self.graph.add(Negative(z)), "tanh(x)*sigmoid(y)", self.relaxation))
+        kept = self.graph.add(Product(h, z, "x*sigmoid(y)", self.relaxation))
+        return (self.graph.add(WeightedSum((written, kept))),)
+
+
+CELLS = {nn.RNN: RNNCell, nn.LSTM: LSTMCell, nn.GRU: GRUCell}
+
+
+def unroll(
+    model: SequenceClassifier,
+    num_frames: int,
+    dtype: torch.dtype | None = None,
+    relaxation: str = "plane",
+    lengths: Tensor | None = None,
+) -> Graph:
+    """The graph of a classifier over ``num_frames`` frames.
+
+    Args:
+        dtype: of the graph's weights, which are the model's (shared, never changed) where it has that dtype.
+        relaxation: how the gate products of an LSTM or GRU are relaxed, a key of ``utils.planes.SLOPES``.
+        lengths: (batch,) number of frames that count in each sample. Frames after the end leave the state as it was.
+    """
     rnn, head = model.rnn, model.head
     dtype = dtype or head.weight.dtype
     graph = Graph()
+    valid = _valid_frames(lengths, num_frames, dtype)
     outputs = [(graph.add(Frame(rnn.input_size, t)),) for t in range(num_frames)]
     directions = 2 if rnn.bidirectional else 1
     for layer in range(rnn.num_layers):
         runs = []
         for direction in range(directions):
-            cell = CELLS[type(rnn)](graph, rnn, layer, "_reverse" if direction else "", dtype)
+            suffix = "_reverse" if direction else ""
+            cell = CELLS[type(rnn)](graph, rnn, layer, suffix, dtype, relaxation)
             if layer == 0:
                 cell.absorb_normalisation(model.mean.to(dtype), model.std.to(dtype))
             state = _initial_state(graph, model, layer * directions + direction, dtype)
-            runs.append(_run(cell, outputs, state, backwards=bool(direction)))
+            runs.append(_run(cell, outputs, state, valid, backwards=bool(direction)))
         outputs = list(zip(*runs, strict=True))
     weights = head.weight.to(dtype)
     bias = head.bias.to(dtype) if head.bias is not None else weights.new_zeros(weights.shape[0])
-    pooled = _pool(graph, outputs, model.pooling)
+    pooled = _pool(graph, outputs, model.pooling, valid)
     graph.add(Linear(pooled, weights.split([part.size for part in pooled], dim=1), bias))
     return graph
+
+
+def _valid_frames(lengths: Tensor | None, num_frames: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """Per frame, None if it counts in every sample, else (batch, 1) of ones and zeros."""
+    if lengths is None:
+        return [None] * num_frames
+    counts = [lengths > t for t in range(num_frames)]
+    return [None if bool(count.all()) else count.to(dtype)[:, None] for count in counts]
 
 
 def _initial_state(graph: Graph, model: SequenceClassifier, row: int, dtype: torch.dtype) -> tuple[Node, ...]:
@@ -80,19 +141,32 @@ def _initial_state(graph: Graph, model: SequenceClassifier, row: int, dtype: tor
     return tuple(state)
 
 
-def _run(cell: Cell, inputs: list[tuple[Node, ...]], state: tuple[Node, ...], backwards: bool) -> list[Node]:
+def _run(
+    cell: Cell,
+    inputs: list[tuple[Node, ...]],
+    state: tuple[Node, ...],
+    valid: list[Tensor | None],
+    backwards: bool,
+) -> list[Node]:
     """Hidden states of one layer and direction, in the order of the frames."""
     order = range(len(inputs))
     hidden: list[Node] = [None] * len(inputs)
     for t in reversed(order) if backwards else order:
-        state = cell.step(inputs[t], state)
-        hidden[t] = state[0]
+        new = cell.step(inputs[t], state)
+        if valid[t] is not None:
+            keep = (valid[t], 1.0 - valid[t])
+            new = tuple(cell.graph.add(WeightedSum(pair, keep)) for pair in zip(new, state, strict=True))
+        hidden[t], state = new[0], new
     return hidden
 
 
-def _pool(graph: Graph, outputs: list[tuple[Node, ...]], pooling: str) -> tuple[Node, ...]:
-    """What the head reads, a node per direction: the last state (frame 0's if it runs backwards) or the mean."""
+def _pool(graph: Graph, outputs: list[tuple[Node, ...]], pooling: str, valid: list[Tensor | None]) -> tuple[Node, ...]:
+    """What the head reads, a node per direction: the last state (frame 0's if it runs backwards) or the mean.
+
+    The state at the last frame is that at a sample's own last frame, as frames after the end do not change it.
+    """
     if pooling == "last":
         return tuple(outputs[-1 if direction == 0 else 0][direction] for direction in range(len(outputs[0])))
-    factor = (1.0 / len(outputs),) * len(outputs)
-    return tuple(graph.add(WeightedSum(run, factor)) for run in zip(*outputs, strict=True))
+    weights = [1.0 if count is None else count for count in valid]
+    factors = [weight / sum(weights) for weight in weights]
+    return tuple(graph.add(WeightedSum(run, factors)) for run in zip(*outputs, strict=True))

@@ -1,0 +1,331 @@
+"""Linear relaxations of the gate products x*sigmoid(y) and tanh(x)*sigmoid(y): any slopes, exact intercepts.
+
+For any slopes (a, b) the tightest plane of these slopes under f on a box has the intercept
+
+    c(a, b) = min over the box of f(x, y) - a x - b y.
+
+The minimum is at one of a few points that have closed forms: corners, stationary points of the edges and, for
+tanh(x)*sigmoid(y), one point inside. So a plane is sound however its slopes were found. Candidates are clipped into the
+box, where they can only be redundant. Both products are odd in x, so the upper plane is the lower one of the box
+mirrored in x:  f <= a x + b y + c on [lx, ux]  if and only if  f >= a x - b y - c on [-ux, -lx].
+
+All functions are element-wise on tensors of one shape and differentiable in the slopes and the box.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.relaxations import (
+    Plane,
+    Relaxation,
+    guarded,
+    least,
+    tanh_chord,
+    tanh_stationary_point,
+    tanh_supporting_slope,
+)
+
+NEWTON_STEPS = 12
+
+
+class Box(NamedTuple):
+    """lx <= x <= ux, ly <= y <= uy."""
+
+    lx: Tensor
+    ux: Tensor
+    ly: Tensor
+    uy: Tensor
+
+    @property
+    def middle(self) -> tuple[Tensor, Tensor]:
+        return 0.5 * (self.lx + self.ux), 0.5 * (self.ly + self.uy)
+
+    def stacked_with_mirror(self) -> Box:
+        """This box and the one mirrored in x, as [0] and [1] of a new first dimension."""
+        return Box(
+            torch.stack((self.lx, -self.ux)),
+            torch.stack((self.ux, -self.lx)),
+            torch.stack((self.ly, self.ly)),
+            torch.stack((self.uy, self.uy)),
+        )
+
+
+Slopes = tuple[Tensor, Tensor]
+
+
+def gate_stationary_point(factor: Tensor, b: Tensor) -> Tensor:
+    """The y, of the opposite sign to factor, at which factor*sigmoid(y) - b*y has its inner minimum.
+
+    There sigmoid'(y) = b / factor. Finite, and of no consequence, where there is none (also for factor = 0).
+    """
+    safe = torch.where(factor == 0, 1.0, factor)
+    return 2.0 * tanh_stationary_point(4.0 * b / safe) * torch.sign(safe)
+
+
+# --- x * sigmoid(y) -------------------------------------------------------------------------------------------------
+
+
+def linear_gate_intercept(slopes: Slopes, box: Box) -> Tensor:
+    """min of x*sigmoid(y) - a x - b y over the box: linear in x, so x is at an end, and y at an end or stationary."""
+    a, b = slopes
+    candidates = []
+    for x in (box.lx, box.ux):
+        for y in (box.ly, box.uy, gate_stationary_point(x, b).clamp(box.ly, box.uy)):
+            candidates.append(guarded(x * y.sigmoid(), a * x, b * y))
+    return least(candidates)
+
+
+def linear_gate_contracting(box: Box) -> Slopes:
+    """a = sigmoid(ly), the least that the gate can pass on of x, and the volume-optimal b for that a.
+
+    With this a, x (sigmoid(y) - a) increases with x wherever y is, so the lower plane only has to stay under
+    lx * sigmoid(y): a problem in y alone.
+    """
+    return box.ly.sigmoid(), _gate_slope(box.lx, box)
+
+
+def _gate_slope(factor: Tensor, box: Box) -> Tensor:
+    """Slope in y of the volume-optimal line under factor*sigmoid(y)."""
+    half = (0.5 * box.ly, 0.5 * box.uy)
+    below = tanh_supporting_slope(*half)
+    above = tanh_supporting_slope(-half[1], -half[0])
+    return 0.25 * factor * torch.where(factor >= 0, below, above)
+
+
+# --- tanh(x) * sigmoid(y) -------------------------------------------------------------------------------------------
+
+
+def tanh_gate_intercept(slopes: Slopes, box: Box) -> Tensor:
+    """min of tanh(x)*sigmoid(y) - a x - b y over the box: at a corner, on an edge, or at the one minimum inside."""
+    a, b = slopes
+    tanh_ends, gate_ends = (box.lx.tanh(), box.ux.tanh()), (box.ly.sigmoid(), box.uy.sigmoid())
+    candidates = []
+    for x, t in zip((box.lx, box.ux), tanh_ends, strict=True):
+        for y, s in zip((box.ly, box.uy), gate_ends, strict=True):
+            candidates.append(guarded(t * s, a * x, b * y))
+        y = gate_stationary_point(t, b).clamp(box.ly, box.uy)
+        candidates.append(guarded(t * y.sigmoid(), a * x, b * y))
+    for y, s in zip((box.ly, box.uy), gate_ends, strict=True):
+        x = tanh_stationary_point(a / s.clamp(min=torch.finfo(s.dtype).tiny)).clamp(box.lx, box.ux)
+        candidates.append(guarded(x.tanh() * s, a * x, b * y))
+    x, y, error = _inner_minimum(a, b)
+    x, y = x.clamp(box.lx, box.ux), y.clamp(box.ly, box.uy)
+    candidates.append(guarded(x.tanh() * y.sigmoid(), a * x, b * y) - error)
+    return least(candidates)
+
+
+@torch.no_grad()
+def _inner_minimum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inner minimum (x, y) of tanh(x)*sigmoid(y) - a x - b y, and by how much its value may lie above the minimum.
+
+    With t = tanh x and s = sigmoid y it needs t < 0, 0 < a < 1, b < 0 and s(1 - t^2) = a, t s (1 - s) = b. Eliminating
+    t leaves F(s) = sqrt(1 - a/s) s (1 - s) = -b on the branch where F falls: from the larger root of
+    4 s^2 - (2 + 3a) s + a to 1. There F is concave, so Newton steps from s = 1 approach the root from above.
+    The function of y that is left when x is minimised out is convex there with the derivative -b - F, so its value at
+    any y of the branch is off by at most |F + b| times the distance to the branch's end. Where there is no such
+    minimum the point is (0, 0) and the error 0: a candidate like any other.
+    """
+    tiny = torch.finfo(a.dtype).eps
+    exists = (a > 0) & (a < 1) & (b < 0)
+    a, target = torch.where(exists, a, 0.5), torch.where(exists, -b, 0.05)
+    start = ((2 + 3 * a) + ((2 + 3 * a) ** 2 - 16 * a).clamp(min=0).sqrt()) / 8
+
+    def falling(s: Tensor) -> tuple[Tensor, Tensor]:
+        root = (1 - a / s).clamp(min=tiny).sqrt()
+        return root * s * (1 - s), (a / (2 * root)) * (1 - s) / s + root * (1 - 2 * s)
+
+    exists &= falling(start)[0] >= target
+    s = torch.ones_like(a) - tiny
+    for _ in range(NEWTON_STEPS):
+        value, slope = falling(s)
+        s = torch.maximum(s - (value - target) / slope.clamp(max=-tiny), start)
+    s = s.clamp(max=1 - tiny)
+    y, lowest = torch.logit(s), torch.logit(start.clamp(tiny, 1 - tiny))
+    error = (falling(s)[0] - target).abs() * (y - lowest).abs()
+    x = tanh_stationary_point(a / s)
+    zero = torch.zeros_like(a)
+    return torch.where(exists, x, zero), torch.where(exists, y, zero), torch.where(exists, error, zero)
+
+
+def tanh_gate_contracting(box: Box) -> Slopes:
+    """a = sigmoid(ly) times the chord of tanh, and the volume-optimal b for that a.
+
+    With this a, tanh(x) sigmoid(y) - a x is least at x = lx or where tanh'(x) = a / sigmoid(y), whatever y is. What is
+    left is R(y), the minimum over x, and b is the slope of the line that supports the convex envelope of R at the
+    middle: a gate line times tanh(lx) for lx >= 0; else R falls, first concave, then convex, and the envelope is a line
+    from (ly, R(ly)) to a point d where it touches R, and R from there on.
+    """
+    a = box.ly.sigmoid() * tanh_chord(box.lx, box.ux)
+
+    def least_over_x(y: Tensor) -> tuple[Tensor, Tensor]:
+        s = y.sigmoid()
+        x = tanh_stationary_point(a / s.clamp(min=torch.finfo(s.dtype).tiny)).clamp(box.lx, box.ux)
+        t = x.tanh()
+        return t * s - a * x, t * s * (1.0 - s)
+
+    middle = box.middle[1]
+    with torch.no_grad():
+        d = _envelope_contact(least_over_x, box.ly, middle, box.uy)
+    (at_left, _), (at_d, slope_at_d) = least_over_x(box.ly), least_over_x(d)
+    width = d - box.ly
+    chord = (at_d - at_left) / torch.where(width > 0, width, 1.0)
+    falling = torch.where((d > middle) & (width > 0), chord.clamp(-0.25, 0.0), slope_at_d)
+    return a, torch.where(box.lx >= 0, _gate_slope(box.lx.tanh(), box), falling)
+
+
+def _envelope_contact(function, left: Tensor, middle: Tensor, right: Tensor, steps: int = 5) -> Tensor:
+    """The d in [middle, right] that the chord from ``left`` touches, for a function first concave and then convex.
+
+    The middle itself if the function is its own envelope there. The chord's slope is least at d, so an error of d
+    costs only its square.
+    """
+    start = function(left)[0]
+
+    def excess(y: Tensor) -> Tensor:  # of the derivative over the chord's slope, times its length
+        value, slope = function(y)
+        return slope * (y - left) - (value - start)
+
+    low, high = middle, right
+    below, above = excess(low), excess(high)
+    convex, concave = below >= 0, above <= 0
+    for _ in range(steps):
+        share = (below / (below - above)).nan_to_num(0.5).clamp(0.1, 0.9)
+        point = low + share * (high - low)
+        at_point = excess(point)
+        over = at_point > 0
+        low, below = torch.where(over, low, point), torch.where(over, below, at_point)
+        high, above = torch.where(over, point, high), torch.where(over, at_point, above)
+    d = low + (below / (below - above)).nan_to_num(0.5).clamp(0.0, 1.0) * (high - low)
+    return torch.where(convex, middle, torch.where(concave, right, d))
+
+
+# --- slopes by name -------------------------------------------------------------------------------------------------
+
+
+class GateProduct(NamedTuple):
+    """factor(x) * sigmoid(y): a state-like operand x and a gate."""
+
+    factor: Callable[[Tensor], Tensor]
+    lower_intercept: Callable[[Slopes, Box], Tensor]
+    contracting: Callable[[Box], Slopes]
+
+    def function(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.factor(x) * y.sigmoid()
+
+
+PRODUCTS = {
+    "x*sigmoid(y)": GateProduct(lambda x: x, linear_gate_intercept, linear_gate_contracting),
+    "tanh(x)*sigmoid(y)": GateProduct(torch.tanh, tanh_gate_intercept, tanh_gate_contracting),
+}
+
+
+def relax_product(
+    name: str, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], choice: str = "plane", slopes=None
+) -> Relaxation:
+    """Planes around a product on the box of its operands' intervals.
+
+    Args:
+        name: a key of ``PRODUCTS``.
+        x, y: (lower, upper) of the operands, tensors of shapes that broadcast.
+        choice: which slopes, a key of ``SLOPES``, unless given.
+        slopes: ((a, b) of the lower plane, (a, b) of the upper plane): any numbers.
+    """
+    product = PRODUCTS[name]
+    box = Box(*torch.broadcast_tensors(*x, *y)).stacked_with_mirror()
+    if slopes is None:
+        a, b = SLOPES[choice](product, box)
+    else:
+        (a_low, b_low), (a_up, b_up) = slopes
+        a, b = (torch.stack(torch.broadcast_tensors(*pair, box.lx[0])[:2]) for pair in ((a_low, a_up), (b_low, -b_up)))
+    c = product.lower_intercept((a, b), box)
+    return Relaxation(Plane((a[0], b[0]), c[0]), Plane((a[1], -b[1]), -c[1]))
+
+
+def contracting_slopes(product: GateProduct, box: Box) -> Slopes:
+    """The slope in x that carries least of the state's uncertainty through time, and then the best in y."""
+    return product.contracting(box)
+
+
+@torch.no_grad()
+def volume_optimal_slopes(product: GateProduct, box: Box, steps: int = 60) -> Slopes:
+    """Slopes of the plane with the least volume under f: the highest at the box's centre (mx, my).
+
+    Its height a mx + b my + c(a, b) is concave in the slopes, with supergradient (mx, my) - contact point. The
+    ellipsoid method shrinks the area in which the best slopes may lie by a fixed factor each step. Meant for
+    comparisons: it costs ``steps`` evaluations of the intercept.
+    """
+    mx, my = box.middle
+    # Slopes are optimised per half-width of the box, so that both have the unit of f.
+    hx, hy = (0.5 * (box.ux - box.lx)).clamp(min=1e-6), (0.5 * (box.uy - box.ly)).clamp(min=1e-6)
+    scale = torch.maximum(box.lx.abs(), box.ux.abs()).clamp(min=1e-6)
+    p, q = torch.zeros_like(mx), torch.zeros_like(mx)
+    pp, pq, qq = 2 * scale**2, torch.zeros_like(mx), 2 * scale**2
+    best = (p / hx, q / hy, torch.full_like(mx, -torch.inf))
+    for _ in range(steps):
+        height, gp, gq = _centre_height(product, box, (mx, my), (hx, hy), (p, q))
+        better = height > best[2]
+        best = tuple(torch.where(better, n, o) for n, o in zip((p / hx, q / hy, height), best, strict=True))
+        vp, vq = pp * gp + pq * gq, pq * gp + qq * gq
+        norm = (gp * vp + gq * vq).clamp(min=1e-30).sqrt()
+        vp, vq = vp / norm, vq / norm
+        p, q = p + vp / 3, q + vq / 3
+        pp, pq, qq = (4 / 3 * (m - 2 / 3 * v) for m, v in ((pp, vp * vp), (pq, vp * vq), (qq, vq * vq)))
+    return best[0], best[1]
+
+
+def _centre_height(product: GateProduct, box: Box, middle, half, scaled: Slopes) -> tuple[Tensor, Tensor, Tensor]:
+    """Height at the centre of the plane with slopes scaled / half, and its gradient in the scaled slopes."""
+    with torch.enable_grad():
+        p, q = (s.detach().requires_grad_() for s in scaled)
+        a, b = p / half[0], q / half[1]
+        height = product.lower_intercept((a, b), box) + a * middle[0] + b * middle[1]
+        gp, gq = torch.autograd.grad(height.sum(), (p, q))
+    return height.detach(), gp, gq
+
+
+def constant_slopes(product: GateProduct, box: Box) -> Slopes:
+    """No slopes: the product's range."""
+    return torch.zeros_like(box.lx), torch.zeros_like(box.lx)
+
+
+@torch.no_grad()
+def line_slopes(product: GateProduct, box: Box) -> Slopes:
+    """A slope in one operand alone, (a, 0) or (0, b), whichever gives the higher line at the centre.
+
+    With a = 0 the product is least at x = lx, so b is a gate line's slope; a is searched, since the height at the
+    centre is concave in it.
+    """
+    zero = torch.zeros_like(box.lx)
+    mx, my = box.middle
+    b = _gate_slope(product.factor(box.lx), box)
+
+    def height(a: Tensor) -> Tensor:
+        return product.lower_intercept((a, zero), box) + a * mx
+
+    a = _golden_section(height, zero, zero + 1.0)
+    upright = height(a) > product.lower_intercept((zero, b), box) + b * my
+    return torch.where(upright, a, zero), torch.where(upright, zero, b)
+
+
+def _golden_section(concave: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, steps: int = 25) -> Tensor:
+    """Where a concave function is highest in [low, high], element-wise, to (high - low) / 1.6^steps."""
+    ratio = (5**0.5 - 1) / 2
+    for _ in range(steps):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        rising = concave(right) > concave(left)
+        low, high = torch.where(rising, left, low), torch.where(rising, high, right)
+    return 0.5 * (low + high)
+
+
+# How the slopes of a gate product are chosen; "plane" is the default, "line" and "constant" the paper's ablation.
+SLOPES = {
+    "plane": contracting_slopes,
+    "volume": volume_optimal_slopes,
+    "line": line_slopes,
+    "constant": constant_slopes,
+}
