@@ -288,7 +288,7 @@ class Graph:
     def add(self, node: Node) -> Node:
         """Append a node whose parents are in the graph already, and return it."""
         for parent in node.parents:
-            if parent.index < 0 or self.nodes[parent.index] is not parent:
+            if not 0 <= parent.index < len(self.nodes) or self.nodes[parent.index] is not parent:
                 raise ValueError("a node's parents must be added to the graph before it")
             if isinstance(parent, Frame) and not isinstance(node, Linear):
                 raise ValueError("an input frame must enter through a Linear node (the identity, if nothing else)")
