@@ -19,7 +19,7 @@ from utils.relaxations import Relaxation
 
 mpmath.mp.dps = 60
 
-# Room for the rounding of sums in float64, relative to 1 + the size of the numbers: the bounds are about reals.
+# Room for the rounding of sums in float64, relative to the size of the numbers: the bounds are about reals.
 ROUNDING = 1e-12
 
 
@@ -72,9 +72,9 @@ def margins_of(graph: Graph, x: Tensor, rows: Tensor) -> Tensor:
     return (rows @ graph.evaluate(x)[..., None]).squeeze(-1)
 
 
-def framed(graph: Graph, sizes: tuple[int, ...]) -> list[Frame]:
-    """Add one input frame per size."""
-    return [graph.add(Frame(size, t)) for t, size in enumerate(sizes)]
+def framed(graph: Graph, frames: int, size: int = 3) -> list[Frame]:
+    """Add the input frames."""
+    return [graph.add(Frame(size, t)) for t in range(frames)]
 
 
 def dense(graph: Graph, size: int, *parents, seed: int) -> Linear:
@@ -201,8 +201,8 @@ def lowest_margins(graph: Graph, x: Tensor, eps: Tensor, rows: Tensor, threat: T
 
 
 def check_below(bound: Tensor, value: Tensor, message: str = "") -> None:
-    """Fail unless bound <= value, but for rounding; NaN fails."""
-    room = ROUNDING * (1.0 + value.abs() + bound.abs())
+    """Fail unless bound <= value, but for the rounding of numbers as large as the largest; NaN fails."""
+    room = ROUNDING * (1.0 + value.abs().amax() + bound.abs().amax())
     wrong = ~(bound <= value + room)
     assert not wrong.any(), f"{message}: bound {bound[wrong][0]:.9g} above value {value.expand_as(bound)[wrong][0]:.9g}"
 
@@ -237,7 +237,7 @@ def stationary_points(name: str, slope) -> list:
 
 
 def check_lines(name: str, l: Tensor, u: Tensor, relaxation: Relaxation, points: int = 9) -> None:  # noqa: E741
-    """Fail unless the lines are sound on [l, u] over the reals, without tolerance, and touch the curve (but for rounding).
+    """Fail unless the lines are sound on [l, u] over the reals, without tolerance, and tight but for rounding.
 
     Element-wise for 1-D tensors, in high precision: slopes, intercepts and ends count as the exact reals they are.
     Sound is checked twice, on a grid and at the stationary points; tight only where the terms do not underflow.
