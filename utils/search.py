@@ -19,7 +19,7 @@ TYPICAL_ORDER = 2.8  # the loss of margin grows like this power of eps near the 
 
 @dataclass
 class Bracket:
-    """Per sample, (batch,): ``low`` certified (0 if nothing did) with ``margin``, ``high`` failed (inf if nothing did)."""
+    """Per sample, (batch,): ``low`` certified with ``margin``, ``high`` failed; 0 and inf where no evaluation did so."""
 
     low: Tensor
     high: Tensor
@@ -51,8 +51,11 @@ class _Forecast:
             self.low[kind][rows] = torch.where(passed, coordinate, self.low[kind][rows])
             self.high[kind][rows] = torch.where(passed, self.high[kind][rows], coordinate)
 
-    def radius(self, rows: Tensor) -> Tensor:
-        """The foretold radius; between the bracket's ends where there are two."""
+    def radius(self, rows: Tensor, evaluations: Tensor) -> Tensor:
+        """The foretold radius; between the bracket's ends where there are two, else at least a least step away.
+
+        The least step grows with the number of evaluations: a margin that stays near 0 foretells no step at all.
+        """
         (u_low, w_low), (u_high, w_high), (u_old, w_old) = (
             (u[rows], w[rows]) for u, w in (self.low, self.high, self.older)
         )
@@ -61,7 +64,8 @@ class _Forecast:
         order = ((w_seen - w_old) / (u_seen - u_old)).clamp(0.5, 4.0)
         order = torch.where(order.isnan(), TYPICAL_ORDER, order)
         step = (-w_seen / order).clamp(-_log(MAX_STEP), _log(MAX_STEP))
-        step = torch.where(u_low.isnan(), step.clamp(max=-_log(1.1)), step.clamp(min=_log(1.1)))
+        at_least = (_log(1.1) * 2.0 ** (evaluations - 3).clamp(0, 10)).clamp(max=_log(MAX_STEP))
+        step = torch.where(u_low.isnan(), torch.minimum(step, -at_least), torch.maximum(step, at_least))
         secant = u_low - w_low * (u_high - u_low) / (w_high - w_low)
         quadratic = (
             u_low * w_high * w_old / ((w_low - w_high) * (w_low - w_old))
@@ -114,7 +118,7 @@ def largest_certified(
         bracket.margin[rows] = torch.where(passed, margin, bracket.margin[rows])
         bracket.evaluations[rows] += 1
         forecast.see(rows, eps[rows], margin)
-        eps[rows] = aim.next(bracket, rows, forecast.radius(rows)).clamp(max=max_eps)
+        eps[rows] = aim.next(bracket, rows, forecast.radius(rows, bracket.evaluations[rows])).clamp(max=max_eps)
         rows = rows[_unfinished(bracket, rows, tol) & (bracket.low[rows] < max_eps)]
     return bracket
 
