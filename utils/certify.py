@@ -22,6 +22,9 @@ SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
 # First eps of a search, as a share of the radius at which the margin's linearisation vanishes.
 FIRST_SHARE = 0.1
 
+# No larger eps is tried unless asked for: a sample of a saturating network can be certified at any.
+MAX_EPS = 1e6
+
 Frames = int | Sequence[int] | Tensor | None
 
 
@@ -38,7 +41,11 @@ def margin_rows(labels: Tensor, num_classes: int, targets: Tensor | None = None)
     if targets is None:
         others = torch.arange(num_classes - 1, device=labels.device).expand(len(labels), -1)
         targets = others + (others >= labels[:, None])
+    elif targets.is_floating_point() or targets.dim() not in (1, 2) or len(targets) != len(labels):
+        raise ValueError(f"targets must be (batch,) or (batch, n_specs) of integers, not {tuple(targets.shape)}")
     targets = targets.reshape(len(labels), -1)
+    if targets.shape[1] == 0:
+        raise ValueError("there is no class to compare the label with")
     for name, classes in (("label", labels), ("target", targets)):
         if bool(((classes < 0) | (classes >= num_classes)).any()):
             raise ValueError(f"a {name} is not one of the classes 0 ... {num_classes - 1}")
@@ -56,13 +63,14 @@ def frame_mask(frames: Frames, batch: int, num_frames: int) -> Tensor:
     """
     if frames is None:
         return torch.ones(batch, num_frames, dtype=torch.bool)
-    if isinstance(frames, Tensor) and frames.dtype == torch.bool:
+    frames = torch.as_tensor(frames)
+    if frames.dtype == torch.bool:
         if frames.shape not in ((num_frames,), (batch, num_frames)):
             raise ValueError(f"a frame mask is (T,) or (batch, T) = {(batch, num_frames)}, not {tuple(frames.shape)}")
         return frames.expand(batch, num_frames).clone()
-    chosen = [frames] if isinstance(frames, int) else [int(frame) for frame in frames]
-    if not chosen or any(not 0 <= frame < num_frames for frame in chosen):
-        raise ValueError(f"frames must be from 0 ... {num_frames - 1}, not {frames}")
+    chosen = frames.reshape(-1).tolist()
+    if not chosen or frames.is_floating_point() or any(not 0 <= frame < num_frames for frame in chosen):
+        raise ValueError(f"frames must be from 0 ... {num_frames - 1}, not {chosen}")
     mask = torch.zeros(batch, num_frames, dtype=torch.bool)
     mask[:, chosen] = True
     return mask
@@ -98,6 +106,7 @@ class MarginProblem:
         if lengths is not None:
             self.mask &= torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         self._graphs: dict[torch.dtype, Graph] = {}
+        Perturbation(x, torch.zeros_like(x[:, :, 0]), **self.threat)  # raises what is wrong with the threat model
 
     def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Graph:
         """The model unrolled, over the chosen samples' own lengths if these differ."""
@@ -142,7 +151,7 @@ def check_inputs(model: SequenceClassifier, x: Tensor, labels: Tensor, lengths: 
         raise ValueError(f"x must be (batch, T, n) with at least one sample and frame, not {tuple(x.shape)}")
     if x.shape[2] != model.rnn.input_size:
         raise ValueError(f"x has {x.shape[2]} values a frame, the model takes {model.rnn.input_size}")
-    if labels.shape != x.shape[:1] or labels.is_floating_point():
+    if labels.shape != x.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be ({x.shape[0]},) of integers, not {tuple(labels.shape)} of {labels.dtype}")
     if lengths is not None:
         if lengths.shape != x.shape[:1] or lengths.is_floating_point():
@@ -153,9 +162,11 @@ def check_inputs(model: SequenceClassifier, x: Tensor, labels: Tensor, lengths: 
             raise ValueError(f"lengths must be from 1 to the {x.shape[1]} frames of x")
     if not x.is_floating_point() or not bool(x.isfinite().all()):
         raise ValueError("x must be finite floating-point numbers")
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"the model's parameter {name} is not finite")
+    if bool((model.std == 0).any()):
+        raise ValueError("the model divides its inputs by a std of 0")
 
 
 def certified_margin(
@@ -227,7 +238,7 @@ def search_radius(
     *,
     tol: float = 1e-3,
     eps0: float | None = None,
-    max_eps: float = torch.inf,
+    max_eps: float = MAX_EPS,
     dtype: torch.dtype = torch.float64,
     search_dtype: torch.dtype = torch.float32,
     batch_size: int = 100,
@@ -235,8 +246,8 @@ def search_radius(
     """Largest certified eps of every sample: a search in ``search_dtype``, the verdict in ``dtype``.
 
     What the search found is certified once more in ``dtype``. The few samples for which that fails, by the precision
-    of the search, are searched again in ``dtype``. No eps above ``max_eps`` is tried: some samples, of saturating
-    networks, are certified at any.
+    of the search, are searched again in ``dtype``, as are those whose margin is too small for that precision.
+    No eps above ``max_eps`` is tried: some samples, of saturating networks, are certified at any.
     """
     if not 0 < tol < 1:
         raise ValueError(f"tol must be between 0 and 1, not {tol}")
@@ -244,6 +255,11 @@ def search_radius(
         raise ValueError(f"eps0 must be a positive number, not {eps0}")
     if not max_eps > 0:
         raise ValueError(f"max_eps must be a positive number, not {max_eps}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    for precision in (dtype, search_dtype):
+        if precision not in SLACK:
+            raise ValueError(f"a radius is searched in torch.float32 or torch.float64, not {precision}")
     parts = [
         _search_rows(problem, rows, tol, eps0, max_eps, dtype, search_dtype)
         for rows in torch.arange(len(problem.x), device=problem.x.device).split(batch_size)
@@ -265,25 +281,32 @@ def _search_rows(problem, rows: Tensor, tol: float, eps0, max_eps: float, dtype,
 
     at_zero = clean - SLACK[dtype] * (1.0 + clean.abs())
     first = FIRST_SHARE * problem.linear_radius(search_dtype)[rows] if eps0 is None else torch.full_like(clean, eps0)
-    found = largest_certified(margin_in(search_dtype), at_zero, first.to(dtype), tol, max_eps)
-    if search_dtype != dtype:
-        _confirm(margin_in(dtype), at_zero, found, tol)
+    first = first.to(dtype)
+    if search_dtype == dtype:
+        found = largest_certified(margin_in(dtype), at_zero, first, tol, max_eps)
+    else:
+        # Where the slack is a larger share of the margin than tol, it would move the radius by more than tol.
+        too_coarse = SLACK[search_dtype] * (1.0 + clean.abs()) > tol * clean
+        found = largest_certified(margin_in(search_dtype), at_zero.masked_fill(too_coarse, 0.0), first, tol, max_eps)
+        _confirm(margin_in(dtype), at_zero, found, first, tol, max_eps)
     return RadiusResult(found.low, found.high, found.margin, found.evaluations)
 
 
-def _confirm(margin_of, at_zero: Tensor, found: Bracket, tol: float) -> None:
-    """Replace what does not hold in the verdict's precision by a search in it."""
+def _confirm(margin_of, at_zero: Tensor, found: Bracket, first: Tensor, tol: float, max_eps: float) -> None:
+    """Replace what does not hold in the verdict's precision, or was not found, by a search in it."""
+    found.margin = at_zero.clone()
     rows = (found.low > 0).nonzero().squeeze(-1)
-    if rows.numel() == 0:
-        return
-    found.margin[rows] = margin_of(rows, found.low[rows])
-    found.evaluations[rows] += 1
-    refuted = rows[found.margin[rows] <= 0]
-    if refuted.numel():
-        first = found.low[refuted] * (1 - tol)
-        again = largest_certified(lambda chosen, eps: margin_of(refuted[chosen], eps), at_zero[refuted], first, tol)
-        found.low[refuted], found.high[refuted], found.margin[refuted] = again.low, again.high, again.margin
-        found.evaluations[refuted] += again.evaluations
+    if rows.numel():
+        found.margin[rows] = margin_of(rows, found.low[rows])
+        found.evaluations[rows] += 1
+    again = ((at_zero > 0) & ((found.low == 0) | (found.margin <= 0))).nonzero().squeeze(-1)
+    if again.numel():
+        start = torch.where(found.low > 0, found.low * (1 - tol), first)[again]
+        bracket = largest_certified(
+            lambda chosen, eps: margin_of(again[chosen], eps), at_zero[again], start, tol, max_eps
+        )
+        found.low[again], found.high[again], found.margin[again] = bracket.low, bracket.high, bracket.margin
+        found.evaluations[again] += bracket.evaluations
 
 
 @torch.no_grad()
@@ -302,6 +325,7 @@ def certified_radius(
     lengths: Tensor | None = None,
     tol: float = 1e-3,
     eps0: float | None = None,
+    max_eps: float = MAX_EPS,
     dtype: torch.dtype = torch.float64,
     search_dtype: torch.dtype = torch.float32,
     batch_size: int = 100,
@@ -313,6 +337,7 @@ def certified_radius(
     Args:
         tol: the smallest eps that failed is at most this relative distance above the radius.
         eps0: first eps of the search; found from the gradient if left out. It does not change what is certified.
+        max_eps: largest eps to try, and the radius of a sample that is certified even there.
         dtype: precision of the verdict, in which every returned radius was certified.
         search_dtype: precision of the search before it.
         batch_size: samples bounded at once; less needs less memory.
@@ -322,5 +347,12 @@ def certified_radius(
     """
     threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
     problem = MarginProblem(model, x, labels, targets=targets, method=method, relaxation=relaxation, **threat)
-    search = {"tol": tol, "eps0": eps0, "dtype": dtype, "search_dtype": search_dtype, "batch_size": batch_size}
+    search = {
+        "tol": tol,
+        "eps0": eps0,
+        "max_eps": max_eps,
+        "dtype": dtype,
+        "search_dtype": search_dtype,
+        "batch_size": batch_size,
+    }
     return search_radius(problem, **search).radius
