@@ -54,7 +54,7 @@ SMOOTH = {
 STUBBORN = {
     "step": lambda eps, r: torch.where(eps < r, 1.0, -1.0).double(),
     "cliff after a plateau": lambda eps, r: torch.where(eps < r, 1.0, -math.inf).double(),
-    "hardly positive, hardly negative": lambda eps, r: 1e-300 * torch.where(eps < r, 1.0, -1.0).double(),
+    "hardly positive, hardly negative": lambda eps, r: torch.where(eps < r, 1.0, -1.0).double() * 1e-300,
     "root": lambda eps, r: 1 - (eps / r) ** 0.1,
     "very steep": lambda eps, r: 1 - (eps / r) ** 40,
     "zero is not certified": lambda eps, r: torch.where(eps < r, 0.3, 0.0).double(),

@@ -19,7 +19,7 @@ TYPICAL_ORDER = 2.8  # the loss of margin grows like this power of eps near the 
 
 @dataclass
 class Bracket:
-    """Per sample, (batch,): ``low`` certified with ``margin``, ``high`` failed; 0 and inf where no evaluation did so."""
+    """Per sample, (batch,): ``low`` certified with ``margin``, ``high`` failed; 0 and inf where none did."""
 
     low: Tensor
     high: Tensor
@@ -67,6 +67,7 @@ class _Forecast:
         at_least = (_log(1.1) * 2.0 ** (evaluations - 3).clamp(0, 10)).clamp(max=_log(MAX_STEP))
         step = torch.where(u_low.isnan(), torch.minimum(step, -at_least), torch.maximum(step, at_least))
         secant = u_low - w_low * (u_high - u_low) / (w_high - w_low)
+        secant = torch.where(w_high > w_low, secant, 0.5 * (u_low + u_high))
         quadratic = (
             u_low * w_high * w_old / ((w_low - w_high) * (w_low - w_old))
             + u_high * w_low * w_old / ((w_high - w_low) * (w_high - w_old))
