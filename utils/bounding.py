@@ -34,6 +34,7 @@ from utils.cli import (
 )
 from utils.models import SequenceClassifier
 from utils.perturbation import BALLS, INF
+from utils.planes import SLOPES
 from utils.plots import plot_results
 from utils.results import (
     EXAMPLES_NAME,
@@ -49,7 +50,6 @@ from utils.results import (
 from utils.training import check_writable
 
 UNIT = "pixel values, which lie in [0, 1]"
-RELAXATIONS = ("plane", "line", "constant")
 TARGETS = ("random", "runnerup", "least")
 NUM_EXAMPLES = 4  # images drawn beside the heat-map
 
@@ -93,7 +93,10 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
 def add_relaxation_argument(parser: argparse.ArgumentParser) -> None:
     """Add --relaxation, for cells with products."""
     parser.add_argument(
-        "--relaxation", choices=RELAXATIONS, default="plane", help="what bounds the gates' products from either side"
+        "--relaxation",
+        choices=tuple(SLOPES),
+        default="plane",
+        help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants",
     )
 
 
@@ -434,7 +437,7 @@ def short_title(args: argparse.Namespace) -> str:
 def print_introduction(record: Record) -> None:
     counts, model, data = record["counts"], record["model"], record["data"]
     print(f"{model['name']} ({model['path']}) on test images of {data['source']}: {counts['drawn']} drawn, ", end="")
-    print(f"{counts['misclassified']} misclassified, {counts['kept']} certified")
+    print(f"{counts['misclassified']} misclassified, {counts['kept']} to certify")
     if counts["left_out"]:
         target = record["arguments"]["target"]
         print(f"{counts['left_out']} drawn images of class {target} are left out: that is the target")

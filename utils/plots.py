@@ -9,15 +9,15 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from utils.results import CSV_NAME, EXAMPLES_NAME, FIGURES, Record, Row, read_record, read_rows, replacing
 
 DPI = 150
 LINES_IN_LEGEND = 7
-COLORS = "viridis"
-plain, dashed = {"color": "tab:blue"}, {"color": "tab:gray", "linestyle": "--"}
+# Without the brightest part, on which white digits could not be seen.
+COLORS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, 256)))
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def plot_histogram(results: Results) -> Figure:
     axes.hist(radii, bins="auto" if np.ptp(radii) > 0 else 10, color="tab:blue", edgecolor="white", linewidth=0.6)
     axes.axvline(radii.mean(), color="black", linestyle="--", label=f"mean {radii.mean():.4g}")
     frames = len(results.frames)
+    axes.locator_params(axis="x", nbins=7)
     axes.set_xlabel(eps_label(results, "certified radius"))
     axes.set_ylabel(f"radii, {frames} frames an image" if frames else "images")
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -84,24 +85,24 @@ def plot_certified_fraction(results: Results) -> Figure:
     axes = figure.add_subplot()
     frames = results.frames
     if frames:
-        colors = matplotlib.colormaps[COLORS](np.linspace(0, 0.9, len(frames)))
+        colors = COLORS(np.linspace(0, 1, len(frames)))
         for frame, color in zip(frames, colors, strict=True):
             radii = results.radii(frame)
             _stairs(axes, radii, len(radii), color=color, label=f"frame {frame}")
         if len(frames) <= LINES_IN_LEGEND:
             axes.legend(frameon=False)
         else:
-            shades = matplotlib.colors.ListedColormap(colors)
             bounds = Normalize(min(frames) - 0.5, max(frames) + 0.5)
-            figure.colorbar(ScalarMappable(bounds, shades), ax=axes, label="frame")
+            figure.colorbar(ScalarMappable(bounds, ListedColormap(colors)), ax=axes, label="frame")
         axes.set_ylabel(f"certified share of the {len(radii)} correctly\nclassified images (%)")
     else:
         counts, radii = results.record["counts"], results.radii()
-        _stairs(axes, radii, counts["kept"], label=f"of the {counts['kept']} correctly classified", **plain)
+        kept = f"of the {counts['kept']} correctly classified"
+        _stairs(axes, radii, counts["kept"], label=kept, color="tab:blue")
         if counts["misclassified"]:
             drawn = counts["kept"] + counts["misclassified"]
             kind = " of another class than the target" if counts["left_out"] else ""
-            _stairs(axes, radii, drawn, label=f"of all {drawn} drawn{kind}", **dashed)
+            _stairs(axes, radii, drawn, label=f"of all {drawn} drawn{kind}", color="tab:gray", linestyle="--")
         axes.legend(frameon=False)
         axes.set_ylabel("certified share of the images (%)")
     axes.set_xlabel(eps_label(results, r"perturbation $\epsilon$"))
@@ -131,28 +132,24 @@ def plot_heatmap(results: Results, indices: np.ndarray, images: np.ndarray) -> F
     by_key = {(row.index, row.frame): row.radius for row in results.rows}
     example = [np.array([by_key[index, frame] for frame in frames]) for index in indices.tolist()]
     scale = Normalize(0, max(values.max() for values in [mean, *example]))
-    figure = new_figure(results, width=2.9 + 1.9 * len(example) + 0.9, height=3.4)
-    grid = figure.add_gridspec(1, 1 + len(example), width_ratios=[1.45] + [1.0] * len(example))
-    left = figure.add_subplot(grid[0])
+    figure = new_figure(results, width=1.4 + 2.15 * (1 + len(example)), height=3.0)
+    left, *others = figure.subplots(1, 1 + len(example))
     _bands(left, mean, side, scale)
-    size = 10 if len(frames) <= 14 else 6.5
+    size = 9 if len(frames) <= 10 else 7 if len(frames) <= 14 else 4.5
     for frame, value in enumerate(mean):
-        color = "white" if scale(value) < 0.6 else "black"
         middle = (frame + 0.5) * side / len(frames) - 0.5
-        left.text((side - 1) / 2, middle, f"{value:.3g}", color=color, fontsize=size, ha="center", va="center")
-    left.set_title(f"mean of {len(results.radii(frames[0]))} images", fontsize=10)
-    left.set_ylabel("frame (a band of rows)")
+        left.text((side - 1) / 2, middle, f"{value:.3g}", color="white", fontsize=size, ha="center", va="center")
+    left.set_title(f"all {len(results.radii(frames[0]))} images\nmean", fontsize=10)
+    left.set_ylabel("frame (a band of rows)", fontsize=10)
     left.set_yticks((np.arange(len(frames)) + 0.5) * side / len(frames) - 0.5, frames, fontsize=size)
-    for column, (index, values, image) in enumerate(zip(indices.tolist(), example, images, strict=True), start=1):
-        axes = figure.add_subplot(grid[column])
+    for axes, index, values, image in zip(others, indices.tolist(), example, images, strict=True):
         _bands(axes, values, side, scale)
         ink = np.ones((side, side, 4))
         ink[..., 3] = image / 255
         axes.imshow(ink, interpolation="nearest")
         axes.set_title(f"test image {index}\nlabel {own[index]}", fontsize=10)
         axes.set_yticks([])
-    colors = ScalarMappable(scale, COLORS)
-    bar = figure.colorbar(colors, ax=figure.axes, shrink=0.85, pad=0.015)
+    bar = figure.colorbar(ScalarMappable(scale, COLORS), ax=figure.axes, shrink=0.9, pad=0.015)
     bar.set_label(eps_label(results, "certified radius of the frame").replace(" (", "\n("), fontsize=9)
     return figure
 
