@@ -376,16 +376,22 @@ def residual() -> Graph:
     return graph
 
 
-def sliced(starts: tuple[int, ...]) -> Graph:
-    """Parts of a stacked Linear: side by side, overlapping, with gaps, out of order, and the whole as well."""
+def sliced(*starts: int) -> Graph:
+    """Parts of a stacked Linear: side by side, overlapping, with gaps, out of order."""
     graph = Graph()
-    frames = framed(graph, 2)
-    gates = dense(graph, 6, *frames, seed=1)
+    gates = dense(graph, 6, *framed(graph, 2), seed=1)
     parts = [graph.add(Activation(graph.add(Slice(gates, start, 2)), "tanh")) for start in starts]
     h = graph.add(WeightedSum(tuple(parts), tuple(range(1, len(parts) + 1))))
+    dense(graph, CLASSES, h, seed=2)
+    return graph
+
+
+def sliced_and_whole() -> Graph:
+    """A slice of a slice, beside the whole that it is taken of."""
+    graph = Graph()
+    gates = dense(graph, 6, *framed(graph, 2), seed=1)
     inner = graph.add(Slice(graph.add(Slice(gates, 1, 4)), 1, 2))
-    squashed = graph.add(Activation(inner, "sigmoid"))
-    dense(graph, CLASSES, h, squashed, gates, seed=2)
+    dense(graph, CLASSES, graph.add(Activation(inner, "sigmoid")), gates, seed=2)
     return graph
 
 
@@ -404,11 +410,12 @@ def with_constants() -> Graph:
 HAND_MADE = {
     "mlp": mlp,
     "residual": residual,
-    "slices that tile": lambda: sliced((0, 2, 4)),
-    "slices out of order": lambda: sliced((4, 0, 2)),
-    "slices with a gap": lambda: sliced((0, 4)),
-    "slices that overlap": lambda: sliced((0, 1, 4)),
-    "the same slice twice": lambda: sliced((2, 2)),
+    "slices that tile": lambda: sliced(0, 2, 4),
+    "slices out of order": lambda: sliced(4, 0, 2),
+    "slices with a gap": lambda: sliced(0, 4),
+    "slices that overlap": lambda: sliced(0, 1, 4),
+    "the same slice twice": lambda: sliced(2, 2),
+    "a slice of a slice and the whole": sliced_and_whole,
     "constants": with_constants,
 }
 
