@@ -16,14 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.bounding import add_bound_arguments, add_relaxation_argument, bound_mnist_classifier
+from utils.bounding import add_bound_arguments, bound_mnist_classifier
 from utils.cli import ArgumentParser, run_main
 
 
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     add_bound_arguments(parser, "gru", hidden_size=32, time_step=4)
-    add_relaxation_argument(parser)
     return parser.parse_args()
 
 

@@ -55,7 +55,7 @@ NUM_EXAMPLES = 4  # images drawn beside the heat-map
 
 
 def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidden_size: int, time_step: int) -> None:
-    """Add the flags that all bound scripts share, with the given defaults, and the common ones."""
+    """Add the flags of a bound script, with the given defaults, and the common ones; gated cells get one more."""
     group = parser.add_argument_group("model (the checkpoint must agree)")
     group.add_argument(
         "--work-dir", type=Path, default=ROOT / "models" / "mnist_classifier", help="folder of the model folders"
@@ -82,22 +82,19 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
     group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
     group = parser.add_argument_group("how")
     group.add_argument("--method", choices=METHODS, default="crown", help="bounds: backward, interval, or both")
+    if architecture != "rnn":
+        group.add_argument(
+            "--relaxation",
+            choices=tuple(SLOPES),
+            default="plane",
+            help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants",
+        )
     group.add_argument("--eps0", type=positive_float, help="first eps of the search (default: from the gradient)")
     group.add_argument("--tol", type=relative_tolerance, default=1e-3, help="relative width of the final bracket")
     group.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="precision of the verdict")
     group.add_argument("--batch-size", type=positive_int, default=20, help="images bounded and written at a time")
     group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
     add_common_arguments(parser)
-
-
-def add_relaxation_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --relaxation, for cells with products."""
-    parser.add_argument(
-        "--relaxation",
-        choices=tuple(SLOPES),
-        default="plane",
-        help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants",
-    )
 
 
 def target_choice(text: str) -> str | int:
@@ -307,11 +304,18 @@ class Run:
                 continue
             started = time.perf_counter()
             result = self._search_frame(chosen, frame)
-            values = zip(*(values.tolist() for values in vars(result).values()), strict=True)
+            values = {
+                "radius": result.radius.tolist(),
+                "failed_eps": result.failed.tolist(),
+                "margin": result.margin.tolist(),
+                "evaluations": result.evaluations.tolist(),
+            }
             seconds = (time.perf_counter() - started) / len(chosen)
-            for sample, (radius, failed, margin, evaluations) in zip(chosen, values, strict=True):
-                found[sample * width + position] = (radius, failed, margin, evaluations, seconds)
-        return [Row(**vars(self.keys[n]), **_found(found[n])) for n in range(max(first, finished), end)]
+            for n, sample in enumerate(chosen):
+                number = sample * width + position
+                own = {name: column[n] for name, column in values.items()}
+                found[number] = Row(**vars(self.keys[number]), **own, seconds=seconds)
+        return [found[number] for number in range(max(first, finished), end)]
 
     @torch.no_grad()
     def _search_frame(self, chosen: list[int], frame: int | None) -> RadiusResult:
@@ -339,14 +343,9 @@ class Run:
                 batch_size=len(chosen),
             )
         except ArithmeticError as error:
-            indices = samples.index[chosen].tolist()
-            raise ValueError(f"test images {indices[0]} ... {indices[-1]} of the draw: {error}") from error
+            raise ValueError(f"in the batch of test image {samples.index[chosen[0]]}: {error}") from error
         except torch.OutOfMemoryError as error:
             raise ValueError(f"the device is out of memory: try a smaller --batch-size than {len(chosen)}") from error
-
-
-def _found(values: tuple) -> dict:
-    return dict(zip(("radius", "failed_eps", "margin", "evaluations", "seconds"), values, strict=True))
 
 
 def make_record(run: Run, path: Path, config: Config, data: ImageData) -> Record:
@@ -413,8 +412,9 @@ def describe_goal(args: argparse.Namespace) -> str:
     """What is certified, in words."""
     if args.untargeted:
         return "no such image is classified differently"
-    names = {"random": "random", "runnerup": "highest logit besides the label", "least": "lowest logit"}
-    kind = names.get(args.target, f"class {args.target}")
+    if isinstance(args.target, int):
+        return f"no such image is classified as {args.target}"
+    kind = {"random": "random", "runnerup": "highest logit besides the label", "least": "lowest logit"}[args.target]
     return f"no such image is classified as its target class ({kind})"
 
 
