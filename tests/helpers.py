@@ -161,7 +161,7 @@ def random_points(x: Tensor, eps: Tensor, threat: Threat, count: int, seed: int)
     return torch.stack(points)
 
 
-def attack(value_of, x: Tensor, eps: Tensor, threat: Threat, steps=12, starts=4, seed=0) -> Tensor:
+def attack(value_of, x: Tensor, eps: Tensor, threat: Threat, steps=8, starts=3, seed=0) -> Tensor:
     """Points (batch, T, n) of the perturbation set where ``value_of`` (batch,) is small, found by descent from x,
     random starts and towards the points at which the linearisation is least."""
     points = torch.cat((x[None], random_points(x, eps, threat, starts - 1, seed)))
@@ -186,7 +186,7 @@ def attack(value_of, x: Tensor, eps: Tensor, threat: Threat, steps=12, starts=4,
 
 def lowest_margins(graph: Graph, x: Tensor, eps: Tensor, rows: Tensor, threat: Threat, seed=0) -> Tensor:
     """The least margins, (batch, n_rows), that random points, corners and the attack find."""
-    points = random_points(x, eps, threat, 40, seed)
+    points = random_points(x, eps, threat, 24, seed)
     found = margins_of(graph, x, rows)
     for point in points:
         found = torch.minimum(found, margins_of(graph, point, rows))

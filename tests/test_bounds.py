@@ -61,7 +61,7 @@ def all_rows(batch: int = BATCH, classes: int = CLASSES) -> torch.Tensor:
 def check_bounds(graph: Graph, x, eps, rows, threat: Threat, methods=METHODS, seed=0) -> None:
     """Fail unless margins and intervals hold at corners, boundary points, inside and where an attack leads."""
     found = lowest_margins(graph, x, eps, rows, threat, seed)
-    points = random_points(x, eps, threat, 16, seed + 1)
+    points = random_points(x, eps, threat, 8, seed + 1)
     for method in methods:
         bounds = BoundPass(graph, threat.around(x, eps), method)
         margin = bounds.margin(rows)
