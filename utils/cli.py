@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACEBACK_VARIABLE = "SHOW_TRACEBACK"
-PACKAGES = ("torch", "torchvision", "numpy", "matplotlib", "mlxtend")
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "mlxtend")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
