@@ -1,0 +1,113 @@
+"""What the scripts behind the tables in docs/ and benchmarks/ share: models with their samples, and writing tables."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.mnist import ImageData
+from utils.bounding import check_arguments, draw_samples
+from utils.checkpoint import Config, load_checkpoint
+from utils.cli import ROOT, add_common_arguments, git_commit, norm_value, positive_int, versions
+from utils.models import SequenceClassifier
+from utils.results import replacing
+
+MODELS_DIR = ROOT / "models" / "mnist_classifier"
+
+
+@dataclass
+class Case:
+    """A checkpoint and the test images that a bound script draws for it: correctly classified, with random targets."""
+
+    name: str
+    config: Config
+    model: SequenceClassifier
+    x: Tensor
+    labels: Tensor
+    targets: Tensor
+
+    @property
+    def gated(self) -> bool:
+        return self.config["architecture"] != "rnn"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def add_table_arguments(parser: argparse.ArgumentParser, models: Sequence[str] | None, out_dir: Path) -> None:
+    """Add --models, --N, --p, --out-dir and the common flags."""
+    parser.add_argument(
+        "--models", nargs="+", default=models, metavar="NAME", help=f"folders in {MODELS_DIR.relative_to(ROOT)}"
+    )
+    parser.add_argument("--N", type=positive_int, default=20, help="test images drawn; the misclassified are left out")
+    parser.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball around every frame: 1, 2 or inf")
+    parser.add_argument("--out-dir", type=Path, default=out_dir, help="folder of the table")
+    add_common_arguments(parser)
+
+
+def committed_models() -> list[str]:
+    """Names of all folders that hold a checkpoint."""
+    return sorted(path.parent.name for path in MODELS_DIR.glob("*/*") if path.name in ("rnn", "lstm", "gru"))
+
+
+def load_case(name: str, data: ImageData, args: argparse.Namespace, device: torch.device) -> Case:
+    """The model of a folder and the images and targets that its bound script draws with the same --N and --seed.
+
+    Raises:
+        CheckpointError, ValueError: there is no such model, or nothing to certify.
+    """
+    model, config = load_checkpoint(MODELS_DIR / name / name.split("_")[0], device)
+    options = {"time_step": config["num_frames"], "dtype": "float64", "untargeted": False, "target": "random"}
+    options |= {"per_frame": False, "frames": None, "clip": False}
+    drawing = argparse.Namespace(**(vars(copy.copy(args)) | options))
+    check_arguments(drawing)
+    samples = draw_samples(data, model, drawing)
+    x = samples.frames(config["num_frames"]).to(device)
+    return Case(name, config, model, x, samples.labels.to(device), samples.targets.to(device))
+
+
+def provenance(args: argparse.Namespace, device: torch.device, source: str) -> list[str]:
+    """Markdown lines that say what made a table. Where the data lie on this machine does not belong there."""
+    words = [Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *sys.argv[1:]]
+    for flag in ("--data-dir", "--out-dir"):
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return [
+        f"- command: `python {' '.join(words)}`",
+        f"- made {datetime.now(timezone.utc):%Y-%m-%d} at commit {(git_commit() or 'unknown')[:10]}, torch "
+        f"{versions()['torch']}, {kind}",
+        f"- test images of {source}: {args.N} drawn with seed {args.seed}, the misclassified left out; one random "
+        "target class each",
+    ]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> list[str]:
+    """Lines of a Markdown table; columns after the first ``text_columns`` are set to the right."""
+    rule = [":--" if number < text_columns else "--:" for number in range(len(header))]
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, records: Sequence[dict]) -> None:
+    """Write records of the same keys under a header, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
