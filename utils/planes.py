@@ -297,17 +297,20 @@ def constant_slopes(product: GateProduct, box: Box) -> Slopes:
 def line_slopes(product: GateProduct, box: Box) -> Slopes:
     """A slope in one operand alone, (a, 0) or (0, b), whichever gives the higher line at the centre.
 
-    With a = 0 the product is least at x = lx, so b is a gate line's slope; a is searched, since the height at the
-    centre is concave in it.
+    With a = 0 the product is least at x = lx, so b is a gate line's slope. With b = 0 it is least at an end of y that
+    the sign of x tells, and the height of the line at the centre is concave in a, which is searched.
     """
     zero = torch.zeros_like(box.lx)
     mx, my = box.middle
-    b = _gate_slope(product.factor(box.lx), box)
+    low_gate, high_gate = box.ly.sigmoid(), box.uy.sigmoid()
 
     def height(a: Tensor) -> Tensor:
-        return product.lower_intercept((a, zero), box) + a * mx
+        stationary = tanh_stationary_point(a / high_gate.clamp(min=torch.finfo(a.dtype).tiny))
+        points = (box.lx, box.ux, stationary.clamp(box.lx, box.ux))
+        return a * mx + least([product.factor(x) * torch.where(x < 0, high_gate, low_gate) - a * x for x in points])
 
     a = _golden_section(height, zero, zero + 1.0)
+    b = _gate_slope(product.factor(box.lx), box)
     upright = height(a) > product.lower_intercept((zero, b), box) + b * my
     return torch.where(upright, a, zero), torch.where(upright, zero, b)
 

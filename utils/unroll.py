@@ -63,24 +63,25 @@ class LSTMCell(Cell):
 
 
 class GRUCell(Cell):
-    """r, z = W_ir x_t + W_hr h_{t-1} + b_ir + b_hr and likewise z; m = W_hn h_{t-1} + b_hn (stacked in this order),
+    """r, z = W_ir x_t + W_hr h_{t-1} + b_ir + b_hr and likewise z (stacked in this order, then n);
 
-    n = W_in x_t + b_in + sigmoid(r) m,  h_t = sigmoid(-z) tanh(n) + sigmoid(z) h_{t-1}.
+    n = W_in x_t + b_in + sigmoid(r) (W_hn h_{t-1} + b_hn),  h_t = sigmoid(-z) tanh(n) + sigmoid(z) h_{t-1}.
     """
 
     def step(self, inputs: tuple[Node, ...], state: tuple[Node, ...]) -> tuple[Node, ...]:
         (h,) = state
         size, weights = self.hidden, self.input_weights(inputs)
-        from_input = tuple(torch.cat((w[: 2 * size], torch.zeros_like(w[2 * size :]))) for w in weights)
-        bias = torch.cat((self.b_ih[: 2 * size] + self.b_hh[: 2 * size], self.b_hh[2 * size :]))
-        gates = self.graph.add(Linear((*inputs, h), (*from_input, self.w_hh), bias))
-        r, z, m = (self.graph.add(Slice(gates, k * size, size)) for k in range(3))
-        reset = self.graph.add(Product(m, r, "x*sigmoid(y)", self.relaxation))
-        new = self.graph.add(Linear(inputs, tuple(w[2 * size :] for w in weights), self.b_ih[2 * size :]))
-        n = self.graph.add(WeightedSum((new, reset)))
-        written = self.graph.add(Product(n, self.graph.add(Negative(z)), "tanh(x)*sigmoid(y)", self.relaxation))
+        gate, new = slice(0, 2 * size), slice(2 * size, None)
+        gate_weights = (*(w[gate] for w in weights), self.w_hh[gate])
+        gates = self.graph.add(Linear((*inputs, h), gate_weights, self.b_ih[gate] + self.b_hh[gate]))
+        r, z = (self.graph.add(Slice(gates, k * size, size)) for k in range(2))
+        memory = self.graph.add(Linear((h,), (self.w_hh[new],), self.b_hh[new]))
+        reset = self.graph.add(Product(memory, r, "x*sigmoid(y)", self.relaxation))
+        written = self.graph.add(Linear(inputs, tuple(w[new] for w in weights), self.b_ih[new]))
+        n = self.graph.add(WeightedSum((written, reset)))
+        n = self.graph.add(Product(n, self.graph.add(Negative(z)), "tanh(x)*sigmoid(y)", self.relaxation))
         kept = self.graph.add(Product(h, z, "x*sigmoid(y)", self.relaxation))
-        return (self.graph.add(WeightedSum((written, kept))),)
+        return (self.graph.add(WeightedSum((n, kept))),)
 
 
 CELLS = {nn.RNN: RNNCell, nn.LSTM: LSTMCell, nn.GRU: GRUCell}
