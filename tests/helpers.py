@@ -222,13 +222,16 @@ FUNCTIONS = {
     "tanh": mpmath.tanh,
     "sigmoid": lambda y: 1 / (1 + mpmath.exp(-y)),
     "relu": lambda y: max(y, mpmath.mpf(0)),
+    "leaky_relu": lambda y: max(y, mpmath.mpf(0.01) * y),
+    "hardtanh": lambda y: max(mpmath.mpf(-1), min(mpmath.mpf(1), y)),
 }
+KNOTS = {"relu": [0], "leaky_relu": [0], "hardtanh": [-1, 1]}
 
 
 def stationary_points(name: str, slope) -> list:
-    """All real y with f'(y) = slope, in high precision, and the kink of relu."""
-    if name == "relu":
-        return [mpmath.mpf(0)]
+    """All real y with f'(y) = slope, in high precision, and the knots of piecewise-linear functions."""
+    if name in KNOTS:
+        return [mpmath.mpf(knot) for knot in KNOTS[name]]
     slope = 4 * slope if name == "sigmoid" else slope
     if not 0 < slope < 1:
         return []

@@ -13,6 +13,9 @@ All functions are element-wise on tensors of one shape, differentiable in l and 
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -155,7 +158,79 @@ def relax_sigmoid(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E74
     return Relaxation(below, above)
 
 
-# --- relu -----------------------------------------------------------------------------------------------------------
+# --- piecewise-linear functions: relu, leaky relu, clamps -------------------------------------------------------------
+
+
+class Pieces(NamedTuple):
+    """A continuous function that is linear between its knots and grows nowhere downwards.
+
+    Attributes:
+        function: the function itself.
+        knots: where the slope changes, increasing.
+        slopes: one more than there are knots.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    knots: tuple[float, ...]
+    slopes: tuple[float, ...]
+
+
+def relax_pieces(pieces: Pieces, l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
+    """Lines around a piecewise-linear function on [l, u]; the volume-optimal slopes unless a pair is given.
+
+    f(y) - a y is least at an end or a knot, so those are the only candidates for the intercept. Knots outside the
+    interval are clipped into it.
+    """
+    points = (l, u, *(torch.full_like(l, knot).clamp(l, u) for knot in pieces.knots))
+    values = [pieces.function(point) for point in points]
+    low, high = supporting_slopes(pieces, points, values) if slopes is None else slopes
+    below = least([guarded(value, low * y) for y, value in zip(points, values, strict=True)])
+    above = -least([guarded(-value, -high * y) for y, value in zip(points, values, strict=True)])
+    return Relaxation(Plane((low,), below), Plane((high,), above))
+
+
+def supporting_slopes(pieces: Pieces, points, values) -> tuple[Tensor, Tensor]:
+    """Slopes of the lines under and over the function with the least volume: those nearest to it at the midpoint.
+
+    The convex envelope of the points has the slope of a piece or of a chord between two points. All are tried, and of
+    equally good ones the first is taken, pieces in the order of their slopes before chords.
+    """
+    middle = 0.5 * (points[0] + points[1])
+    candidates = [torch.full_like(middle, slope) for slope in sorted(set(pieces.slopes))]
+    for (p, at_p), (q, at_q) in itertools.combinations(zip(points, values, strict=True), 2):
+        width = (q - p).abs()
+        chord = (at_q - at_p).abs() / torch.where(width > 0, width, 1.0)
+        # Rounding must not make the slope of a very narrow interval leave the range of those of the pieces.
+        chord = chord.clamp(min(pieces.slopes), max(pieces.slopes))
+        candidates.append(torch.where(width > 0, chord, candidates[0]))
+    stacked = torch.stack(candidates)
+    chosen = []
+    for sign in (1.0, -1.0):
+        heights = torch.stack(
+            [sign * (value - stacked * (y - middle)) for y, value in zip(points, values, strict=True)]
+        )
+        index = heights.detach().amin(dim=0).argmax(dim=0, keepdim=True)
+        chosen.append(stacked.gather(0, index).squeeze(0))
+    return chosen[0], chosen[1]
+
+
+def leaky_relu_pieces(negative_slope: float = 0.01) -> Pieces:
+    """y where y > 0, negative_slope * y elsewhere."""
+    if not 0.0 <= negative_slope < math.inf:
+        raise ValueError(f"leaky relu needs a finite negative slope of at least 0, not {negative_slope}")
+    return Pieces(lambda y: torch.nn.functional.leaky_relu(y, negative_slope), (0.0,), (negative_slope, 1.0))
+
+
+def hardtanh_pieces(lowest: float = -1.0, highest: float = 1.0) -> Pieces:
+    """y cut to [lowest, highest]; an end may be infinite."""
+    if not lowest < highest:
+        raise ValueError(f"hardtanh needs a lowest value below its highest, not {lowest} and {highest}")
+    ends = [(lowest, 0.0)] * math.isfinite(lowest) + [(highest, 1.0)] * math.isfinite(highest)
+    slopes = (*([0.0] if math.isfinite(lowest) else []), 1.0, *([0.0] if math.isfinite(highest) else []))
+    return Pieces(lambda y: y.clamp(lowest, highest), tuple(end for end, _ in ends), slopes)
+
+
+RELU = Pieces(torch.relu, (0.0,), (0.0, 1.0))
 
 
 def relax_relu(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
@@ -165,12 +240,10 @@ def relax_relu(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
         width = u - l
         chord = (u.relu() - l.relu()) / torch.where(width > 0, width, 1.0)
         slopes = (active, torch.where(width > 0, chord.clamp(0.0, 1.0), active))
-    kink = torch.zeros_like(l).clamp(l, u)
-    points = (l, u, kink)
-    low, high = slopes
-    below = least([guarded(y.relu(), low * y) for y in points])
-    above = -least([guarded(-y.relu(), -high * y) for y in points])
-    return Relaxation(Plane((low,), below), Plane((high,), above))
+    return relax_pieces(RELU, l, u, slopes)
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
 
 
 class Activation(NamedTuple):
@@ -180,8 +253,27 @@ class Activation(NamedTuple):
     relax: Callable[..., Relaxation]
 
 
-ACTIVATIONS = {
-    "tanh": Activation(torch.tanh, relax_tanh),
-    "sigmoid": Activation(torch.sigmoid, relax_sigmoid),
-    "relu": Activation(torch.relu, relax_relu),
-}
+FAMILIES = {"leaky_relu": leaky_relu_pieces, "hardtanh": hardtanh_pieces}
+
+
+class Activations(dict):
+    """Activations by name. A family's name with numbers, such as "leaky_relu(0.2)", makes that member of it."""
+
+    def __missing__(self, name: str) -> Activation:
+        family, _, numbers = name.removesuffix(")").partition("(")
+        if family not in FAMILIES:
+            raise KeyError(name)
+        pieces = FAMILIES[family](*(float(number) for number in numbers.split(",") if number))
+        self[name] = Activation(pieces.function, functools.partial(relax_pieces, pieces))
+        return self[name]
+
+
+ACTIVATIONS = Activations(
+    {
+        "tanh": Activation(torch.tanh, relax_tanh),
+        "sigmoid": Activation(torch.sigmoid, relax_sigmoid),
+        "relu": Activation(torch.relu, relax_relu),
+    }
+)
+for family in FAMILIES:
+    ACTIVATIONS[family]  # with the family's default numbers
