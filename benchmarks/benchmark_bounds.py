@@ -1,7 +1,8 @@
 """Time of one bound and of one radius search per sample, where it goes, and how it grows with T and hidden size.
 
-Times are medians over repeats without a profiler. The breakdown comes from separate runs under torch.profiler, which
-slows Python down (the factor is in the table), so it gives shares, not times.
+Times are medians over repeats without a profiler: by the clock, and the processor's own, which other processes on the
+machine disturb less. The breakdown is that of the fastest of several runs under torch.profiler, which slows Python down
+(the factor is in the table), so it gives shares, not times.
 """
 
 from __future__ import annotations
@@ -124,15 +125,16 @@ class Case:
         with torch.no_grad():
             return self.problem.margins(self.eps, self.dtype)
 
-    def median_seconds(self, function: Callable, repeats: int) -> float:
+    def median_seconds(self, function: Callable, repeats: int) -> tuple[float, float]:
+        """By the clock and of the processor."""
         times = []
         for _ in range(repeats + 1):
             self.synchronize()
-            start = time.perf_counter()
+            clock, processor = time.perf_counter(), time.process_time()
             function()
             self.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])  # the first run warms up
+            times.append((time.perf_counter() - clock, time.process_time() - processor))
+        return tuple(statistics.median(kind) for kind in zip(*times[1:], strict=True))  # the first run warms up
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -141,9 +143,9 @@ class Case:
 
 def measure(args, model: SequenceClassifier, config: dict, batch: int, dtype_name: str, sweep: str) -> Row:
     case = Case(args, model, config, batch, DTYPES[dtype_name])
-    bound = case.median_seconds(case.bound, args.repeats)
-    search = case.median_seconds(case.search, max(1, args.repeats // 2))
-    shares, slowdown, peak = breakdown(case, bound, args.repeats)
+    bound, bound_cpu = case.median_seconds(case.bound, args.repeats)
+    search, search_cpu = case.median_seconds(case.search, max(1, args.repeats // 2))
+    shares, seconds = breakdown(case, args.repeats)
     return {
         "sweep": sweep,
         "model": model_name(config),
@@ -154,30 +156,30 @@ def measure(args, model: SequenceClassifier, config: dict, batch: int, dtype_nam
         "dtype": dtype_name,
         "bound_ms_per_sample": 1e3 * bound / batch,
         "search_ms_per_sample": 1e3 * search / batch,
+        "bound_cpu_ms_per_sample": 1e3 * bound_cpu / batch,
+        "search_cpu_ms_per_sample": 1e3 * search_cpu / batch,
         "evaluations": case.result.evaluations.double().mean().item(),
-        "peak_mib": peak / 2**20,
-        "profiler_slowdown": slowdown,
+        "peak_mib": peak_memory(case) / 2**20,
+        "profiler_slowdown": seconds / bound,
     } | shares
 
 
 # --- where the time goes --------------------------------------------------------------------------------------------
 
 
-def breakdown(case: Case, seconds: float, repeats: int) -> tuple[dict[str, float], float, float]:
-    """Shares of one bound's time (CPU side), the factor by which the profiler slowed it, and its peak memory in bytes."""
-    totals = dict.fromkeys(SHARES, 0.0)
+def breakdown(case: Case, repeats: int) -> tuple[dict[str, float], float]:
+    """Shares of the CPU side of one bound, and its seconds, in the fastest of a few runs under the profiler."""
+    runs = []
     with labelled_engine():
-        case.bound()
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            for _ in range(repeats):
-                with record_function("bound"):
-                    case.bound()
-    whole = 0.0
-    for event in profiler.events():
-        whole += event.cpu_time_total if event.name == "bound" else 0.0
-        totals[category(event)] += event.self_cpu_time_total
-    shares = {name: total / max(sum(totals.values()), 1e-9) for name, total in totals.items()}
-    return shares, 1e-6 * whole / repeats / seconds, peak_memory(case)
+        for _ in range(repeats + 1):
+            with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function("bound"):
+                case.bound()
+            totals = dict.fromkeys(SHARES, 0.0)
+            for event in profiler.events():
+                totals[category(event)] += event.self_cpu_time_total
+            runs.append((1e-6 * sum(totals.values()), totals))
+    seconds, totals = min(runs, key=lambda run: run[0])
+    return {name: 1e-6 * total / seconds for name, total in totals.items()}, seconds
 
 
 def category(event) -> str:
@@ -268,16 +270,18 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def header() -> str:
-    titles = ("sweep", "model", "batch", "dtype", "bound ms", "search ms", "bounds", "MiB", "x prof.")
-    widths = (7, 16, 6, 8, 9, 10, 7, 8, 8)
+    titles = ("sweep", "model", "batch", "dtype", "bound ms", "cpu", "search ms", "cpu", "bounds", "MiB", "prof.")
+    widths = (7, 16, 6, 8, 9, 8, 10, 8, 7, 8, 6)
     line = "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
     return line + "".join(f"{name:>17}" for name in SHARES) + "\n(times per sample, shares of one bound)"
 
 
 def table_line(row: Row) -> str:
     line = f"{row['sweep']:>7}{row['model']:>16}{row['batch']:>6}{row['dtype']:>8}{row['bound_ms_per_sample']:>9.3f}"
-    line += f"{row['search_ms_per_sample']:>10.2f}{row['evaluations']:>7.1f}{row['peak_mib']:>8.1f}"
-    return line + f"{row['profiler_slowdown']:>8.2f}" + "".join(f"{100 * row[name]:>16.0f}%" for name in SHARES)
+    line += f"{row['bound_cpu_ms_per_sample']:>8.3f}"
+    line += f"{row['search_ms_per_sample']:>10.2f}{row['search_cpu_ms_per_sample']:>8.2f}"
+    line += f"{row['evaluations']:>7.1f}{row['peak_mib']:>8.1f}"
+    return line + f"{row['profiler_slowdown']:>6.2f}" + "".join(f"{100 * row[name]:>16.0f}%" for name in SHARES)
 
 
 def save(args: argparse.Namespace, rows: list[Row]) -> list[Path]:
@@ -296,11 +300,11 @@ def save(args: argparse.Namespace, rows: list[Row]) -> list[Path]:
     if args.resolved_device.type == "cuda":
         record["device"] = torch.cuda.get_device_name(args.resolved_device)
     paths[1].write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
-    plot(rows).savefig(paths[2], dpi=150)
+    plot(rows, args.resolved_device.type == "cpu").savefig(paths[2], dpi=150)
     return paths
 
 
-def plot(rows: list[Row]) -> Figure:
+def plot(rows: list[Row], on_cpu: bool) -> Figure:
     """Cost over T and over hidden size, and the breakdown at each batch size."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -309,9 +313,13 @@ def plot(rows: list[Row]) -> Figure:
         for dtype in DTYPES:
             points = [row for row in rows if row["sweep"] == sweep and row["dtype"] == dtype]
             for quantity, style in (("bound", "o-"), ("search", "s--")):
-                times = [row[f"{quantity}_ms_per_sample"] for row in points]
+                times = [
+                    row[f"{quantity}_cpu_ms_per_sample" if on_cpu else f"{quantity}_ms_per_sample"] for row in points
+                ]
                 panel.plot([row[column] for row in points], times, style, label=f"{quantity}, {dtype}")
-        panel.set(xscale="log", yscale="log", xlabel=title, ylabel="ms per sample")
+        panel.set(
+            xscale="log", yscale="log", xlabel=title, ylabel="processor ms per sample" if on_cpu else "ms per sample"
+        )
         values = sorted({row[column] for row in rows if row["sweep"] == sweep})
         panel.set_xticks(values, [str(value) for value in values])
         panel.minorticks_off()

@@ -234,9 +234,20 @@ def test_attack_radius_is_above_the_certified_radius(model, norm):
     assert (inside.margin > 0).all()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", (nn.LSTM, nn.GRU))
+def test_gated_attacks_are_above_the_certified_radius(kind, norm):
+    model = recurrent_model(kind, scale=2.0)
+    x, labels = inputs(model, 4)
+    certified = certified_radius(model, x, labels, norm=norm)
+    assert (certified > 0).all()
+    assert (pgd(model, x, labels, certified, norm=norm, restarts=6, steps=25).margin > 0).all()
+    assert (attack_radius(model, x, labels, norm=norm, steps=15).radius >= certified).all()
+
+
 @pytest.mark.parametrize("kind", (nn.LSTM, nn.GRU))
 def test_other_cells(kind):
-    model = recurrent_model(kind, scale=3.0, bidirectional=False)
+    model = recurrent_model(kind, scale=3.0)
     x, labels = inputs(model)
     found = attack_radius(model, x, labels, norm=math.inf, steps=25)
     broken = found.radius.isfinite()
