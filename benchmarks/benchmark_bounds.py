@@ -333,7 +333,7 @@ def plot(rows: list[Row], on_cpu: bool) -> Figure:
         base = [low + value for low, value in zip(base, values, strict=True)]
     axes[2].set(xlabel="batch size and precision", ylabel="share of one bound (%)")
     axes[2].tick_params(axis="x", labelsize=7)
-    axes[2].legend(fontsize=7)
+    axes[2].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(f"{rows[0]['model']}: cost of the bounds")
     return figure
 
