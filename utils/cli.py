@@ -39,10 +39,12 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message)} (see --help)\n")
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --data-dir, --seed, --device, --cuda, --threads and --dry-run."""
+def add_common_arguments(
+    parser: argparse.ArgumentParser, data: str = "folder that holds MNIST/raw (default: data/)"
+) -> None:
+    """Add --data-dir, which ``data`` describes, --seed, --device, --cuda, --threads and --dry-run."""
     group = parser.add_argument_group("common")
-    group.add_argument("--data-dir", type=Path, metavar="FOLDER", help="folder that holds MNIST/raw (default: data/)")
+    group.add_argument("--data-dir", type=Path, metavar="FOLDER", help=data)
     group.add_argument("--seed", type=non_negative_int, default=0, help="seed of every random choice")
     group.add_argument("--device", default="cpu", help="torch device: cpu, cuda or cuda:K")
     group.add_argument("--cuda", action="store_true", help="short for --device cuda")

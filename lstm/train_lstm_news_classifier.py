@@ -1,0 +1,27 @@
+"""Train an LSTM on news titles, which it sorts by section, and save it with its words."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import ArgumentParser, run_main
+from utils.tasks import NEWS
+from utils.text_training import add_text_training_arguments, train_text_classifier
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add_text_training_arguments(parser, NEWS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    train_text_classifier(get_args(), "lstm", NEWS)
+
+
+if __name__ == "__main__":
+    run_main(main)
