@@ -1,0 +1,239 @@
+"""Certificates: files that prove a certified margin to a program that does not trust this one.
+
+A certificate holds the sample, its perturbation set, the classes, the hash of the model, and the slopes of every
+relaxation. That is all a proof needs: for given slopes, intercepts and bounds follow by arithmetic alone, which
+``scripts/check_certificate.py`` does by itself and rigorously. docs/certificates.md describes the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.bounds import BoundPass
+from utils.certify import SLACK, Frames, MarginProblem
+from utils.graph import Activation, Graph, NonLinear, Product
+from utils.models import SequenceClassifier
+from utils.perturbation import Perturbation
+from utils.results import replacing
+
+FORMAT, VERSION = "recurrent-robustness-certificate", 1
+WEIGHTS_FORMAT = "recurrent-classifier-weights"
+FOLDER_NAME, WEIGHTS_NAME = "certificates", "weights.npz"
+# Names of a time step's relaxed operations, in the order in which utils.unroll adds them to the graph.
+OPERATIONS = {
+    nn.RNN: (("activation", Activation, 1),),
+    nn.LSTM: (("kept", Product, 2), ("written", Product, 2), ("output", Product, 2)),
+    nn.GRU: (("reset", Product, 2), ("new", Product, 2), ("kept", Product, 2)),
+}
+
+
+def write_npz(path: Path, header: dict, arrays: dict[str, np.ndarray]) -> None:
+    """Write the arrays and the header, as JSON in an array of bytes, whole or not at all."""
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, header=np.frombuffer(text.encode(), np.uint8), **arrays)
+
+
+def hash_arrays(arrays: dict[str, np.ndarray], header: dict | None = None) -> str:
+    """SHA-256 over the header and every array's name, type, shape and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    if header is not None:
+        digest.update(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def describe_model(model: SequenceClassifier) -> tuple[dict, dict[str, np.ndarray]]:
+    """Header and arrays of a weights file: all that the classifier computes with, in its own precision.
+
+    Biases and initial states that the model does without are zeros, mean and std are given per input value.
+    """
+    rnn, head = model.rnn, model.head
+    header = {
+        "format": WEIGHTS_FORMAT,
+        "version": VERSION,
+        "model": {
+            "architecture": {nn.RNN: "rnn", nn.LSTM: "lstm", nn.GRU: "gru"}[type(rnn)],
+            "activation": rnn.nonlinearity if isinstance(rnn, nn.RNN) else None,
+            "input_size": rnn.input_size,
+            "hidden_size": rnn.hidden_size,
+            "num_layers": rnn.num_layers,
+            "num_classes": head.out_features,
+            "bidirectional": bool(rnn.bidirectional),
+            "pooling": model.pooling,
+        },
+    }
+    weight = head.weight.detach()
+    tensors = {name: value.detach() for name, value in rnn.named_parameters()}
+    for name in [name for name in tensors if name.startswith("weight_ih") and not rnn.bias]:
+        for bias in ("bias_ih", "bias_hh"):
+            tensors[name.replace("weight_ih", bias)] = weight.new_zeros(tensors[name].shape[0])
+    tensors["head.weight"] = weight
+    tensors["head.bias"] = weight.new_zeros(head.out_features) if head.bias is None else head.bias.detach()
+    for name in ("mean", "std"):
+        tensors[name] = getattr(model, name).detach().expand(rnn.input_size)
+    zeros = weight.new_zeros(rnn.num_layers * (2 if rnn.bidirectional else 1), rnn.hidden_size)
+    tensors["h0"] = zeros if model.h0 is None else model.h0
+    if isinstance(rnn, nn.LSTM):
+        tensors["c0"] = zeros if model.c0 is None else model.c0
+    return header, {name: _array(value) for name, value in tensors.items()}
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """Little-endian float32 or float64; other precisions become float32, which must hold them exactly."""
+    kind = "<f8" if tensor.dtype == torch.float64 else "<f4"
+    return tensor.detach().cpu().to(torch.float64).numpy().astype(kind)
+
+
+def model_hash(model: SequenceClassifier) -> str:
+    """The hash by which certificates name a model: of its weights and of how they are wired."""
+    header, arrays = describe_model(model)
+    return hash_arrays(arrays, header)
+
+
+def save_certificates(
+    folder: str | Path,
+    model: SequenceClassifier,
+    x: Tensor,
+    labels: Tensor,
+    eps: float | Tensor,
+    *,
+    norm: float = 2.0,
+    targets: Tensor | None = None,
+    frames: Frames = None,
+    clip: tuple[float, float] | None = None,
+    ball: str = "frame",
+    method: str = "crown",
+    relaxation: str = "plane",
+    lengths: Tensor | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Path]:
+    """Write a certificate for every sample that is certified at eps, and the weights beside them.
+
+    Arguments as for ``utils.certify.certified_margin``, and:
+
+    Args:
+        folder: is made if it is not there; certificates of the same names in it are replaced.
+        eps: as a rule what ``certified_radius`` found. Samples with eps = 0 or without a positive margin get none.
+        names: of the samples, for the file names sample_NAME.npz; their places in the batch if left out.
+
+    Returns:
+        The certificates' paths.
+
+    Raises:
+        ValueError: an argument does not fit, or another model's weights lie in the folder.
+        OSError: the folder cannot be written.
+    """
+    threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
+    problem = MarginProblem(model, x, labels, targets=targets, method=method, relaxation=relaxation, **threat)
+    eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device)
+    if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
+        raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
+    eps = eps.expand(len(x)) if eps.dim() == 0 else eps
+    names = [f"{number:05d}" for number in range(len(x))] if names is None else list(names)
+    return write_certificates(Path(folder), problem, eps, names)
+
+
+@torch.no_grad()
+def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names: Sequence[str]) -> list[Path]:
+    """``save_certificates`` for a problem that is set up already; eps is (batch,) or (batch, T)."""
+    chosen = (eps.reshape(len(eps), -1).amax(dim=1) > 0).nonzero().squeeze(-1)
+    if not chosen.numel():
+        return []
+    exact = problem.x[chosen].to(torch.float64)
+    eps = eps[chosen].to(torch.float64)
+    eps = (eps[:, None] if eps.dim() == 1 else eps) * problem.mask[chosen]
+    graph = problem.graph(torch.float64, chosen)
+    bounds = BoundPass(graph, Perturbation(exact, eps, **problem.threat), problem.method)
+    rows = problem.rows[chosen].to(torch.float64)
+    slack = SLACK[torch.float64] * (1.0 + problem.clean_margins(torch.float64)[chosen].abs().amax(dim=1))
+    holds = bounds.margin(rows).amin(dim=1) > slack
+    slopes = {} if problem.method == "ibp" else collect_slopes(problem.model, graph, bounds)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights_hash = _write_weights(folder / WEIGHTS_NAME, problem.model)
+    paths = []
+    for position in holds.nonzero().squeeze(-1).tolist():
+        sample = chosen[position]
+        length = exact.shape[1] if problem.lengths is None else int(problem.lengths[sample])
+        own = {name: value[position if len(value) > 1 else 0, :length] for name, value in slopes.items()}
+        arrays = {"x": exact[position, :length], "eps": eps[position, :length], **own}
+        arrays = {name: _array(value) for name, value in arrays.items()}
+        header = _header(problem, rows[position], weights_hash, hash_arrays({"x": arrays["x"]}), names[int(sample)])
+        paths.append(folder / f"sample_{names[int(sample)]}.npz")
+        write_npz(paths[-1], header, arrays)
+    return paths
+
+
+def _header(problem: MarginProblem, rows: Tensor, weights_hash: str, input_hash: str, name: str) -> dict:
+    threat = problem.threat
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "weights": {"file": WEIGHTS_NAME, "sha256": weights_hash},
+        "sample": {"name": name, "sha256": input_hash},
+        "norm": f"{threat['norm']:g}",
+        "ball": threat["ball"],
+        "clip": None if threat["clip"] is None else [float(end) for end in threat["clip"]],
+        "label": int(rows[0].argmax()),
+        "targets": rows.argmin(dim=1).tolist(),
+        "method": problem.method,
+        "relaxation": problem.relaxation,
+    }
+
+
+def _write_weights(path: Path, model: SequenceClassifier) -> str:
+    """Write the weights file unless it is there; its hash."""
+    header, arrays = describe_model(model)
+    found = hash_arrays(arrays, header)
+    if path.exists():
+        with np.load(path, allow_pickle=False) as file:
+            earlier = {name: file[name] for name in file.files}
+        there = json.loads(earlier.pop("header").tobytes())
+        if hash_arrays(earlier, there) != found:
+            raise ValueError(f"{path} holds another model's weights: take another folder for the certificates")
+    else:
+        write_npz(path, header, arrays)
+    return found
+
+
+def collect_slopes(model: SequenceClassifier, graph: Graph, bounds: BoundPass) -> dict[str, Tensor]:
+    """Slopes of all relaxations as slopes.l0.forward.NAME: (batch or 1, T, 2, operands, hidden).
+
+    In the third dimension: lower, upper. Nodes that no perturbation reaches have no relaxation: zeros.
+    """
+    rnn, num_frames = model.rnn, len(graph.frames)
+    nodes = iter([node for node in graph.nodes if isinstance(node, NonLinear)])
+    slopes = {}
+    for layer in range(rnn.num_layers):
+        for direction in ("forward", "backward")[: 2 if rnn.bidirectional else 1]:
+            order = range(num_frames) if direction == "forward" else reversed(range(num_frames))
+            found = {t: [_node_slopes(next(nodes), *kind, bounds) for kind in OPERATIONS[type(rnn)]] for t in order}
+            for position, (name, _, _) in enumerate(OPERATIONS[type(rnn)]):
+                steps = [found[t][position] for t in range(num_frames)]
+                batch = max(len(step) for step in steps)
+                steps = [step.expand(batch, *step.shape[1:]) for step in steps]
+                slopes[f"slopes.l{layer}.{direction}.{name}"] = torch.stack(steps, dim=1)
+    if next(nodes, None) is not None:
+        raise RuntimeError("the graph has more non-linear nodes than its cells: certificates do not fit it")
+    return slopes
+
+
+def _node_slopes(node: NonLinear, name: str, kind: type, operands: int, bounds: BoundPass) -> Tensor:
+    """(batch or 1, 2, operands, size)."""
+    if not isinstance(node, kind) or len(node.parents) != operands:
+        raise RuntimeError(f"node {node.index} of the graph is not the {name} of a cell: certificates do not fit it")
+    if bounds.is_exact(node):
+        return torch.zeros(1, 2, operands, node.size, dtype=torch.float64)
+    lower, upper = bounds.relaxation(node)
+    flat = torch.broadcast_tensors(*lower.slopes, *upper.slopes)
+    flat = [slope if slope.dim() == 2 else slope[None] for slope in flat]
+    return torch.stack(flat, dim=1).unflatten(1, (2, operands))
