@@ -6,6 +6,7 @@ import argparse
 import copy
 import hashlib
 import math
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from tqdm import tqdm
 
 from data.mnist import SIDE, ImageData, as_frames, load_mnist
 from utils.bounds import METHODS
+from utils.certificate import FOLDER_NAME as CERTIFICATES_NAME
+from utils.certificate import write_certificates
 from utils.certify import MarginProblem, RadiusResult, search_radius
 from utils.checkpoint import CheckpointError, Config, load_checkpoint, model_name
 from utils.cli import (
@@ -94,6 +97,11 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
     group.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="precision of the verdict")
     group.add_argument("--batch-size", type=positive_int, default=20, help="images bounded and written at a time")
     group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
+    group.add_argument(
+        "--save-certificate",
+        action="store_true",
+        help="write a file for every radius that scripts/check_certificate.py can confirm by itself",
+    )
     add_common_arguments(parser)
 
 
@@ -317,25 +325,39 @@ class Run:
                 found[number] = Row(**vars(self.keys[number]), **own, seconds=seconds)
         return [found[number] for number in range(max(first, finished), end)]
 
+    def _problem(self, chosen: list[int], frame: int | None) -> MarginProblem:
+        args, samples = self.args, self.samples
+        relaxation = {"relaxation": args.relaxation} if hasattr(args, "relaxation") else {}
+        return MarginProblem(
+            self.model,
+            samples.frames(args.time_step)[chosen].to(self.device),
+            samples.labels[chosen].to(self.device),
+            norm=args.p,
+            targets=None if samples.targets is None else samples.targets[chosen].to(self.device),
+            frames=args.frames if frame is None else frame,
+            clip=(0.0, 1.0) if args.clip else None,
+            ball=args.ball,
+            method=args.method,
+            **relaxation,
+        )
+
+    def save_certificates(self, chosen: list[int], rows: list[Row], folder: Path) -> None:
+        """Write the certificates of some of the chosen samples' rows."""
+        number = {index: sample for sample, index in zip(chosen, self.samples.index[chosen].tolist(), strict=True)}
+        for frame in self.frames:
+            own = [row for row in rows if row.frame == frame]
+            if own:
+                suffix = "" if frame is None else f"_frame_{frame}"
+                names = [f"{row.index:05d}{suffix}" for row in own]
+                radius = torch.tensor([row.radius for row in own], dtype=torch.float64, device=self.device)
+                write_certificates(folder, self._problem([number[row.index] for row in own], frame), radius, names)
+
     @torch.no_grad()
     def _search_frame(self, chosen: list[int], frame: int | None) -> RadiusResult:
         args, samples = self.args, self.samples
-        relaxation = {"relaxation": args.relaxation} if hasattr(args, "relaxation") else {}
         try:
-            problem = MarginProblem(
-                self.model,
-                samples.frames(args.time_step)[chosen].to(self.device),
-                samples.labels[chosen].to(self.device),
-                norm=args.p,
-                targets=None if samples.targets is None else samples.targets[chosen].to(self.device),
-                frames=args.frames if frame is None else frame,
-                clip=(0.0, 1.0) if args.clip else None,
-                ball=args.ball,
-                method=args.method,
-                **relaxation,
-            )
             return search_radius(
-                problem,
+                self._problem(chosen, frame),
                 tol=args.tol,
                 eps0=args.eps0,
                 max_eps=self.max_eps,
@@ -451,7 +473,7 @@ def print_introduction(record: Record) -> None:
 def run_and_write(run: Run, folder: Path, record: Record) -> None:
     """Search and write batch by batch, then summarize and draw."""
     results = ResultFolder(folder, record, run.keys, resume=run.args.resume)
-    finished = len(results.rows)
+    certificates, finished = folder / CERTIFICATES_NAME, len(results.rows)
     if run.args.resume:
         print(f"resuming: {finished} of {len(run.keys)} rows are there")
     elif unfinished_rows(folder):
@@ -461,6 +483,10 @@ def run_and_write(run: Run, folder: Path, record: Record) -> None:
         with tqdm(total=len(run.keys), initial=finished, unit="row", disable=None) as progress:
             for batch in run.batches(finished):
                 rows = run.search(batch, finished=len(results.rows))
+                if not results.rows:
+                    shutil.rmtree(certificates, ignore_errors=True)  # of an earlier run, like the rows to be replaced
+                if run.args.save_certificate:
+                    run.save_certificates(batch, rows, certificates)
                 results.append(rows)
                 progress.update(len(rows))
     except KeyboardInterrupt:
@@ -472,6 +498,8 @@ def run_and_write(run: Run, folder: Path, record: Record) -> None:
     print_summary(read_record(folder)["summary"])
     figures = plot_results(folder)
     print(f"results in {folder}: {results.csv_path.name}, run.json, {', '.join(figures)}")
+    if run.args.save_certificate:
+        print(f"certificates in {certificates}: check them by python scripts/check_certificate.py {certificates}")
 
 
 def write_examples(samples: Samples, folder: Path) -> None:
