@@ -1,4 +1,4 @@
-"""Certified margins and radii of a sequence classifier: the Python interface."""
+"""Certified margins and radii of a classifier: the Python interface."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.bounds import METHODS, BoundPass
 from utils.graph import Graph
-from utils.models import SequenceClassifier
+from utils.networks import Network, check_network, graph_of, num_classes, read_network
 from utils.perturbation import Perturbation, dual_norm
 from utils.planes import SLOPES
 from utils.search import Bracket, largest_certified
-from utils.unroll import unroll
 
 # A margin counts as positive if it exceeds this share of 1 + |clean margin|: room for the rounding of sums and
 # products, which the bounds, statements about real numbers, do not account for.
@@ -81,7 +80,7 @@ class MarginProblem:
 
     def __init__(
         self,
-        model: SequenceClassifier,
+        model: nn.Module | Graph,
         x: Tensor,
         labels: Tensor,
         *,
@@ -94,13 +93,14 @@ class MarginProblem:
         relaxation: str = "plane",
         lengths: Tensor | None = None,
     ):
+        model, x = read_network(model, x)
         check_inputs(model, x, labels, lengths)
         for name, value, known in (("method", method, METHODS), ("relaxation", relaxation, SLOPES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self.model, self.x, self.method, self.relaxation = model, x, method, relaxation
         self.threat = {"norm": float(norm), "clip": clip, "ball": ball}
-        self.rows = margin_rows(labels, model.head.out_features, targets)
+        self.rows = margin_rows(labels, num_classes(model), targets)
         self.mask = frame_mask(frames, *x.shape[:2]).to(x.device)
         self.lengths = lengths
         if lengths is not None:
@@ -112,15 +112,18 @@ class MarginProblem:
         """The model unrolled, over the chosen samples' own lengths if these differ."""
         num_frames = self.x.shape[1]
         if self.lengths is not None:
-            return unroll(self.model, num_frames, dtype, self.relaxation, self.lengths[chosen])
+            return graph_of(self.model, num_frames, dtype, self.relaxation, self.lengths[chosen])
         if dtype not in self._graphs:
-            self._graphs[dtype] = unroll(self.model, num_frames, dtype, self.relaxation)
+            self._graphs[dtype] = graph_of(self.model, num_frames, dtype, self.relaxation)
         return self._graphs[dtype]
 
-    def clean_margins(self, dtype: torch.dtype) -> Tensor:
-        """Margins of the unperturbed input, (batch, n_specs)."""
-        logits = self.graph(dtype).evaluate(self.x.to(dtype))
-        return (self.rows.to(dtype) @ logits[..., None]).squeeze(-1)
+    def clean_margins(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """Margins of the chosen samples' unperturbed input, (m, n_specs)."""
+        return self._margins_at(self.x[chosen].to(dtype), dtype, chosen)
+
+    def _margins_at(self, x: Tensor, dtype: torch.dtype, chosen: Tensor | slice) -> Tensor:
+        logits = self.graph(dtype, chosen).evaluate(x)
+        return (self.rows[chosen].to(dtype) @ logits[..., None]).squeeze(-1)
 
     def margins(self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """Lower bounds of the margins, (m, n_specs), of the chosen samples at eps, (m,) or (m, T)."""
@@ -130,27 +133,23 @@ class MarginProblem:
         perturbation = Perturbation(x, eps, **self.threat)
         return BoundPass(self.graph(dtype, chosen), perturbation, self.method).margin(self.rows[chosen].to(dtype))
 
-    def linear_radius(self, dtype: torch.dtype) -> Tensor:
-        """eps at which the worst margin's linearisation at x vanishes, (batch,): above the true radius as a rule."""
+    def linear_radius(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """eps at which the worst margin's linearisation at x vanishes, (m,): above the true radius as a rule."""
         with torch.enable_grad():
-            x = self.x.detach().to(dtype).requires_grad_()
-            logits = self.graph(dtype).evaluate(x)
-            margins = (self.rows.to(dtype) @ logits[..., None]).squeeze(-1)
-            worst = margins.amin(dim=1)
+            x = self.x[chosen].detach().to(dtype).requires_grad_()
+            worst = self._margins_at(x, dtype, chosen).amin(dim=1)
             (gradient,) = torch.autograd.grad(worst.sum(), x)
-        norms = dual_norm(gradient, self.threat["norm"]) * self.mask
+        norms = dual_norm(gradient, self.threat["norm"]) * self.mask[chosen]
         total = dual_norm(norms, self.threat["norm"]) if self.threat["ball"] == "sequence" else norms.sum(dim=1)
         radius = worst.detach().clamp(min=0) / total
         # Saturated activations have no gradient; any positive number starts the search.
         return torch.where(radius.isfinite() & (radius > 0), radius, torch.ones_like(radius))
 
 
-def check_inputs(model: SequenceClassifier, x: Tensor, labels: Tensor, lengths: Tensor | None = None) -> None:
+def check_inputs(model: Network, x: Tensor, labels: Tensor, lengths: Tensor | None = None) -> None:
     """Raise ValueError, saying what is wrong, unless x, (batch, T, n), labels and lengths, (batch,), fit the model."""
     if x.dim() != 3 or x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"x must be (batch, T, n) with at least one sample and frame, not {tuple(x.shape)}")
-    if x.shape[2] != model.rnn.input_size:
-        raise ValueError(f"x has {x.shape[2]} values a frame, the model takes {model.rnn.input_size}")
     if labels.shape != x.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be ({x.shape[0]},) of integers, not {tuple(labels.shape)} of {labels.dtype}")
     if lengths is not None:
@@ -162,15 +161,11 @@ def check_inputs(model: SequenceClassifier, x: Tensor, labels: Tensor, lengths: 
             raise ValueError(f"lengths must be from 1 to the {x.shape[1]} frames of x")
     if not x.is_floating_point() or not bool(x.isfinite().all()):
         raise ValueError("x must be finite floating-point numbers")
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if not bool(parameter.isfinite().all()):
-            raise ValueError(f"the model's parameter {name} is not finite")
-    if bool((model.std == 0).any()):
-        raise ValueError("the model divides its inputs by a std of 0")
+    check_network(model, x, lengths)
 
 
 def certified_margin(
-    model: SequenceClassifier,
+    model: nn.Module | Graph,
     x: Tensor,
     labels: Tensor,
     eps: float | Tensor,
@@ -188,8 +183,10 @@ def certified_margin(
     """Lower bounds of the margins over all perturbations of size eps; differentiable in the model and in x.
 
     Args:
-        model: the classifier; its weights are read, never changed.
-        x: (batch, T, n) sequences in the model's input units.
+        model: the classifier, any module whose forward ``utils.trace`` can read, or a graph; its weights are read,
+            never changed.
+        x: (batch, T, n) sequences in the model's input units. Inputs of a module may also be (batch, T) whole numbers
+            of words, whose vectors are perturbed then, or of another shape, (batch, ...), which is one frame.
         labels: (batch,) classes that must win.
         eps: radius in the units of x: a number, (batch,), or (batch, T) for one radius a frame.
         norm: p of the l_p balls: 1, 2 or inf.
@@ -210,6 +207,7 @@ def certified_margin(
     """
     threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
     problem = MarginProblem(model, x, labels, targets=targets, method=method, relaxation=relaxation, **threat)
+    x = problem.x
     eps = torch.as_tensor(eps, dtype=dtype or x.dtype, device=x.device)
     if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
         raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
@@ -222,7 +220,7 @@ class RadiusResult:
 
     Attributes:
         radius: the largest eps that was certified in the verdict's precision; 0 if none was.
-        failed: the smallest eps that was not certified.
+        failed: the smallest eps that was not certified by the search; 0 if the clean input is not.
         margin: worst lower bound at ``radius`` less the slack for rounding (the clean one where radius is 0).
         evaluations: how many bounds were computed.
     """
@@ -268,7 +266,7 @@ def search_radius(
 
 
 def _search_rows(problem, rows: Tensor, tol: float, eps0, max_eps: float, dtype, search_dtype) -> RadiusResult:
-    clean = problem.clean_margins(dtype)[rows].amin(dim=1)
+    clean = problem.clean_margins(dtype, rows).amin(dim=1)
 
     def margin_in(precision: torch.dtype):
         slack = SLACK[precision] * (1.0 + clean.abs())
@@ -280,7 +278,7 @@ def _search_rows(problem, rows: Tensor, tol: float, eps0, max_eps: float, dtype,
         return margin_of
 
     at_zero = clean - SLACK[dtype] * (1.0 + clean.abs())
-    first = FIRST_SHARE * problem.linear_radius(search_dtype)[rows] if eps0 is None else torch.full_like(clean, eps0)
+    first = FIRST_SHARE * problem.linear_radius(search_dtype, rows) if eps0 is None else torch.full_like(clean, eps0)
     first = first.to(dtype)
     if search_dtype == dtype:
         found = largest_certified(margin_in(dtype), at_zero, first, tol, max_eps)
@@ -289,7 +287,8 @@ def _search_rows(problem, rows: Tensor, tol: float, eps0, max_eps: float, dtype,
         too_coarse = SLACK[search_dtype] * (1.0 + clean.abs()) > tol * clean
         found = largest_certified(margin_in(search_dtype), at_zero.masked_fill(too_coarse, 0.0), first, tol, max_eps)
         _confirm(margin_in(dtype), at_zero, found, first, tol, max_eps)
-    return RadiusResult(found.low, found.high, found.margin, found.evaluations)
+    failed = torch.where(at_zero > 0, found.high, 0.0)
+    return RadiusResult(found.low, failed, found.margin, found.evaluations)
 
 
 def _confirm(margin_of, at_zero: Tensor, found: Bracket, first: Tensor, tol: float, max_eps: float) -> None:
@@ -311,7 +310,7 @@ def _confirm(margin_of, at_zero: Tensor, found: Bracket, first: Tensor, tol: flo
 
 @torch.no_grad()
 def certified_radius(
-    model: SequenceClassifier,
+    model: nn.Module | Graph,
     x: Tensor,
     labels: Tensor,
     *,
