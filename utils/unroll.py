@@ -75,13 +75,27 @@ class GRUCell(Cell):
         gate_weights = (*(w[gate] for w in weights), self.w_hh[gate])
         gates = self.graph.add(Linear((*inputs, h), gate_weights, self.b_ih[gate] + self.b_hh[gate]))
         r, z = (self.graph.add(Slice(gates, k * size, size)) for k in range(2))
-        memory = self.graph.add(Linear((h,), (self.w_hh[new],), self.b_hh[new]))
-        reset = self.graph.add(Product(memory, r, "x*sigmoid(y)", self.relaxation))
-        written = self.graph.add(Linear(inputs, tuple(w[new] for w in weights), self.b_ih[new]))
-        n = self.graph.add(WeightedSum((written, reset)))
+        n = self.new_state(inputs, tuple(w[new] for w in weights), h, r)
         n = self.graph.add(Product(n, self.graph.add(Negative(z)), "tanh(x)*sigmoid(y)", self.relaxation))
         kept = self.graph.add(Product(h, z, "x*sigmoid(y)", self.relaxation))
         return (self.graph.add(WeightedSum((n, kept))),)
+
+    def new_state(self, inputs: tuple[Node, ...], weights: tuple[Tensor, ...], h: Node, r: Node) -> Node:
+        """What n is the tanh of."""
+        new = slice(2 * self.hidden, None)
+        memory = self.graph.add(Linear((h,), (self.w_hh[new],), self.b_hh[new]))
+        reset = self.graph.add(Product(memory, r, "x*sigmoid(y)", self.relaxation))
+        written = self.graph.add(Linear(inputs, weights, self.b_ih[new]))
+        return self.graph.add(WeightedSum((written, reset)))
+
+
+class ResetFirstGRUCell(GRUCell):
+    """The GRU whose reset gate acts before the matrix: n = W_in x_t + b_in + W_hn (sigmoid(r) h_{t-1}) + b_hn."""
+
+    def new_state(self, inputs: tuple[Node, ...], weights: tuple[Tensor, ...], h: Node, r: Node) -> Node:
+        new = slice(2 * self.hidden, None)
+        reset = self.graph.add(Product(h, r, "x*sigmoid(y)", self.relaxation))
+        return self.graph.add(Linear((*inputs, reset), (*weights, self.w_hh[new]), self.b_ih[new] + self.b_hh[new]))
 
 
 CELLS = {nn.RNN: RNNCell, nn.LSTM: LSTMCell, nn.GRU: GRUCell}
