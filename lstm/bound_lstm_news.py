@@ -1,0 +1,35 @@
+"""Certified radii of the single words of news titles: how far each word's vector can move before an LSTM errs.
+
+    python lstm/bound_lstm_news.py                                   # 200 test news titles, l_2
+    python lstm/bound_lstm_news.py --p inf --compare                 # planes, lines and constants
+    python lstm/bound_lstm_news.py --text "rangers starter out six weeks with strain"
+
+Reads WORK_DIR/lstm_32/lstm (after the flags); writes a row for every word (certified_bound.csv) and every text
+(sentences.csv), run.json, words.html and figures to 2_norm_bound/ (after the norm) beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import ArgumentParser, run_main
+from utils.tasks import NEWS
+from utils.word_bounds import add_word_arguments, bound_text_classifier
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_word_arguments(parser, "lstm", NEWS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    bound_text_classifier(get_args(), "lstm", NEWS)
+
+
+if __name__ == "__main__":
+    run_main(main)
