@@ -76,6 +76,16 @@ class BoundPass:
             self._offsets[node] = node.offset(self)
         return self._offsets[node]
 
+    def ball_weight(self, frame: Frame, weight: Tensor) -> Tensor:
+        """A Linear child's weight for a frame's deviation from its centre, (size, frame size or less).
+
+        An l_2 ball looks the same in any orthonormal coordinates, so the deviation is taken in a basis Q of the space
+        that the frame's children look at: ||A W||_2 = ||A W Q||_2, and W Q has fewer columns if frames are wide.
+        """
+        if self.perturbation.norm != 2.0 or (torch.is_grad_enabled() and weight.requires_grad):
+            return weight
+        return self.graph.reduced_weight(frame, weight)
+
     # --- intervals and relaxations ---
 
     def interval(self, node: Node) -> Interval:

@@ -72,6 +72,7 @@ class Frame(Node):
     def __init__(self, size: int, frame: int):
         super().__init__(size, ())
         self.frame = frame
+        self.child_weights: list[Tensor] = []
 
 
 class Constant(Node):
@@ -105,9 +106,13 @@ class Linear(Node):
         return total
 
     def inexact_parents(self, bounds: BoundPass):
-        """The (parent, weight) pairs through which the perturbation comes."""
+        """The (parent, weight) pairs through which the perturbation comes; of a frame, what acts on its deviation."""
         pairs = zip(self.parents, self.weights, strict=True)
-        return [(parent, weight) for parent, weight in pairs if not bounds.is_exact(parent)]
+        return [
+            (parent, bounds.ball_weight(parent, weight) if isinstance(parent, Frame) else weight)
+            for parent, weight in pairs
+            if not bounds.is_exact(parent)
+        ]
 
     def interval(self, bounds: BoundPass) -> Interval:
         center, radius = self.center_radius(bounds, None)
@@ -289,6 +294,7 @@ class Graph:
 
     def __init__(self):
         self.nodes: list[Node] = []
+        self._reduced: dict[tuple, Tensor] = {}
 
     def add(self, node: Node) -> Node:
         """Append a node whose parents are in the graph already, and return it."""
@@ -297,6 +303,9 @@ class Graph:
                 raise ValueError("a node's parents must be added to the graph before it")
             if isinstance(parent, Frame) and not isinstance(node, Linear):
                 raise ValueError("an input frame must enter through a Linear node (the identity, if nothing else)")
+        for parent, weight in zip(node.parents, node.weights, strict=True) if isinstance(node, Linear) else ():
+            if isinstance(parent, Frame):
+                parent.child_weights.append(weight)
         node.index = len(self.nodes)
         self.nodes.append(node)
         return node
@@ -304,6 +313,18 @@ class Graph:
     @property
     def output(self) -> Node:
         return self.nodes[-1]
+
+    def reduced_weight(self, frame: Frame, weight: Tensor) -> Tensor:
+        """``weight`` times an orthonormal basis of the space spanned by the rows of all weights that meet the frame."""
+        children = frame.child_weights
+        if sum(child.shape[0] for child in children) >= frame.size:
+            return weight
+        # Frames share weights, of which each holds views of its own.
+        key = tuple((child.data_ptr(), child.shape, child.stride()) for child in (weight, *children))
+        if key not in self._reduced:
+            basis, _ = torch.linalg.qr(torch.cat(children).detach().T)
+            self._reduced[key] = weight.detach() @ basis
+        return self._reduced[key]
 
     @property
     def frames(self) -> list[Frame]:
