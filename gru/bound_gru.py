@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.bounding import add_bound_arguments, bound_mnist_classifier
+from utils.bound_arguments import add_bound_arguments
+from utils.bounding import bound_mnist_classifier
 from utils.cli import ArgumentParser, run_main
 
 

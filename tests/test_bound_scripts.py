@@ -20,7 +20,8 @@ import torch
 from mnist_files import ROOT, run_script, write_idx, write_mnist_folder
 
 from data.mnist import as_frames, load_mnist
-from utils.bounding import Run, result_folder_name
+from utils.bound_arguments import result_folder_name
+from utils.bounding import Run
 from utils.certify import certified_radius
 from utils.checkpoint import build_model, load_checkpoint, model_name, save_checkpoint
 from utils.cli import run_main

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data.mnist import SIDE, ImageData, as_frames, load_mnist
-from utils.bounds import METHODS
+from utils.bound_arguments import check_arguments, check_config, checkpoint_path, result_folder_name
 from utils.certificate import FOLDER_NAME as CERTIFICATES_NAME
 from utils.certificate import write_certificates
 from utils.certify import MarginProblem, RadiusResult, search_radius
-from utils.checkpoint import CheckpointError, Config, load_checkpoint, model_name
-from utils.cli import (
-    ROOT,
-    add_common_arguments,
-    apply_common_arguments,
-    git_commit,
-    non_negative_int,
-    norm_value,
-    positive_float,
-    positive_int,
-    versions,
-)
+from utils.checkpoint import Config, load_checkpoint, model_name
+from utils.cli import ROOT, apply_common_arguments, git_commit, versions
 from utils.models import SequenceClassifier
-from utils.perturbation import BALLS, INF
-from utils.planes import SLOPES
+from utils.perturbation import INF
 from utils.plots import plot_results
 from utils.results import (
     EXAMPLES_NAME,
@@ -50,72 +36,11 @@ from utils.results import (
     summarize,
     unfinished_rows,
 )
+from utils.samples import Samples, draw_samples
+from utils.threat_text import UNIT, describe_goal, describe_threat, short_title
 from utils.training import check_writable
 
-UNIT = "pixel values, which lie in [0, 1]"
-TARGETS = ("random", "runnerup", "least")
 NUM_EXAMPLES = 4  # images drawn beside the heat-map
-
-
-def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidden_size: int, time_step: int) -> None:
-    """Add the flags of a bound script, with the given defaults, and the common ones; gated cells get one more."""
-    group = parser.add_argument_group("model (the checkpoint must agree)")
-    group.add_argument(
-        "--work-dir", type=Path, default=ROOT / "models" / "mnist_classifier", help="folder of the model folders"
-    )
-    group.add_argument("--model-name", default=architecture, help="name of the checkpoint in its model folder")
-    group.add_argument("--hidden-size", type=positive_int, default=hidden_size, help="size of the hidden state")
-    group.add_argument("--time-step", type=positive_int, default=time_step, help="frames an image is cut into")
-    group.add_argument("--num-layers", type=positive_int, default=1, help="recurrent layers on top of each other")
-    group.add_argument("--bidirectional", action="store_true", help="frames are read in both directions")
-    group = parser.add_argument_group("what is certified (eps and radii are in pixel values, which lie in [0, 1])")
-    group.add_argument("--N", type=positive_int, default=100, help="test images drawn; the misclassified get no radius")
-    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the perturbation: 1, 2 or inf")
-    group.add_argument("--untargeted", action="store_true", help="against all other classes instead of one target")
-    group.add_argument(
-        "--target",
-        type=target_choice,
-        metavar="{random,runnerup,least,K}",
-        help="class to keep away from: a random one, the one with the highest or the lowest logit besides the label, "
-        "or class K (default: random)",
-    )
-    group.add_argument("--per-frame", action="store_true", help="a radius for every single frame, the others exact")
-    group.add_argument("--frames", type=non_negative_int, nargs="+", help="perturb only these frames (0: the top one)")
-    group.add_argument("--ball", choices=BALLS, default="frame", help="a ball around every frame, or one around all")
-    group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
-    group = parser.add_argument_group("how")
-    group.add_argument("--method", choices=METHODS, default="crown", help="bounds: backward, interval, or both")
-    if architecture != "rnn":
-        group.add_argument(
-            "--relaxation",
-            choices=tuple(SLOPES),
-            default="plane",
-            help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants",
-        )
-    group.add_argument("--eps0", type=positive_float, help="first eps of the search (default: from the gradient)")
-    group.add_argument("--tol", type=relative_tolerance, default=1e-3, help="relative width of the final bracket")
-    group.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="precision of the verdict")
-    group.add_argument("--batch-size", type=positive_int, default=20, help="images bounded and written at a time")
-    group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
-    group.add_argument(
-        "--save-certificate",
-        action="store_true",
-        help="write a file for every radius that scripts/check_certificate.py can confirm by itself",
-    )
-    add_common_arguments(parser)
-
-
-def target_choice(text: str) -> str | int:
-    """argparse type: a way to choose the target, or a class number."""
-    return text if text in TARGETS else non_negative_int(text)
-
-
-def relative_tolerance(text: str) -> float:
-    """argparse type: a number between 0 and 1."""
-    value = positive_float(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
 
 
 def bound_mnist_classifier(args: argparse.Namespace, architecture: str, activation: str | None = None) -> None:
@@ -145,134 +70,6 @@ def bound_mnist_classifier(args: argparse.Namespace, architecture: str, activati
     folder = path.parent / result_folder_name(args)
     check_writable(folder)
     run_and_write(run, folder, record)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError if flags contradict each other or the data set."""
-    if args.untargeted and args.target is not None:
-        raise ValueError("--untargeted contradicts --target: leave out one of them")
-    if not args.untargeted and args.target is None:
-        args.target = "random"
-    if args.per_frame and args.frames:
-        raise ValueError("--per-frame bounds every frame by itself: leave out --frames")
-    if args.clip and args.p != INF:
-        raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
-    if args.frames:
-        args.frames = sorted(set(args.frames))
-        if args.frames[-1] >= args.time_step:
-            raise ValueError(f"--frames must be from 0 to {args.time_step - 1}, not {args.frames[-1]}")
-
-
-def checkpoint_path(args: argparse.Namespace, architecture: str, activation: str | None) -> Path:
-    """WORK_DIR/<model name>/MODEL_NAME."""
-    described = {"architecture": architecture, "activation": activation, "num_frames": args.time_step}
-    described |= {name: getattr(args, name) for name in ("hidden_size", "num_layers", "bidirectional")}
-    return args.work_dir / model_name(described | {"pooling": "last"}) / args.model_name
-
-
-def result_folder_name(args: argparse.Namespace) -> str:
-    """Name of the result folder: 2_norm_bound for p = 2 and all defaults, and a word for everything that differs.
-
-    In this order: untargeted, or target_runnerup, target_least, target_K; per_frame, or frames_0_3; sequence (the
-    ball); clip; the method (ibp, crown-ibp); the relaxation (line, constant). Number of images, seed, tolerance and
-    precision have no word: a new run with others replaces the earlier one.
-    """
-    words = [f"{args.p:g}_norm_bound"]
-    words += ["untargeted"] * args.untargeted
-    words += [f"target_{args.target}"] * (args.target not in (None, "random"))
-    words += ["per_frame"] * args.per_frame
-    words += ["_".join(map(str, ["frames", *args.frames]))] if args.frames else []
-    words += [args.ball] * (args.ball != "frame")
-    words += ["clip"] * args.clip
-    words += [args.method] * (args.method != "crown")
-    words += [relaxation_of(args)] * (relaxation_of(args) != "plane")
-    return "_".join(words)
-
-
-def relaxation_of(args: argparse.Namespace) -> str:
-    """--relaxation; "plane" for a script without that flag."""
-    return getattr(args, "relaxation", "plane")
-
-
-def check_config(
-    config: Config, args: argparse.Namespace, architecture: str, activation: str | None, path: Path
-) -> None:
-    """Raise CheckpointError if the checkpoint holds another model than the flags name, or one for other data."""
-    if config["architecture"] != architecture:
-        raise CheckpointError(f"{path} holds a model of type {config['architecture']}, not {architecture}")
-    flags = {"num_frames": args.time_step, "hidden_size": args.hidden_size, "num_layers": args.num_layers}
-    flags |= {"bidirectional": args.bidirectional, "activation": activation}
-    for key, value in flags.items():
-        flag = "--time-step" if key == "num_frames" else f"--{key.replace('_', '-')}"
-        if config[key] != value:
-            raise CheckpointError(f"{path} holds a model with {key} = {config[key]}, but {flag} says {value}")
-    if config["input_size"] * config["num_frames"] != SIDE * SIDE or config["num_classes"] != 10:
-        size = f"{config['num_frames']} frames of {config['input_size']} values, {config['num_classes']} classes"
-        raise CheckpointError(f"{path} is no MNIST classifier: it takes {size}")
-
-
-@dataclass
-class Samples:
-    """The images that get a radius, (n, ...), in the order in which they were drawn.
-
-    Attributes:
-        index: their numbers in the test set.
-        images: (n, 28, 28) pixels in [0, 1].
-        labels: their classes, which the model predicts.
-        targets: classes to keep away from, or None for all others.
-        counts: images drawn, left out because their label is the target, misclassified, and kept.
-    """
-
-    index: Tensor
-    images: Tensor
-    labels: Tensor
-    targets: Tensor | None
-    counts: dict[str, int]
-
-    def frames(self, num_frames: int) -> Tensor:
-        return as_frames(self.images, num_frames)
-
-
-def draw_samples(data: ImageData, model: SequenceClassifier, args: argparse.Namespace) -> Samples:
-    """Draw test images by the seed and keep those that have a target and are classified correctly.
-
-    An image's turn and its random target depend on the seed alone, so runs with other norms, batch sizes or numbers
-    of images are about the same ones.
-
-    Raises:
-        ValueError: there are too few images, no such target, or nothing is left.
-    """
-    total = len(data.test_y)
-    if total < args.N:
-        raise ValueError(f"--N {args.N} is more than the {total} test images of {data.source}")
-    num_classes = len(data.class_names)
-    generator = torch.Generator().manual_seed(args.seed)
-    index = torch.randperm(total, generator=generator)[: args.N]
-    random_offset = torch.randint(1, num_classes, (total,), generator=generator)[index]
-    images, labels = data.test_x[index], data.test_y[index]
-    with torch.no_grad():
-        exact = copy.deepcopy(model).cpu().to(getattr(torch, args.dtype))
-        logits = exact(as_frames(images, args.time_step).to(exact.head.weight.dtype))
-    if args.untargeted:
-        targets = None
-    elif isinstance(args.target, int):
-        if args.target >= num_classes:
-            raise ValueError(f"--target {args.target} is no class: there are 0 to {num_classes - 1}")
-        targets = torch.full_like(labels, args.target)
-    elif args.target == "random":
-        targets = (labels + random_offset) % num_classes
-    else:
-        others = logits.clone()
-        others[torch.arange(len(labels)), labels] = -INF if args.target == "runnerup" else INF
-        targets = others.argmax(dim=1) if args.target == "runnerup" else others.argmin(dim=1)
-    left_out = torch.zeros_like(labels, dtype=torch.bool) if targets is None else targets == labels
-    wrong = ~left_out & (logits.argmax(dim=1) != labels)
-    kept = ~left_out & ~wrong
-    groups = {"left_out": left_out, "misclassified": wrong, "kept": kept}
-    counts = {"drawn": args.N} | {name: int(group.sum()) for name, group in groups.items()}
-    if not counts["kept"]:
-        raise ValueError(f"nothing to certify: none of the {args.N} images is classified correctly and has a target")
-    return Samples(index[kept], images[kept], labels[kept], None if targets is None else targets[kept], counts)
 
 
 class Run:
@@ -410,50 +207,6 @@ def _plain(value: object) -> object:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def describe_threat(args: argparse.Namespace) -> str:
-    """What may be done to an image, in words."""
-    rows, norm = SIDE // args.time_step, f"l_{args.p:g}"
-    band = f"{rows} rows, {rows * SIDE} pixels"
-    moved = args.time_step if args.frames is None else len(args.frames)
-    listed = f"all {args.time_step} frames"
-    if args.frames is not None:
-        listed = f"frames {', '.join(map(str, args.frames))} of {args.time_step}"
-    if args.per_frame:
-        text = f"one of {args.time_step} frames ({band}) moves by at most eps in the {norm} norm, the others are exact"
-    elif args.ball == "sequence":
-        text = f"{listed} ({band} each) together move by at most eps in the {norm} norm"
-    else:
-        every = "at most the same eps" if moved > 1 else "at most eps"
-        text = f"{listed} ({band} each) move, each by {every} in the {norm} norm"
-    return text + ("; pixels stay in [0, 1]" if args.clip else "")
-
-
-def describe_goal(args: argparse.Namespace) -> str:
-    """What is certified, in words."""
-    if args.untargeted:
-        return "no such image is classified differently"
-    if isinstance(args.target, int):
-        return f"no such image is classified as {args.target}"
-    kind = {"random": "random", "runnerup": "highest logit besides the label", "least": "lowest logit"}[args.target]
-    return f"no such image is classified as its target class ({kind})"
-
-
-def short_title(args: argparse.Namespace) -> str:
-    """The threat model in a few words, for figures."""
-    if args.untargeted:
-        goal = "untargeted"
-    else:
-        goal = f"{args.target} target" if isinstance(args.target, str) else f"target {args.target}"
-    if args.per_frame:
-        place = "one frame at a time"
-    else:
-        place = "every frame" if args.frames is None else "frames " + ", ".join(map(str, args.frames))
-        place = f"one ball around {place}" if args.ball == "sequence" else place
-    method = [args.method] * (args.method != "crown")
-    method += [relaxation_of(args)] * (relaxation_of(args) != "plane")
-    return ", ".join([goal, place, *["clipped"] * args.clip, *method])
 
 
 def print_introduction(record: Record) -> None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from data.mnist import ImageData
-from utils.bounding import check_arguments, draw_samples
+from utils.bound_arguments import check_arguments
 from utils.checkpoint import Config, load_checkpoint
 from utils.cli import ROOT, add_common_arguments, git_commit, norm_value, positive_int, versions
 from utils.models import SequenceClassifier
 from utils.results import replacing
+from utils.samples import draw_samples
 
 MODELS_DIR = ROOT / "models" / "mnist_classifier"
 

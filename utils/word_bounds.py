@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.text import MAX_WORDS, PADDING, UNKNOWN, TextData, tokenize
-from utils.bounding import relative_tolerance
+from utils.bound_arguments import relative_tolerance
 from utils.checkpoint import CheckpointError
 from utils.cli import (
     ROOT,
