@@ -30,8 +30,6 @@ from utils.relaxations import (
     tanh_supporting_slope,
 )
 
-NEWTON_STEPS = 12
-
 
 class Box(NamedTuple):
     """lx <= x <= ux, ly <= y <= uy."""
@@ -111,24 +109,48 @@ def tanh_gate_intercept(slopes: Slopes, box: Box) -> Tensor:
         y = gate_stationary_point(t, b).clamp(box.ly, box.uy)
         candidates.append(guarded(t * y.sigmoid(), a * x, b * y))
     for y, s in zip((box.ly, box.uy), gate_ends, strict=True):
-        x = tanh_stationary_point(a / s.clamp(min=torch.finfo(s.dtype).tiny)).clamp(box.lx, box.ux)
+        x = _state_stationary_point(a, s).clamp(box.lx, box.ux)
         candidates.append(guarded(x.tanh() * s, a * x, b * y))
-    x, y, error = _inner_minimum(a, b)
-    x, y = x.clamp(box.lx, box.ux), y.clamp(box.ly, box.uy)
-    candidates.append(guarded(x.tanh() * y.sigmoid(), a * x, b * y) - error)
+    y, lowest = _inner_minimum(a, b)
+    y = torch.minimum(y, _gate_at_stationary_point(a, tanh_ends[0])).clamp(box.ly, box.uy)
+    s = y.sigmoid()
+    x = _state_stationary_point(a, s)
+    # The least value over x is convex in y from ``lowest`` on: what it may still fall by to the left of y.
+    slope = (x.tanh() * s * (1.0 - s) - b).detach()
+    error = slope.clamp(min=0.0) * (y - torch.maximum(lowest, box.ly)).detach().clamp(min=0.0)
+    x = x.clamp(box.lx, box.ux)
+    candidates.append(guarded(x.tanh() * s, a * x, b * y) - error)
     return least(candidates)
 
 
+def _state_stationary_point(a: Tensor, s: Tensor) -> Tensor:
+    """The x <= 0 at which tanh(x)*s - a*x has its inner minimum; finite, and of no consequence, unless 0 < a < s."""
+    tiny = torch.finfo(s.dtype).tiny
+    return tanh_stationary_point(a / torch.maximum(s, a.abs()).clamp(min=tiny))
+
+
 @torch.no_grad()
-def _inner_minimum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inner minimum (x, y) of tanh(x)*sigmoid(y) - a x - b y, and by how much its value may lie above the minimum.
+def _gate_at_stationary_point(a: Tensor, t: Tensor) -> Tensor:
+    """The y at which tanh(x)*sigmoid(y) - a*x is stationary in x where tanh(x) = t; inf where at none.
+
+    That x falls as y grows: with t = tanh(lx), no minimum inside the box has a larger y.
+    """
+    steepness = ((1.0 - t) * (1.0 + t)).clamp(min=torch.finfo(t.dtype).tiny)
+    return torch.logit((a / steepness).clamp(0.0, 1.0))
+
+
+@torch.no_grad()
+def _inner_minimum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Where tanh(x)*sigmoid(y) - a x - b y has its inner minimum: y, at most a little too large, and a point below it.
 
     With t = tanh x and s = sigmoid y it needs t < 0, 0 < a < 1, b < 0 and s(1 - t^2) = a, t s (1 - s) = b. Eliminating
     t leaves F(s) = sqrt(1 - a/s) s (1 - s) = -b on the branch where F falls: from the larger root of
-    4 s^2 - (2 + 3a) s + a to 1. There F is concave, so Newton steps from s = 1 approach the root from above.
-    The function of y that is left when x is minimised out is convex there with the derivative -b - F, so its value at
-    any y of the branch is off by at most |F + b| times the distance to the branch's end. Where there is no such
-    minimum the point is (0, 0) and the error 0: a candidate like any other.
+    4 s^2 - (2 + 3a) s + a, the second result, to 1. Minimised over x, the function of y is convex there with the
+    derivative -b - F.
+
+    At the branch's start F is flat and the minimum merges with a saddle, so Newton's method is applied to
+    q = sqrt(F(start) - F), which is nearly linear in s; at last to F itself, which is concave: these steps end above
+    the root. Where there is no such minimum both results are infinitely far to the right.
     """
     tiny = torch.finfo(a.dtype).eps
     exists = (a > 0) & (a < 1) & (b < 0)
@@ -139,17 +161,22 @@ def _inner_minimum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         root = (1 - a / s).clamp(min=tiny).sqrt()
         return root * s * (1 - s), (a / (2 * root)) * (1 - s) / s + root * (1 - 2 * s)
 
-    exists &= falling(start)[0] >= target
-    s = torch.ones_like(a) - tiny
-    for _ in range(NEWTON_STEPS):
+    highest = falling(start)[0]
+    exists &= highest >= target
+    aim = (highest - target).clamp(min=0).sqrt()
+    s = start + (1 - start) * aim / highest.sqrt()
+    for _ in range(4):
+        value, slope = falling(s)
+        q = (highest - value).clamp(min=0).sqrt()
+        s = (s - 2 * q * (q - aim) / (-slope).clamp(min=tiny)).clamp(max=1 - tiny)
+        s = torch.maximum(s, start)
+    farthest = (start + 2 * (s - start) + 8 * tiny**0.5).clamp(max=1 - tiny)  # where rounding hides how flat F is
+    for _ in range(2):
         value, slope = falling(s)
         s = torch.maximum(s - (value - target) / slope.clamp(max=-tiny), start)
-    s = s.clamp(max=1 - tiny)
+        s = torch.minimum(s, farthest)
     y, lowest = torch.logit(s), torch.logit(start.clamp(tiny, 1 - tiny))
-    error = (falling(s)[0] - target).abs() * (y - lowest).abs()
-    x = tanh_stationary_point(a / s)
-    zero = torch.zeros_like(a)
-    return torch.where(exists, x, zero), torch.where(exists, y, zero), torch.where(exists, error, zero)
+    return torch.where(exists, y, torch.inf), torch.where(exists, lowest, torch.inf)
 
 
 def tanh_gate_contracting(box: Box) -> Slopes:
@@ -164,7 +191,7 @@ def tanh_gate_contracting(box: Box) -> Slopes:
 
     def least_over_x(y: Tensor) -> tuple[Tensor, Tensor]:
         s = y.sigmoid()
-        x = tanh_stationary_point(a / s.clamp(min=torch.finfo(s.dtype).tiny)).clamp(box.lx, box.ux)
+        x = _state_stationary_point(a, s).clamp(box.lx, box.ux)
         t = x.tanh()
         return t * s - a * x, t * s * (1.0 - s)
 
@@ -182,7 +209,8 @@ def _envelope_contact(function, left: Tensor, middle: Tensor, right: Tensor, ste
     """The d in [middle, right] that the chord from ``left`` touches, for a function first concave and then convex.
 
     The middle itself if the function is its own envelope there. The chord's slope is least at d, so an error of d
-    costs only its square.
+    costs only its square. The function is convex nowhere below 0, and where it is nearly flat, beyond the logarithm
+    of the interval's width, no chord touches it: the search begins within these bounds.
     """
     start = function(left)[0]
 
@@ -190,7 +218,9 @@ def _envelope_contact(function, left: Tensor, middle: Tensor, right: Tensor, ste
         value, slope = function(y)
         return slope * (y - left) - (value - start)
 
-    low, high = middle, right
+    low = torch.minimum(middle.clamp(min=0.0), right)
+    high = torch.maximum(torch.minimum(2.0 + 2.0 * (right - left).log1p(), right), low)
+    middle, right = low, high
     below, above = excess(low), excess(high)
     convex, concave = below >= 0, above <= 0
     for _ in range(steps):
@@ -260,11 +290,15 @@ def volume_optimal_slopes(product: GateProduct, box: Box, steps: int = 60) -> Sl
     comparisons: it costs ``steps`` evaluations of the intercept.
     """
     mx, my = box.middle
-    # Slopes are optimised per half-width of the box, so that both have the unit of f.
+    # Slopes are optimised per half-width of the box, so that both have the unit of f. The best are no steeper than f,
+    # and over half the box their plane rises by no more than f's range.
     hx, hy = (0.5 * (box.ux - box.lx)).clamp(min=1e-6), (0.5 * (box.uy - box.ly)).clamp(min=1e-6)
-    scale = torch.maximum(box.lx.abs(), box.ux.abs()).clamp(min=1e-6)
+    steepest = 0.25 * torch.maximum(product.factor(box.lx).abs(), product.factor(box.ux).abs())
+    corners = torch.stack([product.function(x, y) for x in box[:2] for y in box[2:]])
+    range_ = corners.amax(dim=0) - corners.amin(dim=0)
+    largest_p, largest_q = torch.minimum(hx, range_).clamp(min=1e-9), torch.minimum(steepest * hy, range_).clamp(1e-9)
     p, q = torch.zeros_like(mx), torch.zeros_like(mx)
-    pp, pq, qq = 2 * scale**2, torch.zeros_like(mx), 2 * scale**2
+    pp, pq, qq = 2 * largest_p**2, torch.zeros_like(mx), 2 * largest_q**2
     best = (p / hx, q / hy, torch.full_like(mx, -torch.inf))
     for _ in range(steps):
         height, gp, gq = _centre_height(product, box, (mx, my), (hx, hy), (p, q))
