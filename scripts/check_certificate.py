@@ -201,6 +201,7 @@ class Node:
 
     index = -1
     low = high = None
+    tight = False
 
     def __init__(self, size, parents=()):
         self.size, self.parents = size, tuple(parents)
@@ -359,17 +360,16 @@ class Network:
 
     def relax(self, kind, parents, slopes):
         """Append a non-linear operation, once the ranges of its operands have been tightened."""
-        if not self.by_intervals:
-            for parent in parents:
-                self._tighten(parent)
+        for parent in parents:
+            self.tighten(parent)
         return self.add(Relaxed(kind, parents, slopes))
 
-    def _tighten(self, node):
+    def tighten(self, node):
         """Bound an operand by backward substitution to the input; once."""
         if isinstance(node, Mix) and len(node.parents) == 1:
-            self._tighten(node.parents[0])
+            self.tighten(node.parents[0])
             node.low, node.high = node.own_range()
-        elif node.perturbed and not getattr(node, "tight", False):
+        elif node.perturbed and not node.tight and not self.by_intervals:
             low, high = self._by_rows(node, deep=True)
             node.low, node.high = np.maximum(node.low, low), np.minimum(node.high, high)
             if not (node.low <= node.high).all():
@@ -462,6 +462,7 @@ def lstm_step(net, gates, state, slopes, kind):
 def gru_step(net, gates, state, slopes, kind):
     """n = W x + b + sigmoid(r) (W h + b),  h' = sigmoid(-z) tanh(n) + sigmoid(z) h."""
     (h,) = state
+    net.tighten(h)  # an operand below: the ranges of what comes before gain by it, too
     r, z = (gates(k, "both", h) for k in range(2))
     reset = net.relax("x*sigmoid", [gates(2, "hidden", h), r], slopes["reset"])
     n = net.add(Mix([gates(2, "input", h), reset]))
@@ -703,9 +704,9 @@ def check(path, weights_path=None, cache=None):
     model, weights, weights_hash = cache[weights_path]
     if weights_hash != certificate["weights"]["sha256"]:
         raise Rejected("it is about another model: the weights' hash differs")
+    fit(certificate, model)
     if certificate["x_hash"] != certificate["x_stated"]:
         raise Rejected("it is about another input: the hash of x differs")
-    fit(certificate, model)
     with np.errstate(all="ignore"):  # what overflows ends as NaN or infinity, and is rejected
         margin = float(rigorous_margins(model, weights, certificate).min())
     if not 0 < margin < np.inf:

@@ -130,7 +130,8 @@ def save_certificates(
         The certificates' paths.
 
     Raises:
-        ValueError: an argument does not fit, or another model's weights lie in the folder.
+        ValueError: an argument does not fit, the model is no SequenceClassifier, or another model's weights lie in
+            the folder.
         OSError: the folder cannot be written.
     """
     threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
@@ -146,6 +147,9 @@ def save_certificates(
 @torch.no_grad()
 def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names: Sequence[str]) -> list[Path]:
     """``save_certificates`` for a problem that is set up already; eps is (batch,) or (batch, T)."""
+    if not isinstance(problem.model, SequenceClassifier):
+        kind = type(problem.model).__name__
+        raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
     chosen = (eps.reshape(len(eps), -1).amax(dim=1) > 0).nonzero().squeeze(-1)
     if not chosen.numel():
         return []
