@@ -87,7 +87,7 @@ def check_scores(symbol: Symbol) -> None:
 
 
 def constant(value: Tensor | float) -> Symbol:
-    value = torch.as_tensor(value).to("cpu", DTYPE)
+    value = torch.as_tensor(value, dtype=DTYPE, device="cpu")
     return Symbol(torch.full(value.shape, CONSTANT), torch.zeros_like(value), value)
 
 
@@ -237,7 +237,7 @@ class Builder:
         """Over some axes."""
         axes = sorted({axis % len(x.shape) for axis in axes}) if axes else list(range(len(x.shape)))
         kept = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
-        moved = x.view(lambda part: part.movedim(axes, range(-len(axes), 0)).flatten(-len(axes)))
+        moved = x.view(lambda part: part.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes)))
         terms = [moved.view(lambda part, k=k: part[..., k]) for k in range(moved.shape[-1])]
         total = self.add(*terms)
         return total.view(lambda part: part.reshape(kept)) if keepdim else total

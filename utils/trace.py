@@ -367,7 +367,7 @@ def _multiply(builder, x, y):
 def _divide(builder, x, y, rounding_mode=None):
     if isinstance(y, Symbol) or rounding_mode is not None:
         raise UnsupportedError("only a division by constants is supported")
-    return builder.scaled(x, constant(1.0 / torch.as_tensor(y).to(torch.float64)))
+    return builder.scaled(x, constant(1.0 / torch.as_tensor(y, dtype=torch.float64)))
 
 
 @operation("sum")
@@ -659,7 +659,12 @@ class TracedModule:
             given = Tokens.of(builder, BATCH, self.x.shape[1])
         else:
             given = Traced.of(builder, builder.input(BATCH, self.x.shape[1:]), self.like)
-        output = self.module(given)
+        try:
+            output = self.module(given)
+        except (RuntimeError, IndexError, TypeError) as error:
+            shape = (len(self.x), *self.x.shape[1:])
+            reason = " ".join(str(error).split())
+            raise UnsupportedError(f"the forward fails on x of shape {shape}: {reason}") from error
         if isinstance(output, (tuple, list, dict)):
             raise UnsupportedError(
                 f"the forward must return the scores of the classes alone, not a {type(output).__name__}"
