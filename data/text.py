@@ -82,7 +82,7 @@ class Vocabulary:
 def build_vocabulary(token_lists: Iterable[Sequence[str]], min_count: int) -> Vocabulary:
     """The words that occur at least ``min_count`` times, the most frequent first, then in alphabetical order."""
     counts = Counter(token for tokens in token_lists for token in tokens)
-    kept = [word for word, count in counts.items() if count >= min_count]
+    kept = [word for word, count in counts.items() if count >= min_count and word not in SPECIAL_WORDS]
     return Vocabulary([*SPECIAL_WORDS, *sorted(kept, key=lambda word: (-counts[word], word))])
 
 

@@ -196,8 +196,8 @@ def step_attacks(
     lengths: Tensor,
     *,
     norm: float = 2.0,
-    tol: float = 0.02,
-    steps: int = 15,
+    tol: float = 0.05,
+    steps: int = 10,
     restarts: int = 1,
     batch_size: int = MAX_BATCH,
 ) -> Tensor:

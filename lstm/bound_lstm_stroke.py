@@ -1,0 +1,33 @@
+"""Certified radii of the single points of pen strokes: how far each point can move before an LSTM misreads the digit.
+
+    python lstm/bound_lstm_stroke.py                # 200 test digits, l_2
+    python lstm/bound_lstm_stroke.py --p inf
+
+Reads WORK_DIR/lstm_32/lstm (after --hidden-size); writes a row for every point (certified_bound.csv), run.json and
+figures to 2_norm_bound/ (after the norm) beside it. The strokes are made by scripts/make_strokes.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import ArgumentParser, run_main
+from utils.stroke_bounds import add_stroke_arguments, bound_stroke_classifier
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_stroke_arguments(parser, "lstm")
+    return parser.parse_args()
+
+
+def main() -> None:
+    bound_stroke_classifier(get_args(), "lstm")
+
+
+if __name__ == "__main__":
+    run_main(main)
