@@ -21,11 +21,12 @@ from mnist_files import ROOT, run_script, write_idx, write_mnist_folder
 
 from data.mnist import as_frames, load_mnist
 from utils.bound_arguments import result_folder_name
+from utils.bound_rows import read_bound_rows
 from utils.bounding import Run
 from utils.certify import certified_radius
 from utils.checkpoint import build_model, load_checkpoint, model_name, save_checkpoint
 from utils.cli import run_main
-from utils.results import read_record, read_rows
+from utils.results import read_record
 
 FRAMES, HIDDEN, IMAGES = 4, 4, 12
 INF = float("inf")
@@ -107,7 +108,7 @@ class Place:
         return self.checkpoint.parent / name
 
     def rows(self, name: str = "2_norm_bound"):
-        return read_rows(self.folder(name) / "certified_bound.csv")[0]
+        return read_bound_rows(self.folder(name) / "certified_bound.csv")
 
     def samples(self, rows):
         """Model, frames and labels of the rows' images, read anew."""
@@ -182,7 +183,7 @@ def test_default_run_from_another_folder(place, tmp_path):
     assert record["status"] == "finished"
     assert record["counts"] == {"drawn": IMAGES, "left_out": 0, "misclassified": 2, "kept": IMAGES - 2}
     assert record["arguments"]["N"] == IMAGES and record["data"]["source"] == "mnist"
-    rows = read_rows(folder / "certified_bound.csv")[0]
+    rows = read_bound_rows(folder / "certified_bound.csv")
     radii = [row.radius for row in rows]
     assert record["summary"]["mean"] == pytest.approx(np.mean(radii), rel=1e-12)
     assert record["summary"]["std"] == pytest.approx(np.std(radii), rel=1e-9)

@@ -53,7 +53,9 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
     group.add_argument("--eps0", type=positive_float, help="first eps of the search (default: from the gradient)")
     group.add_argument("--tol", type=relative_tolerance, default=1e-3, help="relative width of the final bracket")
     group.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="precision of the verdict")
-    group.add_argument("--batch-size", type=positive_int, default=20, help="images bounded and written at a time")
+    group.add_argument(
+        "--batch-size", type=positive_int, help="images bounded and written at a time (default: 20, on a GPU 500)"
+    )
     group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
     group.add_argument(
         "--save-certificate",

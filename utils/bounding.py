@@ -4,42 +4,40 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
-import shutil
-import sys
 import time
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data.mnist import SIDE, ImageData, as_frames, load_mnist
 from utils.bound_arguments import check_arguments, check_config, checkpoint_path, result_folder_name
+from utils.bound_rows import Key, Row, summarize
 from utils.certificate import FOLDER_NAME as CERTIFICATES_NAME
 from utils.certificate import write_certificates
 from utils.certify import MarginProblem, RadiusResult, search_radius
 from utils.checkpoint import Config, load_checkpoint, model_name
-from utils.cli import ROOT, apply_common_arguments, git_commit, versions
+from utils.cli import apply_common_arguments, git_commit, json_value, utc_now, versions
 from utils.models import SequenceClassifier
 from utils.perturbation import INF
 from utils.plots import plot_results
+from utils.ranks import Ranks, joined, world_size
 from utils.results import (
     EXAMPLES_NAME,
-    Key,
     Record,
     ResultFolder,
-    Row,
+    exclusive,
     read_record,
     replacing,
-    summarize,
     unfinished_rows,
 )
 from utils.samples import Samples, draw_samples
 from utils.threat_text import UNIT, describe_goal, describe_threat, short_title
 from utils.training import check_writable
+from utils.work import Job, work_through
 
+DEFAULT_BATCH = {"cpu": 20, "cuda": 500}
 NUM_EXAMPLES = 4  # images drawn beside the heat-map
 
 
@@ -54,7 +52,15 @@ def bound_mnist_classifier(args: argparse.Namespace, architecture: str, activati
     """
     check_arguments(args)
     device = apply_common_arguments(args)
+    args.batch_size = args.batch_size or DEFAULT_BATCH[device.type]
     as_frames(torch.empty(0, SIDE, SIDE), args.time_step)
+    with joined(device) as ranks:
+        _bound(args, architecture, activation, device, ranks)
+
+
+def _bound(
+    args: argparse.Namespace, architecture: str, activation: str | None, device: torch.device, ranks: Ranks
+) -> None:
     path = checkpoint_path(args, architecture, activation)
     model, config = load_checkpoint(path, device)
     check_config(config, args, architecture, activation, path)
@@ -69,7 +75,8 @@ def bound_mnist_classifier(args: argparse.Namespace, architecture: str, activati
         return
     folder = path.parent / result_folder_name(args)
     check_writable(folder)
-    run_and_write(run, folder, record)
+    with exclusive(folder, ranks):
+        run_and_write(run, folder, record, ranks)
 
 
 class Run:
@@ -90,23 +97,19 @@ class Run:
         # A ball of this radius around an image holds all images, so a larger radius says nothing more.
         self.max_eps = 1.0 if args.p == INF else values ** (1 / args.p)
 
-    def batches(self, finished: int) -> list[list[int]]:
-        """Samples of each batch that has rows left when the first ``finished`` rows are there.
+    def jobs(self) -> list[Job]:
+        """A job for every batch of samples."""
+        size, total, width = self.args.batch_size, len(self.samples.labels), len(self.frames)
+        batches = [list(range(start, min(start + size, total))) for start in range(0, total, size)]
+        return [
+            Job(self.keys[batch[0] * width : (batch[-1] + 1) * width], partial(self.search, batch)) for batch in batches
+        ]
 
-        The batches do not depend on ``finished``: a batch's size moves the last digits of its radii.
-        """
-        size, total = self.args.batch_size, len(self.samples.labels)
-        parts = [list(range(start, min(start + size, total))) for start in range(0, total, size)]
-        return [part for part in parts if (part[-1] + 1) * len(self.frames) > finished]
-
-    def search(self, chosen: list[int], finished: int = 0) -> list[Row]:
-        """The rows of the chosen samples, in a row, that come after the first ``finished`` rows of all."""
+    def search(self, chosen: list[int]) -> list[Row]:
+        """The rows of the chosen samples, which follow each other."""
         width = len(self.frames)
-        first, end = chosen[0] * width, (chosen[-1] + 1) * width
         found = {}
         for position, frame in enumerate(self.frames):
-            if chosen[-1] * width + position < finished:
-                continue
             started = time.perf_counter()
             result = self._search_frame(chosen, frame)
             values = {
@@ -120,7 +123,7 @@ class Run:
                 number = sample * width + position
                 own = {name: column[n] for name, column in values.items()}
                 found[number] = Row(**vars(self.keys[number]), **own, seconds=seconds)
-        return [found[number] for number in range(max(first, finished), end)]
+        return [found[number] for number in sorted(found)]
 
     def _problem(self, chosen: list[int], frame: int | None) -> MarginProblem:
         args, samples = self.args, self.samples
@@ -138,9 +141,9 @@ class Run:
             **relaxation,
         )
 
-    def save_certificates(self, chosen: list[int], rows: list[Row], folder: Path) -> None:
-        """Write the certificates of some of the chosen samples' rows."""
-        number = {index: sample for sample, index in zip(chosen, self.samples.index[chosen].tolist(), strict=True)}
+    def save_certificates(self, rows: list[Row], folder: Path) -> None:
+        """Write the certificates of some rows."""
+        number = {index: sample for sample, index in enumerate(self.samples.index.tolist())}
         for frame in self.frames:
             own = [row for row in rows if row.frame == frame]
             if own:
@@ -176,10 +179,10 @@ def make_record(run: Run, path: Path, config: Config, data: ImageData) -> Record
         "threat_model": describe_threat(args),
         "goal": describe_goal(args),
         "unit": UNIT,
-        "arguments": {name: _plain(value) for name, value in sorted(vars(args).items())},
+        "arguments": {name: json_value(value) for name, value in sorted(vars(args).items())},
         "model": {
             "name": model_name(config),
-            "path": _plain(path),
+            "path": json_value(path),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "config": config,
         },
@@ -193,20 +196,9 @@ def make_record(run: Run, path: Path, config: Config, data: ImageData) -> Record
         "dtype": args.dtype,
         "versions": versions(),
         "commit": git_commit(),
-        "started": _now(),
+        "processes": world_size(),
+        "started": utc_now(),
     }
-
-
-def _plain(value: object) -> object:
-    """A value as JSON takes it."""
-    if isinstance(value, Path):
-        resolved = value.resolve()
-        return str(resolved.relative_to(ROOT) if resolved.is_relative_to(ROOT) else resolved)
-    return f"{value:g}" if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def print_introduction(record: Record) -> None:
@@ -223,35 +215,25 @@ def print_introduction(record: Record) -> None:
     print(f"certified: {record['goal']}; eps and radius are in {record['unit']}", flush=True)
 
 
-def run_and_write(run: Run, folder: Path, record: Record) -> None:
+def run_and_write(run: Run, folder: Path, record: Record, ranks: Ranks) -> None:
     """Search and write batch by batch, then summarize and draw."""
-    results = ResultFolder(folder, record, run.keys, resume=run.args.resume)
-    certificates, finished = folder / CERTIFICATES_NAME, len(results.rows)
-    if run.args.resume:
-        print(f"resuming: {finished} of {len(run.keys)} rows are there")
+    args, certificates = run.args, folder / CERTIFICATES_NAME
+    results = ResultFolder(folder, record, run.keys, resume=args.resume, ranks=ranks, attached=(CERTIFICATES_NAME,))
+    if args.resume:
+        print(f"resuming: {len(results.found)} of {len(run.keys)} rows are there")
     elif unfinished_rows(folder):
         print(f"note: this replaces {unfinished_rows(folder)} rows of an interrupted run (--resume would continue it)")
-    try:
-        # disable=None: a bar on a terminal, silence in a log file, where only errors go to stderr
-        with tqdm(total=len(run.keys), initial=finished, unit="row", disable=None) as progress:
-            for batch in run.batches(finished):
-                rows = run.search(batch, finished=len(results.rows))
-                if not results.rows:
-                    shutil.rmtree(certificates, ignore_errors=True)  # of an earlier run, like the rows to be replaced
-                if run.args.save_certificate:
-                    run.save_certificates(batch, rows, certificates)
-                results.append(rows)
-                progress.update(len(rows))
-    except KeyboardInterrupt:
-        print(f"{len(results.rows)} of {len(run.keys)} rows lie in {folder}; --resume continues", file=sys.stderr)
-        raise
-    if run.args.per_frame:
+    save = partial(run.save_certificates, folder=certificates) if args.save_certificate else None
+    work_through(results, run.jobs(), save)
+    if not ranks.first:
+        return
+    if args.per_frame:
         write_examples(run.samples, folder)
-    results.finish(summarize(results.rows), _now())
+    results.finish(summarize(results.rows), utc_now())
     print_summary(read_record(folder)["summary"])
     figures = plot_results(folder)
     print(f"results in {folder}: {results.csv_path.name}, run.json, {', '.join(figures)}")
-    if run.args.save_certificate:
+    if args.save_certificate:
         print(f"certificates in {certificates}: check them by python scripts/check_certificate.py {certificates}")
 
 

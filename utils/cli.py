@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -17,6 +18,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TRACEBACK_VARIABLE = "SHOW_TRACEBACK"
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "mlxtend")
+
+
+class ContradictionError(RuntimeError):
+    """Two results that cannot both be true: one of the programs that found them is wrong."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -76,6 +81,8 @@ def resolve_device(args: argparse.Namespace) -> torch.device:
         raise ValueError("CUDA was asked for, but this torch finds no CUDA device: leave out --cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no device {name}: {torch.cuda.device_count()} CUDA device(s) found")
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # started by torchrun
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return device
 
 
@@ -156,6 +163,21 @@ def git_commit(root: Path = ROOT) -> str | None:
     return answer[1] if Path(answer[0]).resolve() == Path(root).resolve() else None
 
 
+def utc_now() -> str:
+    """Date and time as records hold them."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def json_value(value: object) -> object:
+    """A value as JSON takes it: paths in the repository relative to its root, infinities as words."""
+    if isinstance(value, (list, tuple)):
+        return [json_value(entry) for entry in value]
+    if isinstance(value, Path):
+        resolved = value.resolve()
+        return str(resolved.relative_to(ROOT) if resolved.is_relative_to(ROOT) else resolved)
+    return f"{value:g}" if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def one_line(message: object) -> str:
     """The message with all runs of white space, line breaks included, made single spaces."""
     return " ".join(str(message).split())
@@ -171,8 +193,9 @@ def describe_error(error: BaseException) -> str:
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(); what a user can cause ends in one line on stderr, without a traceback.
 
-    ValueError (CheckpointError and DataError are ones) and OSError exit with code 2, Ctrl-C with 130. Anything
-    else is a mistake in the program and keeps its traceback. SHOW_TRACEBACK=1 in the environment shows them all.
+    ValueError (CheckpointError and DataError are ones) and OSError exit with code 2, ContradictionError with 3, Ctrl-C
+    with 130. Anything else is a mistake in the program and keeps its traceback. SHOW_TRACEBACK=1 in the environment
+    shows them all.
     """
     if os.environ.get(TRACEBACK_VARIABLE):
         return main()
@@ -180,6 +203,8 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError) as error:
         _fail(f"error: {describe_error(error)}", 2)
+    except ContradictionError as error:
+        _fail(f"CONTRADICTION: {describe_error(error)}", 3)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 

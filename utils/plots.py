@@ -12,7 +12,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
-from utils.results import CSV_NAME, EXAMPLES_NAME, FIGURES, Record, Row, read_record, read_rows, replacing
+from utils.bound_rows import Row, read_bound_rows
+from utils.results import CSV_NAME, EXAMPLES_NAME, FIGURES, Record, read_record, replacing
 
 DPI = 150
 LINES_IN_LEGEND = 7
@@ -39,7 +40,7 @@ class Results:
 
 def plot_results(folder: Path) -> list[str]:
     """Draw the figures of a result folder into it; returns their names."""
-    results = Results(read_record(folder), read_rows(folder / CSV_NAME)[0])
+    results = Results(read_record(folder), read_bound_rows(folder / CSV_NAME))
     drawn = [(FIGURES[0], plot_histogram(results)), (FIGURES[1], plot_certified_fraction(results))]
     if results.frames and (folder / EXAMPLES_NAME).exists():
         with np.load(folder / EXAMPLES_NAME, allow_pickle=False) as examples:

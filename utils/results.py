@@ -1,133 +1,30 @@
-"""The folder of a bound run: certified_bound.csv, one row per sample as it is finished, and run.json about the run.
-
-A run is a list of keys, one for every row to come, in order. Rows are appended in that order, batch by batch, so the
-file is always a prefix of the whole result: an interrupted run goes on after its last complete row. Several processes
-can share a run: each takes some of the keys and a folder of its own; all rows in the order of all keys are the whole.
-"""
+"""The folder of a run: a CSV file, one row per sample as it is finished, and run.json about the run."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from utils.bound_rows import Row
+from utils.lock import locked
+from utils.ranks import ALONE, Ranks
+from utils.rows import KeyedRow, ResultError, column_names, format_row, read_rows
 
 CSV_NAME = "certified_bound.csv"
 RECORD_NAME = "run.json"
 EXAMPLES_NAME = "examples.npz"
 FIGURES = ("radius_histogram.png", "certified_fraction.png", "frame_heatmap.png")
+TEMPORARY_PREFIX = ".saving-"
 # Where things lie and how they are run; everything else must agree when a run is resumed.
-FREE_ARGUMENTS = ("work_dir", "data_dir", "resume", "dry_run", "threads", "device", "cuda")
+FREE_ARGUMENTS = ("work_dir", "data_dir", "out_dir", "resume", "dry_run", "threads", "device", "cuda")
 
 Record = dict[str, Any]
-
-
-class ResultError(ValueError):
-    """A result folder that cannot be read or continued; the message is one line that names it."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a row is about.
-
-    Attributes:
-        index: number of the image in the test set, from 0.
-        label: its true class.
-        prediction: the class that the model gives it (the label: other images are not bounded).
-        target: the class whose logit must stay below the label's, or "all" for every other class.
-        frame: the only frame that is perturbed, from 0; None (no column) if the run has one radius a sample.
-    """
-
-    index: int
-    label: int
-    prediction: int
-    target: int | str
-    frame: int | None = None
-
-
-@dataclass(frozen=True)
-class Row(Key):
-    """A key with what was found for it; eps and radius are in the units of the model's input (pixel values).
-
-    Attributes:
-        radius: the largest eps that was certified; 0 if none was.
-        failed_eps: the smallest eps that was not certified; inf if every perturbation of a valid image was.
-        margin: lower bound of the worst margin (label's logit less another's) at radius, less the slack for rounding.
-        evaluations: bounds computed for the row.
-        seconds: wall time of the row's batch, divided by the number of samples in it.
-    """
-
-    radius: float = 0.0
-    failed_eps: float = math.inf
-    margin: float = 0.0
-    evaluations: int = 0
-    seconds: float = 0.0
-
-    @property
-    def key(self) -> Key:
-        return Key(self.index, self.label, self.prediction, self.target, self.frame)
-
-
-COLUMNS = tuple(field.name for field in fields(Row))
-INTEGERS = ("index", "label", "prediction", "frame", "evaluations")
-
-
-def columns(per_frame: bool) -> tuple[str, ...]:
-    """Header of the CSV file; the frame column is there only with one radius per frame."""
-    return tuple(name for name in COLUMNS if per_frame or name != "frame")
-
-
-def format_row(row: Row, names: Sequence[str]) -> str:
-    """The row as a line of CSV; radii in full precision, so that reading gives back the same number."""
-    values = [f"{row.seconds:.6f}" if name == "seconds" else str(getattr(row, name)) for name in names]
-    return ",".join(values) + "\n"
-
-
-def parse_row(values: Sequence[str], names: Sequence[str]) -> Row:
-    """Inverse of ``format_row``. Raises ValueError if the values are not those of a row."""
-    if len(values) != len(names):
-        raise ValueError(f"{len(values)} fields instead of {len(names)}")
-    parsed: dict[str, Any] = {}
-    for name, value in zip(names, values, strict=True):
-        if name == "target":
-            parsed[name] = value if value == "all" else int(value)
-        else:
-            parsed[name] = int(value) if name in INTEGERS else float(value)
-    return Row(**parsed)
-
-
-def read_rows(path: Path) -> tuple[list[Row], int]:
-    """The complete rows of a CSV file and how many bytes, header included, they take.
-
-    A last line without its end, which an interruption can leave, does not count.
-
-    Raises:
-        ResultError: the file is no such CSV file or a complete line in it is damaged.
-        OSError: it cannot be read.
-    """
-    content = path.read_bytes()
-    size = content.rfind(b"\n") + 1
-    try:
-        lines = content[:size].decode("ascii").splitlines()
-    except UnicodeDecodeError:
-        raise ResultError(f"{path} is not a result of this project: it is no plain text") from None
-    if not lines:
-        return [], 0
-    names = tuple(lines[0].split(","))
-    if names not in (columns(True), columns(False)):
-        raise ResultError(f"{path} is not a result of this project: its header is unknown")
-    rows = []
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            rows.append(parse_row(line.split(","), names))
-        except ValueError as error:
-            raise ResultError(f"{path} is damaged in line {number}: {error}") from None
-    return rows, size
 
 
 def read_record(folder: Path) -> Record:
@@ -145,7 +42,7 @@ def read_record(folder: Path) -> Record:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which takes the place of ``path`` if the block ends without an error."""
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
@@ -168,42 +65,79 @@ def identity(record: Record) -> dict[str, Any]:
     facts = {
         "the checkpoint's sha256": record.get("model", {}).get("sha256"),
         "the drawn images' sha256": record.get("data", {}).get("drawn_sha256"),
-        "the device": record.get("device"),
+        "the device": str(record.get("device")).partition(":")[0],
     }
+    facts |= {f"the sha256 of {name}": sha256 for name, sha256 in record.get("checkpoints", {}).items()}
     return arguments | facts
 
 
 class ResultFolder:
-    """Writes the results of one run.
+    """Writes the results of one run, which one process or several share.
 
-    Nothing in the folder changes before the first new rows are written. Earlier results are replaced then, or, if the
-    run is resumed, continued.
+    A run is a list of keys, one for every row to come, in order. A process that is alone appends its rows in that order
+    to the CSV file, which is always a prefix of the whole result. Of several processes each appends to a part file of
+    its own, in any order; in the end, or when one process resumes the run, the parts are merged. Whichever wrote a row
+    that is complete, it is not asked for again.
+
+    Nothing in the folder changes before the first new rows are there. Earlier results are replaced then, or, if the run
+    is resumed, continued. The folder should be locked (``exclusive``).
 
     Args:
         folder: must exist.
         record: what run.json says about the run.
         keys: what the rows will be about, in order.
+        kind: the class of the rows.
         resume: continue what lies in the folder.
+        ranks: the processes of the run.
+        csv_name: name of the file of the rows.
+        derived: names of what is made of all rows in the end.
+        attached: names of files and folders that are written along with the rows.
 
     Attributes:
-        rows: the rows so far, a prefix of the whole result.
+        found: the rows so far, by key.
 
     Raises:
         ResultError: resume was asked for, but what lies there is damaged or belongs to another run.
     """
 
-    def __init__(self, folder: Path, record: Record, keys: Sequence[Key], *, resume: bool = False):
-        self.folder, self.record, self.keys = folder, dict(record), list(keys)
-        self.names = columns(any(key.frame is not None for key in keys))
-        self.csv_path = folder / CSV_NAME
-        self.rows: list[Row] = []
-        self._size = 0  # bytes to keep of the file that is there
+    def __init__(
+        self,
+        folder: Path,
+        record: Record,
+        keys: Sequence[Hashable],
+        *,
+        kind: type[KeyedRow] = Row,
+        resume: bool = False,
+        ranks: Ranks = ALONE,
+        csv_name: str = CSV_NAME,
+        derived: Sequence[str] = (EXAMPLES_NAME, *FIGURES),
+        attached: Sequence[str] = (),
+    ):
+        self.folder, self.record, self.keys, self.kind = folder, dict(record), list(keys), kind
+        self.ranks, self.derived, self.attached = ranks, tuple(derived), tuple(attached)
+        self.names = column_names(kind, self.keys)
+        self.csv_path = folder / csv_name
+        self.own_path = self.csv_path if ranks.world == 1 else part_path(self.csv_path, ranks.rank)
+        self.found: dict[Hashable, KeyedRow] = {}
+        self._number = {key: number for number, key in enumerate(self.keys)}
+        self._written = 0  # rows in the CSV file, if this process is alone
         self._begun = False
         if resume:
             self._find_earlier()
 
+    @property
+    def rows(self) -> list[KeyedRow]:
+        """The rows so far, in the order of the keys."""
+        return [self.found[key] for key in self.keys if key in self.found]
+
+    @property
+    def missing(self) -> list[Hashable]:
+        """The keys whose rows are not there yet, in order."""
+        return [key for key in self.keys if key not in self.found]
+
     def _find_earlier(self) -> None:
-        if not self.csv_path.exists():
+        files = result_files(self.csv_path)
+        if not files:
             return
         if not (self.folder / RECORD_NAME).exists():
             raise ResultError(f"cannot resume in {self.folder}: {RECORD_NAME} is missing; leave out --resume")
@@ -213,45 +147,107 @@ class ResultFolder:
             if then.get(name) != now.get(name):
                 change = f"{name} was {_shown(then.get(name))}, now it is {_shown(now.get(name))}"
                 raise ResultError(f"cannot resume in {self.folder}: {change}; leave out --resume to start again")
-        rows, size = read_rows(self.csv_path)
-        if [row.key for row in rows] != self.keys[: len(rows)]:
-            raise ResultError(f"cannot resume in {self.folder}: its rows are not those of this run")
-        self.rows, self._size = rows, size
-        if rows and (len(rows) < len(self.keys) or earlier.get("status") != "finished"):
+        for path in files:
+            rows, _ = read_rows(path, self.kind)
+            numbers = [self._number.get(row.key) for row in rows]
+            if None in numbers or (path == self.csv_path and numbers != list(range(len(rows)))):
+                raise ResultError(f"cannot resume in {self.folder}: its rows are not those of this run")
+            self.found = {row.key: row for row in rows} | self.found
+            self._written = len(rows) if path == self.csv_path else self._written
+        if self.found and (self.missing or earlier.get("status") != "finished"):
             before = {name: earlier.get(name) for name in ("commit", "versions", "started")}
-            self.record["resumed"] = [*earlier.get("resumed", []), {"rows": len(rows), **before}]
+            self.record["resumed"] = [*earlier.get("resumed", []), {"rows": len(self.found), **before}]
 
-    def append(self, rows: Sequence[Row]) -> None:
-        """Write the next rows, which must be those of the next keys, and flush them."""
-        following = self.keys[len(self.rows) : len(self.rows) + len(rows)]
-        if [row.key for row in rows] != following:
-            raise ValueError("rows must be written in the order of the run's keys")
-        text = "".join(format_row(row, self.names) for row in rows)
-        if not self._begun:
-            self._begin(text)
+    def append(self, rows: Sequence[KeyedRow]) -> None:
+        """Write new rows, which must be those of missing keys, in the keys' order, and flush them."""
+        keys, missing = [row.key for row in rows], self.missing
+        if self.ranks.world == 1:
+            due = missing[: len(rows)]
         else:
-            with self.csv_path.open("a", encoding="ascii", newline="") as file:
-                file.write(text)
-        self.rows += rows
+            chosen = set(keys)
+            due = [key for key in missing if key in chosen]
+        if keys != due:
+            raise ValueError("rows must be written in the order of the run's keys")
+        self.begin()
+        self.found |= dict(zip(keys, rows, strict=True))
+        self._write(rows)
 
-    def _begin(self, text: str) -> None:
-        """Put the first new rows where the earlier results are, and the record beside them.
+    def _write(self, rows: Sequence[KeyedRow]) -> None:
+        if self.ranks.world == 1:  # with the rows that follow here and were found in parts
+            end = next((n for n, key in enumerate(self.keys) if key not in self.found), len(self.keys))
+            rows = [self.found[key] for key in self.keys[self._written : end]]
+            self._written = end
+        with self.own_path.open("a", encoding="ascii", newline="") as file:
+            file.write("".join(format_row(row, self.names) for row in rows))
 
-        The record goes first and comes last, so that it never lies beside the rows of another run.
+    def begin(self) -> None:
+        """Put the record and files without half-written lines where the new rows will come; done once, by all ranks.
+
+        Files of another run go before its record is replaced, so that the record never lies beside rows that are not
+        its own, whenever this ends; then there is nothing to resume, or a run to be resumed.
         """
-        kept = self.csv_path.read_bytes()[: self._size].decode("ascii") if self._size else ",".join(self.names) + "\n"
-        for name in (RECORD_NAME, EXAMPLES_NAME, *FIGURES):
-            (self.folder / name).unlink(missing_ok=True)
-        with replacing(self.csv_path) as path:
-            path.write_text(kept + text, encoding="ascii", newline="")
-        write_record(self.folder, self.record | {"status": "running"})
+        if self._begun:
+            return
         self._begun = True
+        self.ranks.wait()
+        if self.ranks.first:
+            for path in [] if self.found else result_files(self.csv_path):
+                path.unlink()
+            write_record(self.folder, self.record | {"status": "running"})
+            self._remove(self.derived if self.found else self.derived + self.attached)
+        self.ranks.wait()
+        own = read_rows(self.own_path, self.kind)[0] if self.own_path.exists() else []
+        self._replace(self.own_path, own)
+
+    def _remove(self, names: Sequence[str]) -> None:
+        for path in (*(self.folder / name for name in names), *self.folder.glob(f"{TEMPORARY_PREFIX}*")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _replace(self, path: Path, rows: Sequence[KeyedRow]) -> None:
+        text = ",".join(self.names) + "\n" + "".join(format_row(row, self.names) for row in rows)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="ascii", newline="")
+
+    def merge(self) -> None:
+        """Wait for all processes; then the first one has all rows, and writes the whole CSV file if there are parts."""
+        self.ranks.wait()
+        if not self.ranks.first:
+            return
+        parts = [path for path in result_files(self.csv_path) if path != self.csv_path]
+        if parts and (self._begun or self.found):
+            for path in parts:
+                self.found = {row.key: row for row in read_rows(path, self.kind)[0]} | self.found
+            self._replace(self.csv_path, self.rows)
+            for path in parts:
+                path.unlink()
 
     def finish(self, summary: Record, finished: str) -> None:
         """Complete run.json; ``finished`` is the time. A run that was finished before stays as it is."""
         if not self._begun and read_record(self.folder).get("status") == "finished":
             return
         write_record(self.folder, self.record | {"status": "finished", "finished": finished, "summary": summary})
+
+
+def part_path(csv_path: Path, rank: int | str) -> Path:
+    """The file of one of several processes."""
+    return csv_path.with_name(f"{csv_path.stem}.part-{rank}.csv")
+
+
+def result_files(csv_path: Path) -> list[Path]:
+    """The CSV file and its parts, as far as they are there, in this order."""
+    parts = csv_path.parent.glob(part_path(csv_path, "*").name)
+    return [path for path in (csv_path, *sorted(parts)) if path.exists()]
+
+
+@contextmanager
+def exclusive(folder: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Hold the folder's lock for all processes of a run."""
+    with locked(folder) if ranks.first else nullcontext():
+        ranks.wait()
+        yield
 
 
 def _shown(value: object) -> str:
@@ -263,31 +259,6 @@ def unfinished_rows(folder: Path) -> int:
     try:
         if read_record(folder).get("status") != "running":
             return 0
-        return len(read_rows(folder / CSV_NAME)[0])
+        return len({row.key for path in result_files(folder / CSV_NAME) for row in read_rows(path, Row)[0]})
     except (ResultError, OSError):
         return 0
-
-
-def statistics(values: Sequence[float]) -> dict[str, float]:
-    """min, mean, max and std (of the values themselves, divided by their number) of at least one value."""
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
-    return {"min": min(values), "mean": mean, "max": max(values), "std": math.sqrt(variance)}
-
-
-def summarize(rows: Sequence[Row]) -> Record:
-    """Statistics of the radii, in input units, over all rows and, if there are frames, for each of them."""
-    radii = [row.radius for row in rows]
-    samples = len({row.index for row in rows})
-    summary: Record = statistics(radii) | {
-        "samples": samples,
-        "not_certified": sum(radius == 0 for radius in radii),
-        "evaluations_per_row": sum(row.evaluations for row in rows) / len(rows),
-        "seconds_per_sample": math.fsum(row.seconds for row in rows) / samples,
-    }
-    frames = sorted({row.frame for row in rows if row.frame is not None})
-    if frames:
-        summary["frames"] = [
-            {"frame": frame} | statistics([row.radius for row in rows if row.frame == frame]) for frame in frames
-        ]
-    return summary
