@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.bounds import METHODS, BoundPass
-from utils.graph import Graph
+from utils.alpha import select, store, tune_slopes
+from utils.bounds import METHODS as PASS_METHODS
+from utils.bounds import BoundPass
+from utils.graph import Graph, NonLinear
 from utils.networks import Network, check_network, graph_of, num_classes, read_network
 from utils.perturbation import Perturbation, dual_norm
 from utils.planes import SLOPES
@@ -23,6 +25,13 @@ FIRST_SHARE = 0.1
 
 # Coefficients that are worked on at once, on a CPU (measured: float64 bounds take a third less time than with 6 MiB).
 CACHE_BYTES = 5 * 2**19
+
+# Slopes are tuned in this many rounds, each at an eps a little above the radius reached.
+ALPHA_STEPS = 20
+ALPHA_ROUNDS = 2
+ALPHA_OVERSHOOT = 1.03
+
+METHODS = (*PASS_METHODS, "alpha")
 
 # No larger eps is tried unless asked for: a sample of a saturating network can be certified at any.
 MAX_EPS = 1e6
@@ -95,13 +104,17 @@ class MarginProblem:
         method: str = "crown",
         relaxation: str = "plane",
         lengths: Tensor | None = None,
+        alpha_steps: int = ALPHA_STEPS,
     ):
         model, x = read_network(model, x)
         check_inputs(model, x, labels, lengths)
         for name, value, known in (("method", method, METHODS), ("relaxation", relaxation, SLOPES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if alpha_steps < 1:
+            raise ValueError(f"alpha_steps must be at least 1, not {alpha_steps}")
         self.model, self.x, self.method, self.relaxation = model, x, method, relaxation
+        self.alpha_steps, self.slopes = alpha_steps, None
         self.threat = {"norm": float(norm), "clip": clip, "ball": ball}
         self.rows = margin_rows(labels, num_classes(model), targets)
         self.mask = frame_mask(frames, *x.shape[:2]).to(x.device)
@@ -110,7 +123,7 @@ class MarginProblem:
             self.mask &= torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         self._graphs: dict[torch.dtype, Graph] = {}
         self._widest: int | None = None
-        Perturbation(x, torch.zeros_like(x[:, :, 0]), **self.threat)  # raises what is wrong with the threat model
+        Perturbation(x, self.mask.to(x.dtype), **self.threat)  # raises what is wrong with the threat model
 
     def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Graph:
         """The model unrolled, over the chosen samples' own lengths if these differ."""
@@ -148,11 +161,26 @@ class MarginProblem:
         return max(4, CACHE_BYTES // (2 * self._widest**2 * dtype.itemsize))
 
     def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
-        x, mask = self.x[chosen].to(dtype), self.mask[chosen]
-        eps = eps.to(dtype)
-        eps = (eps[:, None] if eps.dim() == 1 else eps) * mask
-        perturbation = Perturbation(x, eps, **self.threat)
-        return BoundPass(self.graph(dtype, chosen), perturbation, self.method).margin(self.rows[chosen].to(dtype))
+        slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
+        method = "crown" if self.method == "alpha" else self.method
+        bounds = BoundPass(self.graph(dtype, chosen), self._perturbation(eps, chosen, dtype), method, slopes)
+        return bounds.margin(self.rows[chosen].to(dtype))
+
+    def _perturbation(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype) -> Perturbation:
+        eps = (eps[:, None] if eps.dim() == 1 else eps).to(dtype) * self.mask[chosen]
+        return Perturbation(self.x[chosen].to(dtype), eps, **self.threat)
+
+    def tune(self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None)) -> None:
+        """Tune the slopes of the chosen samples at eps, (m,) or (m, T), from those they have; ``margins`` uses them."""
+        graph = self.graph(dtype, slice(None))
+        table = self.slopes or [None for node in graph.nodes if isinstance(node, NonLinear)]
+        samples, size = torch.arange(len(self.x), device=self.x.device)[chosen], self._samples_at_once(dtype)
+        for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
+            start = None if self.slopes is None else select(self.slopes, part, dtype)
+            perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
+            tuned, _ = tune_slopes(self.graph(dtype, part), perturbation, rows, steps, start)
+            store(table, part, tuned, len(self.x))
+        self.slopes = table
 
     def linear_radius(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """eps at which the worst margin's linearisation at x vanishes, (m,): above the true radius as a rule."""
@@ -199,6 +227,7 @@ def certified_margin(
     method: str = "crown",
     relaxation: str = "plane",
     lengths: Tensor | None = None,
+    alpha_steps: int = ALPHA_STEPS,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Lower bounds of the margins over all perturbations of size eps; differentiable in the model and in x.
@@ -215,9 +244,10 @@ def certified_margin(
         frames: which frames are perturbed (``frame_mask``); the others are exact. None for all.
         clip: valid input range (lowest, highest) to which l_inf boxes are cut.
         ball: "frame" for a ball around every frame, "sequence" for one around the whole sequence.
-        method: "crown", "ibp" or "crown-ibp" (``utils.bounds``).
+        method: "crown", "ibp" or "crown-ibp" (``utils.bounds``), or "alpha": "crown" with slopes tuned to the sample.
         relaxation: of an LSTM's or GRU's gate products: "plane", "volume", "line" or "constant" (``utils.planes``).
         lengths: (batch,) number of frames that count in each sample; those after are padding. None for all.
+        alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
         dtype: precision of the computation; that of x if left out.
 
     Returns:
@@ -227,12 +257,18 @@ def certified_margin(
         ValueError: an argument does not fit; the message says which.
     """
     threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
-    problem = MarginProblem(model, x, labels, targets=targets, method=method, relaxation=relaxation, **threat)
+    how = {"method": method, "relaxation": relaxation, "alpha_steps": alpha_steps}
+    problem = MarginProblem(model, x, labels, targets=targets, **how, **threat)
     x = problem.x
     eps = torch.as_tensor(eps, dtype=dtype or x.dtype, device=x.device)
     if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
         raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
-    return problem.margins(eps.expand(len(x)) if eps.dim() == 0 else eps, dtype or x.dtype)
+    eps = eps.expand(len(x)) if eps.dim() == 0 else eps
+    margins = problem.margins(eps, dtype or x.dtype)
+    if method == "alpha":
+        problem.tune(eps.detach(), dtype or x.dtype, alpha_steps)
+        margins = torch.maximum(margins, problem.margins(eps, dtype or x.dtype))
+    return margins
 
 
 @dataclass
@@ -299,17 +335,35 @@ def _search_rows(problem, rows: Tensor, tol: float, eps0, max_eps: float, dtype,
         return margin_of
 
     at_zero = clean - SLACK[dtype] * (1.0 + clean.abs())
-    first = FIRST_SHARE * problem.linear_radius(search_dtype, rows) if eps0 is None else torch.full_like(clean, eps0)
-    first = first.to(dtype)
-    if search_dtype == dtype:
-        found = largest_certified(margin_in(dtype), at_zero, first, tol, max_eps)
-    else:
-        # Where the slack is a larger share of the margin than tol, it would move the radius by more than tol.
-        too_coarse = SLACK[search_dtype] * (1.0 + clean.abs()) > tol * clean
+    # Where the slack is a larger share of the margin than tol, it would move the radius by more than tol.
+    too_coarse = SLACK[search_dtype] * (1.0 + clean.abs()) > tol * clean
+
+    def search(first: Tensor) -> Bracket:
+        if search_dtype == dtype:
+            return largest_certified(margin_in(dtype), at_zero, first, tol, max_eps)
         found = largest_certified(margin_in(search_dtype), at_zero.masked_fill(too_coarse, 0.0), first, tol, max_eps)
         _confirm(margin_in(dtype), at_zero, found, first, tol, max_eps)
+        return found
+
+    problem.slopes = None
+    first = FIRST_SHARE * problem.linear_radius(search_dtype, rows) if eps0 is None else torch.full_like(clean, eps0)
+    found = search(first.to(dtype))
+    if problem.method == "alpha":
+        for _ in range(ALPHA_ROUNDS):
+            aim = torch.where(found.low > 0, ALPHA_OVERSHOOT * found.low, first.to(dtype))
+            problem.tune(aim, search_dtype, -(-problem.alpha_steps // ALPHA_ROUNDS), rows)
+            found = _better(found, search(aim))
     failed = torch.where(at_zero > 0, found.high, 0.0)
     return RadiusResult(found.low, failed, found.margin, found.evaluations)
+
+
+def _better(first: Bracket, second: Bracket) -> Bracket:
+    """Of two searches, per sample, the one that certified more; evaluations add up."""
+    higher = second.low > first.low
+    low, high, margin = (
+        torch.where(higher, getattr(second, name), getattr(first, name)) for name in ("low", "high", "margin")
+    )
+    return Bracket(low, high, margin, first.evaluations + second.evaluations)
 
 
 def _confirm(margin_of, at_zero: Tensor, found: Bracket, first: Tensor, tol: float, max_eps: float) -> None:
@@ -343,6 +397,7 @@ def certified_radius(
     method: str = "crown",
     relaxation: str = "plane",
     lengths: Tensor | None = None,
+    alpha_steps: int = ALPHA_STEPS,
     tol: float = 1e-3,
     eps0: float | None = None,
     max_eps: float = MAX_EPS,
@@ -366,7 +421,8 @@ def certified_radius(
         The largest eps that certified, in the units of x; 0 where none did (a misclassified sample).
     """
     threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
-    problem = MarginProblem(model, x, labels, targets=targets, method=method, relaxation=relaxation, **threat)
+    how = {"method": method, "relaxation": relaxation, "alpha_steps": alpha_steps}
+    problem = MarginProblem(model, x, labels, targets=targets, **how, **threat)
     search = {
         "tol": tol,
         "eps0": eps0,

@@ -62,12 +62,16 @@ class Perturbation:
         return self.eps.amax(dim=1)
 
     def _cut_box(self) -> tuple[Tensor, Tensor]:
-        """Centre and half-width, (batch, T, n) each, of the boxes cut to the valid range (which must hold x itself)."""
+        """Centre and half-width, (batch, T, n) each, of the boxes cut to the valid range (which must hold x itself).
+
+        Exact frames, such as padding, stay as they are, wherever they lie.
+        """
         low, high = self.clip
-        if bool(((self.x < low) | (self.x > high)).any()):
+        moved = self.eps[..., None] > 0
+        if bool((((self.x < low) | (self.x > high)) & moved).any()):
             raise ValueError(f"inputs lie outside the range [{low}, {high}] that they are to be clipped to")
-        below = (self.x - self.eps[..., None]).clamp(min=low)
-        above = (self.x + self.eps[..., None]).clamp(max=high)
+        below = torch.where(moved, (self.x - self.eps[..., None]).clamp(min=low), self.x)
+        above = torch.where(moved, (self.x + self.eps[..., None]).clamp(max=high), self.x)
         return 0.5 * (below + above), 0.5 * (above - below)
 
     def is_exact(self, frame: int) -> bool:

@@ -61,8 +61,10 @@ def gate_stationary_point(factor: Tensor, b: Tensor) -> Tensor:
 
     There sigmoid'(y) = b / factor. Finite, and of no consequence, where there is none (also for factor = 0).
     """
-    safe = torch.where(factor == 0, 1.0, factor)
-    return 2.0 * tanh_stationary_point(4.0 * b / safe) * torch.sign(safe)
+    sign = torch.where(factor < 0, -1.0, 1.0)
+    # Slopes steeper than the gate ever is, 4 |b| > |factor|, become the steepest: no quotient leaves [-1, 1].
+    size = torch.maximum(factor.abs(), 4.0 * b.abs()).clamp(min=torch.finfo(factor.dtype).tiny)
+    return 2.0 * tanh_stationary_point(4.0 * sign * b / size) * sign
 
 
 # --- x * sigmoid(y) -------------------------------------------------------------------------------------------------
