@@ -18,7 +18,7 @@ from utils.graph import Frame, Graph, Interval, Linear, Node, NonLinear
 from utils.perturbation import Perturbation
 from utils.relaxations import Relaxation
 
-METHODS = ("crown", "ibp", "crown-ibp")
+METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify`` adds those that take several
 
 
 class BoundPass:
@@ -27,7 +27,8 @@ class BoundPass:
     Nothing outlives the object: intervals, values and relaxations are made once, when they are first asked for.
     """
 
-    def __init__(self, graph: Graph, perturbation: Perturbation, method: str = "crown"):
+    def __init__(self, graph: Graph, perturbation: Perturbation, method: str = "crown", slopes: list | None = None):
+        """``slopes`` are those of the planes, by non-linear node (``utils.alpha.SlopeTable``); None for the default."""
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
         self.graph, self.perturbation, self.method = graph, perturbation, method
@@ -36,6 +37,8 @@ class BoundPass:
         self._offsets: dict[Node, Tensor] = {}
         self._intervals: dict[Node, Interval] = {}
         self._relaxations: dict[Node, Relaxation] = {}
+        nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
+        self._slopes = dict(zip(nonlinear, slopes, strict=True)) if slopes is not None else {}
         self._pending: list[list[tuple[int | None, Tensor]]] = []
         if method == "crown":
             self._tighten_operands()
@@ -112,8 +115,13 @@ class BoundPass:
     def relaxation(self, node: NonLinear) -> Relaxation:
         """Planes around a non-linear node on the box of its operands' intervals."""
         if node not in self._relaxations:
-            self._relaxations[node] = node.relax(*(self.interval(operand) for operand in node.parents))
+            operands = [self.interval(operand) for operand in node.parents]
+            self._relaxations[node] = node.relax(*operands, slopes=self._slopes.get(node))
         return self._relaxations[node]
+
+    def known_relaxation(self, node: NonLinear) -> Relaxation | None:
+        """The planes that this pass has put around a node, if it needed any."""
+        return self._relaxations.get(node)
 
     # --- lower bounds of rows ---
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from utils.alpha import select, store, tune_slopes
 from utils.bounds import METHODS as PASS_METHODS
 from utils.bounds import BoundPass
-from utils.graph import Graph, NonLinear
+from utils.graph import Graph
 from utils.networks import Network, check_network, graph_of, num_classes, read_network
 from utils.perturbation import Perturbation, dual_norm
 from utils.planes import SLOPES
@@ -121,18 +121,22 @@ class MarginProblem:
         self.lengths = lengths
         if lengths is not None:
             self.mask &= torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        self._graphs: dict[torch.dtype, Graph] = {}
+        self._graphs: dict[tuple[torch.dtype, bool], Graph] = {}
         self._widest: int | None = None
         Perturbation(x, self.mask.to(x.dtype), **self.threat)  # raises what is wrong with the threat model
 
     def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Graph:
         """The model unrolled, over the chosen samples' own lengths if these differ."""
-        num_frames = self.x.shape[1]
         if self.lengths is not None:
-            return graph_of(self.model, num_frames, dtype, self.relaxation, self.lengths[chosen])
-        if dtype not in self._graphs:
-            self._graphs[dtype] = graph_of(self.model, num_frames, dtype, self.relaxation)
-        return self._graphs[dtype]
+            return self._unroll(dtype, self.lengths[chosen])
+        key = (dtype, torch.is_grad_enabled())
+        if key not in self._graphs:
+            self._graphs[key] = self._unroll(dtype, None)
+        return self._graphs[key]
+
+    def _unroll(self, dtype: torch.dtype, lengths: Tensor | None) -> Graph:
+        graph = graph_of(self.model, self.x.shape[1], dtype, self.relaxation, lengths)
+        return graph if torch.is_grad_enabled() else graph.detach()
 
     def clean_margins(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """Margins of the chosen samples' unperturbed input, (m, n_specs)."""
@@ -170,15 +174,16 @@ class MarginProblem:
         eps = (eps[:, None] if eps.dim() == 1 else eps).to(dtype) * self.mask[chosen]
         return Perturbation(self.x[chosen].to(dtype), eps, **self.threat)
 
+    @torch.no_grad()
     def tune(self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None)) -> None:
         """Tune the slopes of the chosen samples at eps, (m,) or (m, T), from those they have; ``margins`` uses them."""
-        graph = self.graph(dtype, slice(None))
-        table = self.slopes or [None for node in graph.nodes if isinstance(node, NonLinear)]
         samples, size = torch.arange(len(self.x), device=self.x.device)[chosen], self._samples_at_once(dtype)
+        table = self.slopes
         for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
             start = None if self.slopes is None else select(self.slopes, part, dtype)
             perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
             tuned, _ = tune_slopes(self.graph(dtype, part), perturbation, rows, steps, start)
+            table = [None] * len(tuned) if table is None else table
             store(table, part, tuned, len(self.x))
         self.slopes = table
 

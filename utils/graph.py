@@ -11,6 +11,7 @@ lower plane where a coefficient is positive and by its upper plane where it is n
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,6 +56,9 @@ class Node:
         """Hand coefficients to the parents by ``bounds.pass_to``; return the constant term, (batch, rows), if any."""
         raise NotImplementedError
 
+    def detach(self) -> None:
+        """Let the node's own tensors carry no gradients."""
+
     @property
     def relaxed_operands(self) -> tuple[Node, ...]:
         """Parents whose bounds the node's relaxation needs."""
@@ -74,6 +78,9 @@ class Frame(Node):
         self.frame = frame
         self.child_weights: list[Tensor] = []
 
+    def detach(self) -> None:
+        self.child_weights = [weight.detach() for weight in self.child_weights]
+
 
 class Constant(Node):
     """A vector known beforehand, such as an initial state: (size,) or (batch, size)."""
@@ -81,6 +88,9 @@ class Constant(Node):
     def __init__(self, vector: Tensor):
         super().__init__(vector.shape[-1], ())
         self.vector = vector if vector.dim() == 2 else vector[None]
+
+    def detach(self) -> None:
+        self.vector = self.vector.detach()
 
     def value(self) -> Tensor:
         return self.vector
@@ -92,6 +102,9 @@ class Linear(Node):
     def __init__(self, parents: tuple[Node, ...], weights: tuple[Tensor, ...], bias: Tensor):
         super().__init__(bias.shape[0], tuple(parents))
         self.weights, self.bias = tuple(weights), bias
+
+    def detach(self) -> None:
+        self.weights, self.bias = tuple(weight.detach() for weight in self.weights), self.bias.detach()
 
     def value(self, *parents: Tensor) -> Tensor:
         return self.bias + sum(v @ w.T for v, w in zip(parents, self.weights, strict=True))
@@ -232,8 +245,22 @@ class NonLinear(Node):
     def relaxed_operands(self) -> tuple[Node, ...]:
         return self.parents
 
-    def relax(self, *operands: Interval) -> Relaxation:
+    def relax(self, *operands: Interval, slopes=None) -> Relaxation:
+        """Planes on the box of the operands' intervals, with the node's own choice of slopes or the given ones.
+
+        Given slopes are a pair for the lower and the upper plane, each with a tensor an operand.
+        """
         raise NotImplementedError
+
+    def slope_ranges(self, *operands: Interval) -> tuple[Tensor, ...]:
+        """How far the derivative in each operand varies over the box: the scale on which slopes differ."""
+        derivatives = []
+        for point in itertools.product(*((low, 0.5 * (low + high), high) for low, high in operands)):
+            with torch.enable_grad():
+                variables = [coordinate.detach().requires_grad_() for coordinate in point]
+                derivatives.append(torch.autograd.grad(self.value(*variables).sum(), variables))
+        stacked = [torch.stack(values) for values in zip(*derivatives, strict=True)]
+        return tuple(values.amax(dim=0) - values.amin(dim=0) for values in stacked)
 
     def backward(self, coefficients: Tensor, bounds: BoundPass) -> Tensor:
         lower, upper = bounds.relaxation(self)
@@ -265,8 +292,8 @@ class Activation(NonLinear):
         low, high = bounds.interval(self.parents[0])
         return self.value(low), self.value(high)
 
-    def relax(self, operand: Interval) -> Relaxation:
-        return ACTIVATIONS[self.name].relax(*operand)
+    def relax(self, operand: Interval, slopes=None) -> Relaxation:
+        return ACTIVATIONS[self.name].relax(*operand, None if slopes is None else (slopes[0][0], slopes[1][0]))
 
 
 class Product(NonLinear):
@@ -285,8 +312,8 @@ class Product(NonLinear):
         low, high = torch.where(lx >= 0, ly, uy), torch.where(ux >= 0, uy, ly)
         return self.value(lx, low), self.value(ux, high)
 
-    def relax(self, x: Interval, y: Interval) -> Relaxation:
-        return relax_product(self.name, x, y, self.relaxation)
+    def relax(self, x: Interval, y: Interval, slopes=None) -> Relaxation:
+        return relax_product(self.name, x, y, self.relaxation, slopes)
 
 
 class Graph:
@@ -313,6 +340,12 @@ class Graph:
     @property
     def output(self) -> Node:
         return self.nodes[-1]
+
+    def detach(self) -> Graph:
+        """Let the graph's own tensors carry no gradients to the model, which stays as it is; returns the graph."""
+        for node in self.nodes:
+            node.detach()
+        return self
 
     def reduced_weight(self, frame: Frame, weight: Tensor) -> Tensor:
         """``weight`` times an orthonormal basis of the space spanned by the rows of all weights that meet the frame."""

@@ -1,0 +1,125 @@
+"""Optimised slopes: planes that are tuned by gradient for the margin of the sample at hand.
+
+Any slopes are sound, so a few steps of gradient ascent on the certified margin can only help. What is moved is each
+slope in units of the range that the derivative has on the operand's interval: a natural scale, in which one step size
+fits all neurons, narrow or wide. One set of slopes a sample serves all the rows that are bounded.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from utils.bounds import BoundPass
+from utils.graph import Graph, NonLinear
+from utils.perturbation import Perturbation
+from utils.relaxations import Relaxation
+
+STEP_SIZE = 0.02  # first step of a slope, in units of its range; measured against .005 ... .05
+WARM_UP = 3  # steps over which it grows to that: all slopes move at once, and some should not
+
+# Per non-linear node in graph order: slopes of its lower and of its upper plane, one tensor (batch, size) an operand.
+# None for a node that needs no planes, being exact.
+SlopeTable = list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None]
+
+
+def select(table: SlopeTable, rows: Tensor, dtype: torch.dtype) -> SlopeTable:
+    """The slopes of some samples, in a precision."""
+    return [entry and tuple(tuple(slope[rows].to(dtype) for slope in plane) for plane in entry) for entry in table]
+
+
+def store(table: SlopeTable, rows: Tensor, new: SlopeTable, batch: int) -> None:
+    """Write the slopes of some samples into the table of a whole batch."""
+    for k, entry in enumerate(new):
+        if entry is None:
+            continue
+        if table[k] is None:
+            table[k] = tuple(tuple(slope.new_zeros(batch, slope.shape[1]) for slope in plane) for plane in entry)
+        for plane, tuned in zip(table[k], entry, strict=True):
+            for slope, values in zip(plane, tuned, strict=True):
+                slope[rows] = values
+
+
+def default_slopes(bounds: BoundPass) -> SlopeTable:
+    """The slopes of a pass without tuned ones; None for nodes that needed no planes."""
+    return [_slopes(bounds.known_relaxation(node)) for node in _nonlinear(bounds.graph)]
+
+
+def _nonlinear(graph: Graph) -> list[NonLinear]:
+    return [node for node in graph.nodes if isinstance(node, NonLinear)]
+
+
+def _slopes(relaxation: Relaxation | None):
+    return relaxation and (relaxation.lower.slopes, relaxation.upper.slopes)
+
+
+def _ranges(bounds: BoundPass, node: NonLinear) -> tuple[Tensor, ...]:
+    return node.slope_ranges(*(bounds.interval(operand) for operand in node.parents))
+
+
+def tune_slopes(
+    graph: Graph, perturbation: Perturbation, rows: Tensor, steps: int, start: SlopeTable | None = None
+) -> tuple[SlopeTable, Tensor]:
+    """Ascend the worst margin of every sample in the slopes of all planes, those of intermediate bounds too.
+
+    Args:
+        perturbation: the set for which the slopes are tuned; they are sound for any other.
+        rows: the spec matrix C, (batch, n_specs, classes).
+        steps: gradient steps; each costs about three bounds.
+        start: slopes to start from; those of "crown" if left out.
+
+    Returns:
+        The best slopes that were met and their worst margins, (batch,).
+    """
+    with torch.no_grad():
+        first = BoundPass(graph, perturbation, "crown", slopes=start)
+        best_margin = first.margin(rows).amin(dim=1)
+        origin = default_slopes(first)
+        ranges = [entry and _ranges(first, node) for node, entry in zip(_nonlinear(graph), origin, strict=True)]
+    shifts = [entry and tuple(tuple(torch.zeros_like(s) for s in plane) for plane in entry) for entry in origin]
+    leaves = [shift.requires_grad_() for entry in shifts if entry for plane in entry for shift in plane]
+    optimizer = torch.optim.Adam(leaves, lr=STEP_SIZE, betas=(0.9, 0.99))
+    best = origin
+    for step in range(steps + 1):
+        with torch.enable_grad():
+            slopes = _shifted(origin, ranges, shifts)
+            margin = BoundPass(graph, perturbation, "crown", slopes=slopes).margin(rows).amin(dim=1)
+            loss = -margin.sum()
+        best, best_margin = _keep_better(best, best_margin, slopes, margin)
+        if step < steps:
+            for group in optimizer.param_groups:
+                group["lr"] = STEP_SIZE * min(1.0, (step + 1) / WARM_UP) * _cosine(step / steps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return best, best_margin
+
+
+def _cosine(progress: float) -> float:
+    return 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _shifted(origin: SlopeTable, ranges: list, shifts: list) -> SlopeTable:
+    return [
+        entry
+        and tuple(
+            tuple(slope + reach * shift for slope, reach, shift in zip(plane, reaches, moved, strict=True))
+            for plane, moved in zip(entry, moves, strict=True)
+        )
+        for entry, reaches, moves in zip(origin, ranges, shifts, strict=True)
+    ]
+
+
+def _keep_better(best: SlopeTable, best_margin: Tensor, slopes: SlopeTable, margin: Tensor):
+    better = (margin > best_margin).detach()
+    kept = [
+        entry
+        and tuple(
+            tuple(torch.where(better[:, None], n.detach(), o) for n, o in zip(new, old, strict=True))
+            for new, old in zip(tuned, entry, strict=True)
+        )
+        for entry, tuned in zip(best, slopes, strict=True)
+    ]
+    return kept, torch.maximum(best_margin, margin.detach())
