@@ -45,7 +45,7 @@ def add_stroke_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive_int, default=20, help="passes over the training set")
+    group.add_argument("--epochs", type=positive_int, default=12, help="passes over the training set")
     group.add_argument("--batch-size", type=positive_int, default=128, help="digits per step")
     group.add_argument("--lr", type=positive_float, default=1e-2, help="largest learning rate of Adam")
     group.add_argument("--weight-decay", type=non_negative_float, default=0.05, help="decoupled weight decay of Adam")
