@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from data.mnist import SIDE
-from utils.bounds import METHODS
+from utils.certify import ALPHA_STEPS, METHODS
 from utils.checkpoint import CheckpointError, Config, model_name
 from utils.cli import ROOT, add_common_arguments, non_negative_int, norm_value, positive_float, positive_int
 from utils.perturbation import BALLS, INF
@@ -42,7 +42,13 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
     group.add_argument("--ball", choices=BALLS, default="frame", help="a ball around every frame, or one around all")
     group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
     group = parser.add_argument_group("how")
-    group.add_argument("--method", choices=METHODS, default="crown", help="bounds: backward, interval, or both")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="crown",
+        help="bounds: backward, interval, or both; alpha: backward, slopes tuned to each image",
+    )
+    group.add_argument("--alpha-steps", type=positive_int, default=ALPHA_STEPS, help="gradient steps of --method alpha")
     if architecture != "rnn":
         group.add_argument(
             "--relaxation",
@@ -105,8 +111,8 @@ def result_folder_name(args: argparse.Namespace) -> str:
     """Name of the result folder: 2_norm_bound for p = 2 and all defaults, and a word for everything that differs.
 
     In this order: untargeted, or target_runnerup, target_least, target_K; per_frame, or frames_0_3; sequence (the
-    ball); clip; the method (ibp, crown-ibp); the relaxation (line, constant). Number of images, seed, tolerance and
-    precision have no word: a new run with others replaces the earlier one.
+    ball); clip; the method (ibp, crown-ibp, alpha); the relaxation (line, constant). Number of images, seed, tolerance,
+    steps and precision have no word: a new run with others replaces the earlier one.
     """
     words = [f"{args.p:g}_norm_bound"]
     words += ["untargeted"] * args.untargeted

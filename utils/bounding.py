@@ -138,6 +138,7 @@ class Run:
             clip=(0.0, 1.0) if args.clip else None,
             ball=args.ball,
             method=args.method,
+            alpha_steps=args.alpha_steps,
             **relaxation,
         )
 
