@@ -12,6 +12,6 @@ install_requirements requirements.txt requirements-docs.txt
 
 cd "$ROOT"
 # Every module of the library and of the data sets; the checker too, which stands by itself.
-PYTHONPATH="$ROOT:$ROOT/scripts" "$PYTHON" -m pdoc --docformat google --math --no-show-source \
+PYTHONPATH="$ROOT:$ROOT/scripts" "$PYTHON" -m pdoc --docformat google --no-show-source \
     --output-directory "$folder" utils data check_certificate
 echo "API reference: $folder/index.html"

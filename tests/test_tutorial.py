@@ -7,7 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from mnist_files import ROOT, assert_one_line_error, run_script
+from torch import nn
+
+from utils.models import SequenceClassifier
 
 TEMPLATE = "scripts/certify_my_model.py"
 
@@ -75,3 +79,24 @@ def test_template_dry_run_writes_nothing(tmp_path):
     result = run_script(TEMPLATE, "--dry-run", "--save-certificates", "proofs", "--save-weights", "w.pt", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_howto_runs():
+    torch.manual_seed(0)
+    model = SequenceClassifier(nn.GRU(4, 6, batch_first=True), nn.Linear(6, 3))
+    x = torch.rand(3, 4, 4)
+    names = {"model": model, "x": x, "labels": model(x).argmax(dim=1)}
+    for code in blocks("howto.md", "python"):
+        exec(compile(code, "howto.md", "exec"), names)
+    assert names["margins"].shape == (3, 2)
+    for name in ("first", "some", "masked", "clipped", "l1", "together", "targeted", "padded"):
+        assert bool((names[name] > 0).any()), name
+
+
+def test_pages_link_to_files_that_exist():
+    for page in ("tutorial.md", "howto.md", "certificates.md"):
+        text = (ROOT / "docs" / page).read_text()
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (ROOT / "docs" / target).exists(), (page, target)
+        for path in re.findall(r"(?:scripts|utils|tests|lstm|gru|vanilla_rnn)/\w+\.(?:py|sh)", text):
+            assert (ROOT / path).exists(), (page, path)
