@@ -513,6 +513,8 @@ def pruned(graph: Graph, output: Node) -> Graph:
                 open_nodes.append(parent)
     smaller = Graph()
     for node in graph.nodes[: output.index + 1]:
+        if isinstance(node, Frame):
+            node.child_weights = []  # of what is left only: adding a child appends its own
         if node in needed or isinstance(node, Frame):
             smaller.add(node)
     return smaller
@@ -531,9 +533,9 @@ def as_graph(graph: Graph, dtype: torch.dtype, device: torch.device | str = "cpu
         return value
 
     for node in graph.nodes:
-        twin = copy.copy(node)
+        twin = Frame(node.size, node.frame) if isinstance(node, Frame) else copy.copy(node)
         for name, value in vars(node).items():
-            if name != "parents":
+            if name not in ("parents", "child_weights"):
                 setattr(twin, name, converted(value))
         twin.parents = tuple(other.nodes[parent.index] for parent in node.parents)
         if isinstance(node, Product) and relaxation is not None:
