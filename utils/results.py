@@ -200,7 +200,7 @@ class ResultFolder:
         self._replace(self.own_path, own)
 
     def _remove(self, names: Sequence[str]) -> None:
-        for path in (*(self.folder / name for name in names), *self.folder.glob(f"{TEMPORARY_PREFIX}*")):
+        for path in (self.folder / name for name in names):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -244,8 +244,11 @@ def result_files(csv_path: Path) -> list[Path]:
 
 @contextmanager
 def exclusive(folder: Path, ranks: Ranks = ALONE) -> Iterator[None]:
-    """Hold the folder's lock for all processes of a run."""
+    """Hold the folder's lock for all processes of a run; what killed runs were writing is removed."""
     with locked(folder) if ranks.first else nullcontext():
+        if ranks.first:
+            for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                shutil.rmtree(path)
         ranks.wait()
         yield
 

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from data.mnist import ImageData
 from utils.bound_arguments import check_arguments
-from utils.checkpoint import Config, load_checkpoint
+from utils.bound_rows import statistics
+from utils.checkpoint import Config, load_checkpoint, model_name
 from utils.cli import ROOT, add_common_arguments, git_commit, norm_value, positive_int, versions
 from utils.models import SequenceClassifier
 from utils.results import replacing
 from utils.samples import draw_samples
 
 MODELS_DIR = ROOT / "models" / "mnist_classifier"
+QUICK_MODELS = ("rnn_4_32_tanh", "rnn_7_64_tanh", "lstm_4_32", "gru_4_32")
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Case:
     x: Tensor
     labels: Tensor
     targets: Tensor
+    index: Tensor
+    path: Path
 
     @property
     def gated(self) -> bool:
@@ -46,13 +50,44 @@ class Case:
 
 def add_table_arguments(parser: argparse.ArgumentParser, models: Sequence[str] | None, out_dir: Path) -> None:
     """Add --models, --N, --p, --out-dir and the common flags."""
+    add_model_arguments(parser, models, out_dir)
+    parser.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball around every frame: 1, 2 or inf")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, models: Sequence[str] | None, out_dir: Path) -> None:
+    """Add --models, --N, --out-dir and the common flags."""
     parser.add_argument(
-        "--models", nargs="+", default=models, metavar="NAME", help=f"folders in {MODELS_DIR.relative_to(ROOT)}"
+        "--models",
+        nargs="+",
+        default=models,
+        metavar="MODEL",
+        help=f"folders in {MODELS_DIR.relative_to(ROOT)}, or paths of checkpoints",
     )
     parser.add_argument("--N", type=positive_int, default=20, help="test images drawn; the misclassified are left out")
-    parser.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball around every frame: 1, 2 or inf")
     parser.add_argument("--out-dir", type=Path, default=out_dir, help="folder of the table")
     add_common_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, norms: Sequence[float], batch_size: int) -> None:
+    """Add --models, --N, --p (several), --batch-size, --resume, --quick, --out-dir and the common flags."""
+    add_model_arguments(parser, None, ROOT / "docs" / "tables")
+    parser.add_argument(
+        "--p", type=norm_value, nargs="+", default=list(norms), help="norms of the balls around the frames: 1, 2, inf"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="images of a batch of rows")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
+    parser.add_argument("--quick", action="store_true", help="few images of small models: under two minutes")
+
+
+def finish_run_arguments(args: argparse.Namespace, quick_images: int, gated: bool = False) -> argparse.Namespace:
+    """Models and images if they are not given: all committed models, or a few with --quick."""
+    if args.models is None:
+        args.models = list(QUICK_MODELS) if args.quick else committed_models()
+        args.models = [name for name in args.models if not (gated and name.startswith("rnn"))]
+    if args.quick:
+        args.N = min(args.N, quick_images)
+    args.p = list(dict.fromkeys(args.p))
+    return args
 
 
 def committed_models() -> list[str]:
@@ -60,25 +95,41 @@ def committed_models() -> list[str]:
     return sorted(path.parent.name for path in MODELS_DIR.glob("*/*") if path.name in ("rnn", "lstm", "gru"))
 
 
+def case_path(name: str) -> Path:
+    """The checkpoint of a model folder in ``MODELS_DIR``, or the file that ``name`` is the path of."""
+    return Path(name) if Path(name).is_file() else MODELS_DIR / name / name.split("_")[0]
+
+
 def load_case(name: str, data: ImageData, args: argparse.Namespace, device: torch.device) -> Case:
-    """The model of a folder and the images and targets that its bound script draws with the same --N and --seed.
+    """A model and the images and targets that its bound script draws with the same --N and --seed.
+
+    ``name`` is a folder in ``MODELS_DIR`` or a checkpoint file.
 
     Raises:
         CheckpointError, ValueError: there is no such model, or nothing to certify.
     """
-    model, config = load_checkpoint(MODELS_DIR / name / name.split("_")[0], device)
+    path = case_path(name)
+    model, config = load_checkpoint(path, device)
     options = {"time_step": config["num_frames"], "dtype": "float64", "untargeted": False, "target": "random"}
-    options |= {"per_frame": False, "frames": None, "clip": False}
+    options |= {"per_frame": False, "frames": None, "clip": False, "p": 2.0}
     drawing = argparse.Namespace(**(vars(copy.copy(args)) | options))
     check_arguments(drawing)
     samples = draw_samples(data, model, drawing)
     x = samples.frames(config["num_frames"]).to(device)
-    return Case(name, config, model, x, samples.labels.to(device), samples.targets.to(device))
+    labels, targets = samples.labels.to(device), samples.targets.to(device)
+    return Case(
+        name if path.parent.name == name else model_name(config), config, model, x, labels, targets, samples.index, path
+    )
+
+
+def script_name() -> str:
+    """The running script, relative to the repository."""
+    return Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix()
 
 
 def provenance(args: argparse.Namespace, device: torch.device, source: str) -> list[str]:
     """Markdown lines that say what made a table. Where the data lie on this machine does not belong there."""
-    words = [Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *sys.argv[1:]]
+    words = [script_name(), *sys.argv[1:]]
     for flag in ("--data-dir", "--out-dir"):
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
@@ -112,3 +163,14 @@ def write_csv(path: Path, records: Sequence[dict]) -> None:
         writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
+
+
+def mean_std(values: Sequence[float]) -> str:
+    """Mean and standard deviation as a cell of a table."""
+    found = statistics(values)
+    return f"{found['mean']:.3g} ± {found['std']:.2g}"
+
+
+def norm_text(norm: float) -> str:
+    """l_2, or l_∞."""
+    return f"l_{norm:g}".replace("inf", "∞")
