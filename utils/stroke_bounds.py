@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from data.strokes import POINT_SIZE, StrokeData, load_strokes, sequence_lengths
-from utils.bounding import relative_tolerance
+from utils.bound_arguments import relative_tolerance
 from utils.checkpoint import CheckpointError, Config, load_checkpoint
 from utils.cli import (
     ROOT,

@@ -156,7 +156,7 @@ section { border-top: 1px solid #ddd; padding: .9em 0; }
 
 def html_page(words: list[WordRow], sentences: list[SentenceRow], record: Record) -> str:
     """A page without any other file or address, every word shaded by its radius."""
-    model, p = record["model"]["name"], html.escape(str(record["arguments"]["p"]))
+    model, p = record["model"]["name"], f"{float(record['arguments']['p']):g}"
     title = html.escape(f"{model}: {record['title']}")
     body = [
         f"<h1>{title}</h1>",
@@ -190,7 +190,8 @@ def _html_word(row: WordRow, rows: list[WordRow]) -> str:
 
 
 def _title(record: Record) -> str:
-    return f"{record['model']['name']}: {record['title']}".replace("l_inf", r"$\ell_\infty$")
+    words, _, norm = record["title"].rpartition("l_")
+    return rf"{record['model']['name']}: {words}$\ell_{{{norm}}}$".replace("inf", r"\infty")
 
 
 def plot_sentences(words: list[WordRow], sentences: list[SentenceRow], record: Record) -> Figure:
@@ -239,7 +240,9 @@ def plot_summary(record: Record) -> Figure:
     """Relative radii by kind of word and by position, certified and attacked."""
     summary = record["summary"]
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
-    figure.suptitle(f"{_title(record)} ({summary['words']} words of {summary['texts']} texts)", fontsize=11)
+    figure.suptitle(
+        f"{_title(record)} ({summary['words']} words of {summary['texts']} texts; bars: 2 standard errors)", fontsize=11
+    )
     left, right = figure.subplots(1, 2, sharey=True)
     series = [
         (name, summary[name], color)
