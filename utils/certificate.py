@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.alpha import select
 from utils.bounds import BoundPass
-from utils.certify import SLACK, Frames, MarginProblem
+from utils.certify import ALPHA_STEPS, SLACK, Frames, MarginProblem
 from utils.graph import Activation, Graph, NonLinear, Product
 from utils.models import SequenceClassifier
 from utils.perturbation import Perturbation
@@ -25,6 +26,7 @@ from utils.results import replacing
 
 FORMAT, VERSION = "recurrent-robustness-certificate", 1
 WEIGHTS_FORMAT = "recurrent-classifier-weights"
+TUNINGS = 3  # how often slopes are tuned, each time from those before, until a sample is certified
 FOLDER_NAME, WEIGHTS_NAME = "certificates", "weights.npz"
 # Names of a time step's relaxed operations, in the order in which utils.unroll adds them to the graph.
 OPERATIONS = {
@@ -115,6 +117,7 @@ def save_certificates(
     method: str = "crown",
     relaxation: str = "plane",
     lengths: Tensor | None = None,
+    alpha_steps: int = ALPHA_STEPS,
     names: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write a certificate for every sample that is certified at eps, and the weights beside them.
@@ -135,7 +138,8 @@ def save_certificates(
         OSError: the folder cannot be written.
     """
     threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
-    problem = MarginProblem(model, x, labels, targets=targets, method=method, relaxation=relaxation, **threat)
+    how = {"method": method, "relaxation": relaxation, "alpha_steps": alpha_steps}
+    problem = MarginProblem(model, x, labels, targets=targets, **how, **threat)
     eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device)
     if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
         raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
@@ -146,34 +150,56 @@ def save_certificates(
 
 @torch.no_grad()
 def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names: Sequence[str]) -> list[Path]:
-    """``save_certificates`` for a problem that is set up already; eps is (batch,) or (batch, T)."""
+    """``save_certificates`` for a problem that is set up already; eps is (batch,) or (batch, T).
+
+    With tuned slopes ("alpha") those of the problem are tried first, then ones that are tuned at eps.
+    """
     if not isinstance(problem.model, SequenceClassifier):
         kind = type(problem.model).__name__
         raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
-    chosen = (eps.reshape(len(eps), -1).amax(dim=1) > 0).nonzero().squeeze(-1)
-    if not chosen.numel():
+    eps = (eps[:, None] if eps.dim() == 1 else eps).to(torch.float64) * problem.mask
+    left = (eps.amax(dim=1) > 0).nonzero().squeeze(-1)
+    if not left.numel():
         return []
-    exact = problem.x[chosen].to(torch.float64)
-    eps = eps[chosen].to(torch.float64)
-    eps = (eps[:, None] if eps.dim() == 1 else eps) * problem.mask[chosen]
+    paths: dict[int, Path] = {}
+    for tuned in range(TUNINGS + 1 if problem.method == "alpha" else 1):
+        if tuned:
+            problem.tune(eps[left], torch.float64, problem.alpha_steps, left)
+        written = _write_certified(folder, problem, eps, names, left)
+        paths |= written
+        left = left[[sample not in written for sample in left.tolist()]]
+        if not left.numel():
+            break
+    return [paths[sample] for sample in sorted(paths)]
+
+
+def _write_certified(
+    folder: Path, problem: MarginProblem, eps: Tensor, names: Sequence[str], chosen: Tensor
+) -> dict[int, Path]:
+    """Certificates of those of the chosen samples that are certified with the slopes that there are."""
+    exact, eps = problem.x[chosen].to(torch.float64), eps[chosen]
     graph = problem.graph(torch.float64, chosen)
-    bounds = BoundPass(graph, Perturbation(exact, eps, **problem.threat), problem.method)
+    slopes = None if problem.slopes is None else select(problem.slopes, chosen, torch.float64)
+    method = "crown" if problem.method == "alpha" else problem.method
+    bounds = BoundPass(graph, Perturbation(exact, eps, **problem.threat), method, slopes)
     rows = problem.rows[chosen].to(torch.float64)
-    slack = SLACK[torch.float64] * (1.0 + problem.clean_margins(torch.float64)[chosen].abs().amax(dim=1))
+    slack = SLACK[torch.float64] * (1.0 + problem.clean_margins(torch.float64, chosen).abs().amax(dim=1))
     holds = bounds.margin(rows).amin(dim=1) > slack
-    slopes = {} if problem.method == "ibp" else collect_slopes(problem.model, graph, bounds)
+    if not bool(holds.any()):
+        return {}
+    slopes = {} if method == "ibp" else collect_slopes(problem.model, graph, bounds)
     folder.mkdir(parents=True, exist_ok=True)
     weights_hash = _write_weights(folder / WEIGHTS_NAME, problem.model)
-    paths = []
+    paths = {}
     for position in holds.nonzero().squeeze(-1).tolist():
-        sample = chosen[position]
+        sample = int(chosen[position])
         length = exact.shape[1] if problem.lengths is None else int(problem.lengths[sample])
         own = {name: value[position if len(value) > 1 else 0, :length] for name, value in slopes.items()}
         arrays = {"x": exact[position, :length], "eps": eps[position, :length], **own}
         arrays = {name: _array(value) for name, value in arrays.items()}
-        header = _header(problem, rows[position], weights_hash, hash_arrays({"x": arrays["x"]}), names[int(sample)])
-        paths.append(folder / f"sample_{names[int(sample)]}.npz")
-        write_npz(paths[-1], header, arrays)
+        header = _header(problem, rows[position], weights_hash, hash_arrays({"x": arrays["x"]}), names[sample])
+        paths[sample] = folder / f"sample_{names[sample]}.npz"
+        write_npz(paths[sample], header, arrays)
     return paths
 
 
