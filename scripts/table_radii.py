@@ -16,12 +16,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from matplotlib.figure import Figure
 
 from utils.attack import AttackResult, attack_radius
@@ -35,6 +35,7 @@ from utils.rows import KeyedRow
 from utils.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
 from utils.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, mean_std, norm_text
 
+NAME = "radii"
 METHODS = {"certified": "certified", "clever": "CLEVER", "carlini_wagner": "C&W", "pgd": "PGD"}
 COLORS = ("tab:blue", "tab:green", "tab:orange", "tab:red")
 
@@ -79,20 +80,10 @@ def get_args() -> argparse.Namespace:
     return finish_run_arguments(parser.parse_args(), quick_images=6)
 
 
-def plan(cases: list[Case], out_dir: Path, args: argparse.Namespace) -> Table:
-    folder = out_dir / "radii"
-    jobs = [
-        job
-        for case in cases
-        for norm in args.p
-        for job in batch_jobs(
-            case,
-            args.batch_size,
-            lambda n, case=case, norm=norm: [key_of(case, norm, n)],
-            lambda batch, case=case, norm=norm: measure(case, norm, batch, folder),
-        )
-    ]
-    return Table("radii", RadiusRow, jobs, report)
+def plan(cases: list[Case], args: argparse.Namespace) -> Table:
+    find = partial(measure, folder=args.out_dir / NAME)
+    jobs = batch_jobs(cases, args.p, args.batch_size, lambda *place: [key_of(*place)], find)
+    return Table(NAME, RadiusRow, jobs, report)
 
 
 def key_of(case: Case, norm: float, sample: int) -> RadiusKey:
@@ -214,8 +205,7 @@ def plot(summary: list[dict]) -> Figure:
 
 def main() -> None:
     args = get_args()
-    with torch.no_grad():
-        run_table(args, lambda cases, out_dir: plan(cases, out_dir, args))
+    run_table(args, partial(plan, args=args))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,19 @@ class Samples:
         return as_frames(self.images, num_frames)
 
 
+def draw_index(data: ImageData, args: argparse.Namespace) -> tuple[Tensor, torch.Generator]:
+    """Numbers of --N test images in the order of the seed, and the generator that goes on from there.
+
+    Raises:
+        ValueError: there are too few images.
+    """
+    total = len(data.test_y)
+    if total < args.N:
+        raise ValueError(f"--N {args.N} is more than the {total} test images of {data.source}")
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.randperm(total, generator=generator)[: args.N], generator
+
+
 def draw_samples(data: ImageData, model: SequenceClassifier, args: argparse.Namespace) -> Samples:
     """Draw test images by the seed and keep those that have a target and are classified correctly.
 
@@ -45,13 +58,9 @@ def draw_samples(data: ImageData, model: SequenceClassifier, args: argparse.Name
     Raises:
         ValueError: there are too few images, no such target, or nothing is left.
     """
-    total = len(data.test_y)
-    if total < args.N:
-        raise ValueError(f"--N {args.N} is more than the {total} test images of {data.source}")
+    index, generator = draw_index(data, args)
     num_classes = len(data.class_names)
-    generator = torch.Generator().manual_seed(args.seed)
-    index = torch.randperm(total, generator=generator)[: args.N]
-    random_offset = torch.randint(1, num_classes, (total,), generator=generator)[index]
+    random_offset = torch.randint(1, num_classes, (len(data.test_y),), generator=generator)[index]
     images, labels = data.test_x[index], data.test_y[index]
     with torch.no_grad():
         exact = copy.deepcopy(model).cpu().to(getattr(torch, args.dtype))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,8 +54,8 @@ class Table:
     report: Callable[[list[KeyedRow]], Report]
 
 
-def run_table(args: argparse.Namespace, plan: Callable[[list[Case], Path], Table]) -> None:
-    """Find the rows of the table that ``plan`` makes of the cases and the output folder, and write it.
+def run_table(args: argparse.Namespace, plan: Callable[[list[Case]], Table], load: Callable = load_case) -> None:
+    """Find the rows of the table that ``plan`` makes of the cases that ``load`` reads, and write it.
 
     Raises:
         ValueError: arguments, checkpoints, data or earlier results do not fit; the message says which.
@@ -63,11 +65,11 @@ def run_table(args: argparse.Namespace, plan: Callable[[list[Case], Path], Table
     device = apply_common_arguments(args)
     with joined(device) as ranks:
         data = load_mnist(args.data_dir)
-        cases = [load_case(name, data, args, device) for name in args.models]
+        cases = [load(name, data, args, device) for name in args.models]
         names = [case.name for case in cases]
         if len(set(names)) < len(names):
             raise ValueError("--models names two models of the same name")
-        table = plan(cases, args.out_dir)
+        table = plan(cases)
         keys = [key for job in table.jobs for key in job.keys]
         if args.dry_run:
             print(f"dry run: {len(keys)} rows of {len(cases)} models would be found, nothing written")
@@ -143,10 +145,24 @@ def origin(record: Record) -> list[str]:
     ]
 
 
-def batch_jobs(case: Case, size: int, keys_of: Callable[[int], Sequence], compute: Callable[[list[int]], list]) -> list:
-    """A job for every ``size`` samples of a case: ``keys_of(n)`` are sample n's keys, ``compute`` finds their rows."""
-    batches = [list(range(start, min(start + size, len(case)))) for start in range(0, len(case), size)]
-    return [Job([key for n in batch for key in keys_of(n)], lambda batch=batch: compute(batch)) for batch in batches]
+def batch_jobs(
+    cases: Sequence[Case],
+    norms: Sequence[float],
+    size: int,
+    keys_of: Callable[[Case, float, int], Sequence[Hashable]],
+    compute: Callable[[Case, float, list[int]], list[KeyedRow]],
+) -> list[Job]:
+    """A job for every model, norm and batch of ``size`` samples, in this order.
+
+    ``keys_of`` gives the keys of one sample, ``compute`` finds the rows of a batch of them, in the same order.
+    """
+    jobs = []
+    for case, norm in itertools.product(cases, norms):
+        for start in range(0, len(case), size):
+            batch = list(range(start, min(start + size, len(case))))
+            keys = [key for sample in batch for key in keys_of(case, norm, sample)]
+            jobs.append(Job(keys, partial(compute, case, norm, batch)))
+    return jobs
 
 
 def stop_by_contradiction(

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.mnist import ImageData
+from data.mnist import ImageData, as_frames
 from utils.bound_arguments import check_arguments
 from utils.bound_rows import statistics
 from utils.checkpoint import Config, load_checkpoint, model_name
 from utils.cli import ROOT, add_common_arguments, git_commit, norm_value, positive_int, versions
 from utils.models import SequenceClassifier
 from utils.results import replacing
-from utils.samples import draw_samples
+from utils.samples import draw_index, draw_samples
 
 MODELS_DIR = ROOT / "models" / "mnist_classifier"
 QUICK_MODELS = ("rnn_4_32_tanh", "rnn_7_64_tanh", "lstm_4_32", "gru_4_32")
@@ -29,14 +29,17 @@ QUICK_MODELS = ("rnn_4_32_tanh", "rnn_7_64_tanh", "lstm_4_32", "gru_4_32")
 
 @dataclass
 class Case:
-    """A checkpoint and the test images that a bound script draws for it: correctly classified, with random targets."""
+    """A checkpoint and the test images that a bound script draws for it: correctly classified, with random targets.
+
+    Without targets, it has all images that were drawn, the misclassified as well.
+    """
 
     name: str
     config: Config
     model: SequenceClassifier
     x: Tensor
     labels: Tensor
-    targets: Tensor
+    targets: Tensor | None
     index: Tensor
     path: Path
 
@@ -117,9 +120,21 @@ def load_case(name: str, data: ImageData, args: argparse.Namespace, device: torc
     samples = draw_samples(data, model, drawing)
     x = samples.frames(config["num_frames"]).to(device)
     labels, targets = samples.labels.to(device), samples.targets.to(device)
-    return Case(
-        name if path.parent.name == name else model_name(config), config, model, x, labels, targets, samples.index, path
-    )
+    return Case(case_name(name, path, config), config, model, x, labels, targets, samples.index, path)
+
+
+def load_all_images(name: str, data: ImageData, args: argparse.Namespace, device: torch.device) -> Case:
+    """As ``load_case``, with all images that are drawn, and without targets."""
+    path = case_path(name)
+    model, config = load_checkpoint(path, device)
+    index, _ = draw_index(data, args)
+    x = as_frames(data.test_x[index], config["num_frames"]).to(device)
+    return Case(case_name(name, path, config), config, model, x, data.test_y[index].to(device), None, index, path)
+
+
+def case_name(name: str, path: Path, config: Config) -> str:
+    """The model folder's name, or what a checkpoint elsewhere is to be called."""
+    return name if path.parent.name == name else model_name(config)
 
 
 def script_name() -> str:
