@@ -104,7 +104,7 @@ def report(records: list[dict], norm: float, eps: float, origin: list[str]) -> l
         "Means over the images: certified radius and lower bound of the margin to the target class (pixel values in",
         "[0, 1], a ball around every frame). Seconds (processor time on a CPU) are per image, all in one batch: of one",
         "bound at eps, and of a whole radius search (relative tolerance 1e-3). Everything in float64. `plane` has",
-        "contracting slopes, `volume` those of least volume, searched numerically for this comparison and slow therefore.",
+        "contracting slopes, `volume` those of least volume, searched numerically for this comparison, which is slow.",
         "",
         *markdown_table(header, rows, text_columns=3),
         "",
