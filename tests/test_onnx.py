@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -403,3 +404,13 @@ def test_what_torch_exports_can_be_read(kind, tmp_path):
     labels = net(x).argmax(dim=1)
     radii = [certified_radius(model, x, labels, tol=0.02, search_dtype=torch.float64) for model in (net, network.graph)]
     torch.testing.assert_close(radii[1], radii[0], rtol=1e-6, atol=0)
+
+
+def test_the_page_on_onnx_runs(tmp_path, monkeypatch, capsys):
+    """The Python blocks of docs/onnx.md, in order."""
+    page = (ROOT / "docs" / "onnx.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    code = code.replace('"models/', f'"{ROOT}/models/')
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "onnx.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1] in ("unsat", "sat", "unknown")

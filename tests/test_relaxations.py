@@ -90,6 +90,48 @@ def test_relu_lines_are_those_of_the_textbook():
     torch.testing.assert_close(upper.intercept, torch.tensor([0.75, 0.75, 0.0, 0.0, 0.0, 0.0]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", ["leaky_relu(0)", "leaky_relu(0.3)", "leaky_relu(2.5)", "hardtanh(0,6)", "hardtanh(-inf,0.8)"]
+)
+def test_members_of_families_by_their_numbers(name):
+    l, u = intervals((0.3, 1.0, 10.0), torch.float64)  # noqa: E741
+    relax, function = ACTIVATIONS[name].relax, ACTIVATIONS[name].function
+    points = l + (u - l) * torch.linspace(0.0, 1.0, 501, dtype=torch.float64)[:, None]
+    points = torch.cat((points, *(torch.full_like(l, knot).clamp(l, u)[None] for knot in (0.0, 6.0, 0.8))))
+    for slopes in (None, (torch.full_like(l, 0.4), torch.full_like(l, -1.3))):
+        lower, upper = relax(l, u, slopes)
+        below, above = (line.slopes[0] * points + line.intercept for line in (lower, upper))
+        room = 1e-12 * (1.0 + l.abs() + u.abs())
+        assert (below <= function(points) + room).all() and (above >= function(points) - room).all()
+        assert ((function(points) - below).amin(dim=0) <= room).all() and (
+            (above - function(points)).amin(dim=0) <= room
+        ).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["leaky_relu(-0.1)", "leaky_relu(inf)", "leaky_relu(nan)", "hardtanh(1,1)", "hardtanh(2,1)"]
+)
+def test_families_refuse_numbers_that_make_no_monotone_function(name):
+    with pytest.raises(ValueError, match="needs a"):
+        ACTIVATIONS[name]
+    with pytest.raises(KeyError):
+        ACTIVATIONS["gelu"]
+
+
+def test_relu_is_the_piecewise_linear_function_that_it_is():
+    l, u = intervals((0.3, 1.0, 10.0), torch.float64)  # noqa: E741
+    lines = [ACTIVATIONS[name].relax(l, u) for name in ("relu", "leaky_relu(0)", "hardtanh(0,inf)")]
+    middle = 0.5 * (l + u)
+    for own, *others in zip(*lines, strict=True):
+        for other in others:
+            torch.testing.assert_close(
+                own.slopes[0] * middle + own.intercept,
+                other.slopes[0] * middle + other.intercept,
+                rtol=1e-12,
+                atol=1e-12,
+            )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_match_finite_differences(name):
     """At generic points, where neither the case nor the contact point changes kind."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from utils.bounds import METHODS, BoundPass
 from utils.certify import certified_margin, certified_radius, margin_rows
+from utils.cli import ROOT
 from utils.graph import Linear
 from utils.models import SequenceClassifier
 from utils.perturbation import INF
@@ -261,6 +263,62 @@ def test_loops_and_gates_by_hand_have_the_bounds_of_the_layer():
     torch.testing.assert_close(radii[2], radii[0], rtol=1e-9, atol=0)
 
 
+class WrittenGRU(Loop):
+    """nn.GRUCell's equations; its last line in one of several forms, all of them the same."""
+
+    form = staticmethod(lambda z, n, h: (1 - z) * n + z * h)
+
+    def forward(self, x):
+        h, cell = torch.zeros(len(x), HIDDEN, dtype=x.dtype), self.cell
+        for t in range(x.shape[1]):
+            own, past = F.linear(x[:, t], cell.weight_ih, cell.bias_ih), F.linear(h, cell.weight_hh, cell.bias_hh)
+            (r_x, z_x, n_x), (r_h, z_h, n_h) = own.chunk(3, dim=1), past.chunk(3, dim=1)
+            r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+            h = self.form(z, torch.tanh(n_x + r * n_h), h)
+        return self.head(h)
+
+
+FORMS = {
+    "(1-z)n + zh": lambda z, n, h: (1 - z) * n + z * h,
+    "n + z(h-n)": lambda z, n, h: n + z * (h - n),
+    "(n-h)(1-z) + h": lambda z, n, h: (n - h) * (1 - z) + h,
+    "(-n+h)z + n": lambda z, n, h: (-n + h) * z + n,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_ways_to_write_an_update_gate_have_the_bounds_of_the_layer(form):
+    stock, written = (randomised(kind(nn.GRUCell(SIZE, HIDDEN))) for kind in (Loop, WrittenGRU))
+    written.form, x = FORMS[form], inputs()
+    torch.testing.assert_close(trace(written, x).evaluate(x), stock(x), rtol=1e-12, atol=1e-12)
+    labels = stock(x).argmax(dim=1)
+    radii = [certified_radius(net, x, labels, tol=0.01, search_dtype=torch.float64) for net in (stock, written)]
+    torch.testing.assert_close(radii[1], radii[0], rtol=1e-9, atol=0)
+
+
+def test_sums_that_only_look_like_an_update_gate():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(SIZE, HIDDEN) for _ in range(3))
+            self.head = nn.Linear(6 * HIDDEN, CLASSES)
+
+        def forward(self, x):
+            a, b, z = (torch.tanh(self.a(x)), torch.relu(self.b(x)), torch.sigmoid(self.c(x)))
+            sums = (
+                a + z * (a - b),
+                b + z * (b - a) * 2,
+                a + 2 * (b - 2 * a) * z,
+                a.flip(-1) + z * (b - a),
+                a + z * (b + a),
+            )
+            return self.head(torch.cat((*sums, 3 * (b + z * (a - b)) - 1), dim=-1).mean(dim=1))
+
+    net, x = randomised(Net()), inputs()
+    torch.testing.assert_close(trace(net, x).evaluate(x), net(x), rtol=1e-12, atol=1e-12)
+    check_sound(trace(net, x), x, 0.2)
+
+
 # --- networks without time --------------------------------------------------------------------------------------------
 
 
@@ -483,3 +541,11 @@ def test_models_of_the_old_kind_still_unroll():
     model, x = classifier(), inputs()
     margins = [certified_margin(net, x, torch.arange(BATCH), 0.1) for net in (model, unroll(model, FRAMES))]
     torch.testing.assert_close(*margins, rtol=1e-12, atol=1e-12)
+
+
+def test_the_page_on_models_runs():
+    """The Python blocks of docs/models.md, in order."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    assert code.count("certified_radius(") >= 4
+    exec(compile(code, "models.md", "exec"), {})

@@ -268,6 +268,9 @@ class Builder:
             return constant(shift)
         if len(terms) == 1 and len(parts) > 1:
             return Symbol(terms[0][1].ids, terms[0][1].scale, shift)
+        mixed = self._interpolation(terms) if len(terms) == 2 else None
+        if mixed is not None:
+            return Symbol(*_parts(mixed, mixed.shift + shift))
         linear = all(isinstance(node, (Linear, Frame)) for node, _ in terms)
         distinct = len({node for node, _ in terms}) == len(terms)
         if not linear and distinct and all(self._is_run(node, part) for node, part in terms):
@@ -291,6 +294,39 @@ class Builder:
                 selection = torch.zeros(size, node.size, dtype=DTYPE)
                 pass_to(node, selection.index_put((torch.arange(size), offsets), part.scale))
         return self._local(self.graph.add(Linear(tuple(weights), tuple(weights.values()), shift)))
+
+    def _interpolation(self, terms: list[tuple[Node, Symbol]]) -> Symbol | None:
+        """b + sigmoid(y) (a - b) as sigmoid(y) a + sigmoid(-y) b, whose bounds are tighter; None for other sums.
+
+        With a = 0, as in the first step of a cell, the product is that of -b, or of b with a scale of -1.
+        """
+        for (product, part), (owner, other) in (terms, terms[::-1]):
+            if not isinstance(product, Product) or not bool((other.scale == 1).all()):
+                continue
+            x, y = product.parents
+            offsets = self._offsets(part.ids, product)
+            tanh = product.name == "tanh(x)*sigmoid(y)"
+            a = b = None
+            if bool((part.scale == -1).all()):
+                b = x if not tanh else owner if isinstance(owner, Activation) and owner.name == "tanh" else None
+                if tanh and b is not None and b.parents[0] is not x:
+                    b = None
+            elif bool((part.scale == 1).all()) and not tanh and _is_difference(x):
+                a, b = x.parents if x.factors[0] == 1.0 else x.parents[::-1]
+            if b is None or not torch.equal(self._local(b).ids[offsets], other.ids):
+                continue
+            gates = [(b, self._once("negative", (y,), None, lambda y=y: Negative(y))), *([] if a is None else [(a, y)])]
+            gated = tuple(self._gated(*pair) for pair in gates)
+            total = gated[0] if a is None else self.graph.add(WeightedSum(gated))
+            return self._local(total).view(lambda values, offsets=offsets: values[offsets])
+        return None
+
+    def _gated(self, x: Node, y: Node) -> Node:
+        """x * sigmoid(y)."""
+        name = "x*sigmoid(y)"
+        if isinstance(x, Activation) and x.name == "tanh":
+            x, name = x.parents[0], "tanh(x)*sigmoid(y)"
+        return self._once(name, (x, y), None, lambda: Product(x, y, name, self.relaxation))
 
     def _is_run(self, node: Node, part: Symbol) -> bool:
         first = part.ids[0]
@@ -486,6 +522,11 @@ def split_samples(ids: Tensor) -> tuple[Tensor, Tensor]:
     if bool(((owner != sample[:, None]) & (owner >= 0)).any()):
         raise UnsupportedError("samples of a batch are mixed")
     return sample, torch.where(ids == CONSTANT, CONSTANT, ids % SAMPLE)
+
+
+def _is_difference(node: Node) -> bool:
+    """Whether it is one node minus another."""
+    return isinstance(node, WeightedSum) and sorted(map(str, node.factors)) == ["-1.0", "1.0"]
 
 
 def _plain(part: Symbol) -> Symbol:
