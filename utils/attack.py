@@ -46,7 +46,7 @@ class AttackProblem:
         ball: str = "frame",
     ):
         check_inputs(model, x, labels)
-        self.rows = margin_rows(labels, model.head.out_features, targets)
+        self.rows = margin_rows(labels, model.head.out_features, targets).to(x.device)
         mask = frame_mask(frames, *x.shape[:2]).to(x.device)
         self.balls = FrameBalls(x.detach().to(VERDICT), mask, float(norm), ball, clip)
         self._model = model

@@ -12,6 +12,7 @@ from utils.alpha import select, store, tune_slopes
 from utils.bounds import METHODS as PASS_METHODS
 from utils.bounds import BoundPass
 from utils.graph import Graph
+from utils.memory import Parts, samples_at_once
 from utils.networks import Network, check_network, graph_of, num_classes, read_network
 from utils.perturbation import Perturbation, dual_norm
 from utils.planes import SLOPES
@@ -54,7 +55,7 @@ def margin_rows(labels: Tensor, num_classes: int, targets: Tensor | None = None)
         targets = others + (others >= labels[:, None])
     elif targets.is_floating_point() or targets.dim() not in (1, 2) or len(targets) != len(labels):
         raise ValueError(f"targets must be (batch,) or (batch, n_specs) of integers, not {tuple(targets.shape)}")
-    targets = targets.reshape(len(labels), -1)
+    targets = targets.to(labels.device).reshape(len(labels), -1)
     if targets.shape[1] == 0:
         raise ValueError("there is no class to compare the label with")
     for name, classes in (("label", labels), ("target", targets)):
@@ -116,13 +117,14 @@ class MarginProblem:
         self.model, self.x, self.method, self.relaxation = model, x, method, relaxation
         self.alpha_steps, self.slopes = alpha_steps, None
         self.threat = {"norm": float(norm), "clip": clip, "ball": ball}
-        self.rows = margin_rows(labels, num_classes(model), targets)
+        self.rows = margin_rows(labels, num_classes(model), targets).to(x.device)
         self.mask = frame_mask(frames, *x.shape[:2]).to(x.device)
-        self.lengths = lengths
+        self.lengths = lengths = None if lengths is None else lengths.to(x.device)
         if lengths is not None:
             self.mask &= torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         self._graphs: dict[tuple[torch.dtype, bool], Graph] = {}
         self._widest: int | None = None
+        self._parts = Parts()
         Perturbation(x, self.mask.to(x.dtype), **self.threat)  # raises what is wrong with the threat model
 
     def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Graph:
@@ -150,13 +152,13 @@ class MarginProblem:
         """Lower bounds of the margins, (m, n_specs), of the chosen samples at eps, (m,) or (m, T)."""
         samples = torch.arange(len(self.x), device=self.x.device)[chosen]
         size = self._samples_at_once(dtype)
-        parts = [self._margins(*part, dtype) for part in zip(eps.split(size), samples.split(size), strict=True)]
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        return self._parts(lambda *part: self._margins(*part, dtype), size, eps, samples)
 
     def _samples_at_once(self, dtype: torch.dtype) -> int:
-        """As many as a processor's cache takes: more at once would be slower. All at once on other devices."""
+        """As many as a processor's cache takes, more at once would be slower, or as many as a GPU's memory takes."""
         if self.x.device.type != "cpu":
-            return len(self.x)
+            graph = self.graph(dtype, slice(0, 1))
+            return samples_at_once(graph, self.rows.shape[1], dtype, self.x.device) or len(self.x)
         if self._widest is None:
             nodes = self.graph(dtype, slice(0, 1)).nodes
             operands = [operand.bounded_through.size for node in nodes for operand in node.relaxed_operands]
