@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.certify import Frames, check_inputs, frame_mask, margin_rows
+from utils.graph import Graph
 from utils.lp_ball import FrameBalls
 from utils.models import SequenceClassifier
+from utils.networks import graph_of, num_classes, read_network
 
 VERDICT = torch.float64
 # Perturbations end this share inside their ball, so that the rounding of x + delta does not take them out of it.
@@ -35,7 +37,7 @@ class AttackProblem:
 
     def __init__(
         self,
-        model: SequenceClassifier,
+        model: nn.Module | Graph,
         x: Tensor,
         labels: Tensor,
         *,
@@ -45,19 +47,24 @@ class AttackProblem:
         clip: tuple[float, float] | None = None,
         ball: str = "frame",
     ):
+        model, x = read_network(model, x)
         check_inputs(model, x, labels)
-        self.rows = margin_rows(labels, model.head.out_features, targets).to(x.device)
+        self.rows = margin_rows(labels, num_classes(model), targets).to(x.device)
         mask = frame_mask(frames, *x.shape[:2]).to(x.device)
         self.balls = FrameBalls(x.detach().to(VERDICT), mask, float(norm), ball, clip)
         self._model = model
-        self._models: dict[torch.dtype, SequenceClassifier] = {}
+        self._models: dict[torch.dtype, Callable[[Tensor], Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def model(self, dtype: torch.dtype) -> SequenceClassifier:
-        if dtype not in self._models:
+    def model(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The network in another precision: logits of (batch, T, n)."""
+        if dtype not in self._models and isinstance(self._model, SequenceClassifier):
             self._models[dtype] = copy.deepcopy(self._model).to(dtype).eval().requires_grad_(False)
+        elif dtype not in self._models:
+            graph = graph_of(self._model, self.balls.x.shape[1], dtype, "plane")
+            self._models[dtype] = graph.detach().evaluate
         return self._models[dtype]
 
     def margins(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
@@ -164,7 +171,7 @@ def is_inside(balls: FrameBalls, x: Tensor, eps: Tensor) -> Tensor:
 
 
 def pgd(
-    model: SequenceClassifier,
+    model: nn.Module | Graph,
     x: Tensor,
     labels: Tensor,
     eps: float | Tensor,
@@ -193,6 +200,7 @@ def pgd(
         batch_size: samples attacked at once.
     """
     problem = AttackProblem(model, x, labels, norm=norm, targets=targets, frames=frames, clip=clip, ball=ball)
+    x = problem.balls.x
     eps = torch.as_tensor(eps, dtype=VERDICT, device=x.device)
     if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
         raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
@@ -248,7 +256,7 @@ def tighten(problem: AttackProblem, chosen: Tensor, x: Tensor, halvings: int = 1
 
 
 def attack_radius(
-    model: SequenceClassifier,
+    model: nn.Module | Graph,
     x: Tensor,
     labels: Tensor,
     *,

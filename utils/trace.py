@@ -207,7 +207,7 @@ def _unwrap(value):
         return {key: _unwrap(part) for key, part in value.items()}
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
         return type(value)(_unwrap(part) for part in value)
-    return value
+    return value.cpu() if isinstance(value, Tensor) else value  # symbols are there, wherever the module is
 
 
 def _wrap(result, like: Traced, storage):
