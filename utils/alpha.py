@@ -17,6 +17,7 @@ from utils.graph import Graph, NonLinear
 from utils.perturbation import Perturbation
 from utils.relaxations import Relaxation
 
+ALPHA_STEPS = 20  # gradient steps, unless told otherwise
 STEP_SIZE = 0.02  # first step of a slope, in units of its range; measured against .005 ... .05
 WARM_UP = 3  # steps over which it grows to that: all slopes move at once, and some should not
 
