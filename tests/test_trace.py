@@ -154,7 +154,7 @@ class Gates(nn.Module):
 
     def forward(self, x):
         h = c = torch.zeros(len(x), HIDDEN, dtype=x.dtype)
-        for frame in x.unbind(dim=1):
+        for frame in x.transpose(0, 1):
             i, f, g, o = (self.w_x(frame) + self.w_h(h)).chunk(4, dim=-1)
             c = torch.sigmoid(f) * c + i.sigmoid() * torch.tanh(g)
             h = F.sigmoid(o) * torch.tanh(c)
@@ -479,6 +479,8 @@ REFUSED = {
     "at the end of the network only": lambda net, x: x.softmax(dim=-1),
     "collect them in a list": lambda net, x: operator.setitem(torch.zeros(x.shape), 0, x[0]),
     "changed in place through another view": lambda net, x: (F.relu(x[:, :1], inplace=True), x)[1],
+    "relu: .*through another view": lambda net, x: (x.view(-1, SIZE).tanh_(), x.relu())[1],
+    "sigmoid: .*through another view": lambda net, x: (x.detach().mul_(2), x.sigmoid())[1],
     "rounded to torch.float16": lambda net, x: x.half(),
     "it must not be random": lambda net, x: x + torch.rand(SIZE).double(),
     "packed": lambda net, x: net.rnn(nn.utils.rnn.pack_padded_sequence(x, [4] * len(x), batch_first=True))[0],

@@ -31,49 +31,30 @@ HIDDEN_FILES = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).w
 Handler = Callable[..., object]
 OPERATIONS: dict[str, Handler] = {}
 
-METADATA = {
-    "size",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "__len__",
-    "is_floating_point",
-    "is_complex",
-    "get_device",
-}
-METADATA |= {"is_contiguous", "__repr__", "__hash__", "element_size", "is_same_size", "__class__"}
-PROPERTIES = {"shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "is_sparse", "is_nested"}
-PROPERTIES |= {"is_mps", "is_xpu", "is_quantized", "is_meta", "is_mkldnn", "names", "grad_fn", "is_leaf", "itemsize"}
-VIEWS = {"reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "swapdims", "t", "squeeze", "unsqueeze"}
-VIEWS |= {
-    "movedim",
-    "moveaxis",
-    "expand",
-    "broadcast_to",
-    "repeat",
-    "tile",
-    "flip",
-    "fliplr",
-    "flipud",
-    "roll",
-    "narrow",
-}
-VIEWS |= {
-    "select",
-    "index_select",
-    "__getitem__",
-    "split",
-    "split_with_sizes",
-    "tensor_split",
-    "chunk",
-    "unbind",
-    "ravel",
-}
-VIEWS |= {"diagonal", "repeat_interleave", "contiguous", "clone", "gather", "take_along_dim"}
-FILLED = {f"{value}_like" for value in ("zeros", "ones", "full")} | {
-    f"new_{value}" for value in ("zeros", "ones", "full")
-}
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+METADATA = _names(
+    "size dim ndimension numel nelement element_size is_same_size is_floating_point is_complex is_contiguous get_device "
+    "__len__ __repr__ __hash__ __class__"
+)
+PROPERTIES = _names(
+    "shape dtype device ndim layout requires_grad names grad_fn is_leaf itemsize is_cuda is_sparse is_nested is_mps "
+    "is_xpu is_quantized is_meta is_mkldnn"
+)
+VIEWS = _names(
+    "reshape flatten unflatten ravel permute transpose swapaxes swapdims t movedim moveaxis squeeze unsqueeze expand "
+    "broadcast_to repeat repeat_interleave tile flip fliplr flipud roll narrow select index_select __getitem__ gather "
+    "take_along_dim split split_with_sizes tensor_split chunk unbind diagonal contiguous clone"
+)
+# Besides the views, operations whose result shares its memory with their operand.
+ALIASES = _names(
+    "view view_as reshape_as expand_as T mT __iter__ to float double type_as type cpu cuda detach data requires_grad "
+    "positive __pos__ dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout"
+)
+FILLED = _names("zeros_like ones_like full_like new_zeros new_ones new_full")
 REASONS = {
     "layer_norm": "LayerNorm divides by a standard deviation of the perturbed values, which has no bound here",
     "group_norm": "GroupNorm divides by a standard deviation of the perturbed values, which has no bound here",
@@ -88,7 +69,11 @@ MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "a
 
 
 class Traced(torch.Tensor):
-    """A tensor without values, and the symbol that it stands for. Tensors that share memory share ``storage``."""
+    """A tensor without values, and the symbol that it stands for.
+
+    Tensors that share memory share ``storage_version``, a count of changes in place. One that has not seen the last
+    change is not used any more.
+    """
 
     symbol: Symbol
     builder: Builder
@@ -154,12 +139,11 @@ def _apply(name: str, function, args, kwargs):
             raise UnsupportedError("a tensor that it reads was changed in place through another view of it")
     name, in_place = _in_place(name, kwargs)
     symbols, options = _unwrap(args), _unwrap(kwargs)
-    storage = None
+    storage = some.storage_version if name in VIEWS | ALIASES and name != "clone" else None
     if name in FILLED:
         return _filled(name, some, args, kwargs)
     if name in VIEWS:
         result = _view(function, symbols, options)
-        storage = None if name == "clone" else some.storage_version
     elif name in OPERATIONS:
         result = OPERATIONS[name](some.builder, *symbols, **options)
     elif name in REASONS:
@@ -176,7 +160,8 @@ def _apply(name: str, function, args, kwargs):
         target.storage_version[0] += 1
         target.seen_version = target.storage_version[0]
         return target
-    return _wrap(result, some, storage)
+    wrapped = _wrap(result, some, storage)
+    return iter(wrapped) if name == "__iter__" else wrapped
 
 
 def _in_place(name: str, kwargs: dict) -> tuple[str, bool]:
@@ -224,9 +209,7 @@ def _filled(name: str, like: Traced, args, kwargs) -> Tensor:
     real = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     if first is not like:
         raise UnsupportedError("constants must not depend on the input's values")
-    return (
-        getattr(torch, name)(real, *rest, **kwargs) if name.endswith("like") else getattr(real, name)(*rest, **kwargs)
-    )
+    return getattr(torch if name.endswith("like") else torch.Tensor, name)(real, *rest, **kwargs)
 
 
 def _view(function, args, kwargs):
@@ -284,7 +267,7 @@ def _iterate(builder, x):
     return [x.view(lambda part, k=k: part[k]) for k in range(x.shape[0])]
 
 
-@operation("to", "float", "double", "type_as", "cpu", "cuda", "detach", "requires_grad", "data", "__deepcopy__", "type")
+@operation("to", "float", "double", "type_as", "type", "cpu", "cuda", "detach", "requires_grad", "data")
 def _same_values(builder, x, *args, **kwargs):
     for value in _flat((args, kwargs)):
         if isinstance(value, torch.dtype) and value not in SAME:
@@ -539,7 +522,7 @@ def _recurrent(kind: str, nonlinearity: str = "tanh") -> Handler:
         if batch_first:
             x = as_symbol(x).view(lambda part: part.transpose(0, 1))
         state = [as_symbol(part) for part in (state if kind == "lstm" else (state,))]
-        frames = list(_iterate(builder, as_symbol(x)))
+        frames = _iterate(builder, as_symbol(x))
         finals = []
         for layer in range(layers):
             runs = []
