@@ -37,8 +37,8 @@ def _names(text: str) -> frozenset[str]:
 
 
 METADATA = _names(
-    "size dim ndimension numel nelement element_size is_same_size is_floating_point is_complex is_contiguous get_device "
-    "__len__ __repr__ __hash__ __class__"
+    "size dim ndimension numel nelement element_size is_same_size is_floating_point is_complex is_contiguous "
+    "get_device __len__ __repr__ __hash__ __class__"
 )
 PROPERTIES = _names(
     "shape dtype device ndim layout requires_grad names grad_fn is_leaf itemsize is_cuda is_sparse is_nested is_mps "
