@@ -47,8 +47,11 @@ def call(script: str, *arguments: object) -> Outcome:
     module = importlib.util.module_from_spec(spec)
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        spec.loader.exec_module(module)
-        with mock.patch.object(sys, "argv", [script, *map(str, arguments)]):
+        with (
+            mock.patch.dict(sys.modules, {spec.name: module}),
+            mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
+        ):
+            spec.loader.exec_module(module)
             try:
                 run_main(module.main)
             except SystemExit as end:
