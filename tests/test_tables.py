@@ -22,7 +22,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 FILES = {"rows.csv", "summary.csv", "table.md", "figure.png", "run.json"}
 # Script, folder, flags, rows a sample of a model with 4 slices, and whether misclassified images have rows.
 TABLES = {
-    "radii": (("--p", "2", "inf"), 2, False),
+    "radii": (("--p", "2"), 1, False),
     "frames": (("--p", "2"), 4, False),
     "accuracy": (("--p", "inf", "--eps", "0.02", "0.001", "--steps", "5"), 2, True),
     "relaxations": (("--p", "2"), 1, False),
