@@ -33,10 +33,11 @@ from utils.cli import (
 )
 from utils.models import SequenceClassifier
 from utils.planes import SLOPES
-from utils.results import CSV_NAME, Record, ResultError, read_record, replacing, statistics, write_record
+from utils.results import CSV_NAME, Record, ResultError, read_record, replacing, write_record
 from utils.step_bounds import check_steps, step_attacks, step_radii
 from utils.stroke_training import DATA_HELP, predict_strokes
 from utils.training import check_writable
+from utils.word_report import figure_title
 from utils.word_summary import mean_and_error, rank_correlation
 
 DIGITS_FIGURE, SUMMARY_FIGURE = "strokes.png", "summary.png"
@@ -174,11 +175,11 @@ def by_digit(rows: list[PointRow]) -> list[list[PointRow]]:
 
 def summarize(rows: list[PointRow]) -> Record:
     """Statistics of the radii, and how they go with the position of a point."""
-    digits = by_digit(rows)
+    digits, radii = by_digit(rows), [row.radius for row in rows]
     summary: Record = {
         "digits": len(digits),
         "points": len(rows),
-        "radius": statistics([row.radius for row in rows]),
+        "radius": {"min": min(radii), "mean": float(np.mean(radii)), "max": max(radii)},
         "attack": mean_and_error(row.attack for row in rows),
         "radius_over_attack": mean_and_error(r.radius / r.attack for r in rows if 0 < r.attack < math.inf),
         "seconds_per_point": float(np.mean([row.seconds for row in rows])),
@@ -293,8 +294,8 @@ def plot_digits(rows: list[PointRow], record: Record) -> Figure:
     columns = 5
     lines = math.ceil(len(digits) / columns)
     figure = Figure(figsize=(2.1 * columns + 1.2, 2.1 * lines + 0.6), layout="constrained")
-    figure.suptitle(f"{record['model']['name']}: {record['title']}", fontsize=11)
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    figure.suptitle(figure_title(record), fontsize=11)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in panels:
         axes.set(xlim=(1, 27), ylim=(27, 1), aspect="equal", xticks=[], yticks=[])
         axes.spines[:].set_color("#dddddd")
@@ -319,7 +320,8 @@ def plot_places(record: Record) -> Figure:
     """Relative radii over the position of a point, certified and attacked."""
     summary = record["summary"]
     figure = Figure(figsize=(6, 3.8), layout="constrained")
-    figure.suptitle(f"{record['model']['name']}: {record['title']}\n({summary['points']} points)", fontsize=11)
+    counts = f"{summary['points']} points of {summary['digits']} digits; bars: 2 standard errors"
+    figure.suptitle(f"{figure_title(record)}\n({counts})", fontsize=11)
     axes = figure.add_subplot()
     for key, label, color in (
         ("relative_radius", "certified", "tab:blue"),

@@ -189,7 +189,8 @@ def _html_word(row: WordRow, rows: list[WordRow]) -> str:
     )
 
 
-def _title(record: Record) -> str:
+def figure_title(record: Record) -> str:
+    """Model and threat model, with the norm as matplotlib sets it."""
     words, _, norm = record["title"].rpartition("l_")
     return rf"{record['model']['name']}: {words}$\ell_{{{norm}}}$".replace("inf", r"\infty")
 
@@ -207,11 +208,12 @@ def plot_sentences(words: list[WordRow], sentences: list[SentenceRow], record: R
             line.append(row)
             used += _width(row)
         lines.append((label, line, rows))
-    figure = Figure(figsize=(11, 0.9 + 0.46 * len(lines)), layout="constrained")
+    widest = max(60.0, *(sum(map(_width, line)) for _, line, _ in lines))
+    figure = Figure(figsize=(0.11 * (widest + 10), 0.9 + 0.46 * len(lines)), layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlim=(-10, 90), ylim=(len(lines) - 0.4, -0.6))
+    axes.set(xlim=(-10, widest), ylim=(len(lines) - 0.4, -0.6))
     axes.axis("off")
-    axes.set_title(_title(record), fontsize=11)
+    axes.set_title(figure_title(record), fontsize=11)
     for y, (label, line, rows) in enumerate(lines):
         axes.text(-0.8, y, label, ha="right", va="center", fontsize=8.5, fontweight="bold", parse_math=False)
         x = 0.0
@@ -241,7 +243,8 @@ def plot_summary(record: Record) -> Figure:
     summary = record["summary"]
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     figure.suptitle(
-        f"{_title(record)} ({summary['words']} words of {summary['texts']} texts; bars: 2 standard errors)", fontsize=11
+        f"{figure_title(record)} ({summary['words']} words of {summary['texts']} texts; bars: 2 standard errors)",
+        fontsize=11,
     )
     left, right = figure.subplots(1, 2, sharey=True)
     series = [
