@@ -5,4 +5,4 @@ from data.questions import load_questions
 from utils.text_training import TextTask
 
 QUESTIONS = TextTask("question", "question_classifier", load_questions, "question", epochs=15)
-NEWS = TextTask("news", "news_classifier", load_news, "title", epochs=10)
+NEWS = TextTask("news", "news_classifier", load_news, "news title", epochs=10)

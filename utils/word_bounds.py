@@ -309,7 +309,7 @@ def make_record(
     """What run.json says about the run; paths inside the repository are relative to it."""
     config = {key: value for key, value in model.config.items() if key not in ("vocabulary", "embeddings")}
     return {
-        "title": f"{task.name}s, one word at a time, l_{args.p:g}",
+        "title": f"{task.item}s, one word at a time, l_{args.p:g}",
         "unit": "word vectors",
         "arguments": {key: _plain(value) for key, value in sorted(vars(args).items())},
         "model": {
