@@ -100,6 +100,7 @@ def report(rows: list[FrameRow]) -> Report:
         "",
         "Mean certified radius of a single slice (pixel values in [0, 1]), the others exact; one random target class",
         "an image. Slice 0 is the top of the image and read first. In bold: the slice where the least is certified.",
+        "Radii are lower bounds, and looser the more steps follow a slice.",
     ]
     for norm, count in sorted({(norm, len(frames)) for (_, norm), frames in radii.items()}):
         header = ["model", "images", *map(str, range(count))]

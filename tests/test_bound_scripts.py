@@ -46,16 +46,17 @@ def call(script: str, *arguments: object) -> Outcome:
     spec = importlib.util.spec_from_file_location("bound_script", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with (
-            mock.patch.dict(sys.modules, {spec.name: module}),
-            mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
-        ):
-            spec.loader.exec_module(module)
-            try:
-                run_main(module.main)
-            except SystemExit as end:
-                code = end.code or 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.dict(sys.modules, {spec.name: module}),
+        mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
+    ):
+        spec.loader.exec_module(module)
+        try:
+            run_main(module.main)
+        except SystemExit as end:
+            code = end.code or 0
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
