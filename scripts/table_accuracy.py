@@ -190,6 +190,7 @@ def plot(summary: list[dict]) -> Figure:
         axes.set_title(model, fontsize=9)
         axes.set_xlabel(rf"$\epsilon$ ($\ell_{{{norm}}}$)".replace("inf", r"\infty"), fontsize=9)
         axes.set_ylim(0, 103)
+        axes.locator_params(axis="x", nbins=4)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
