@@ -612,7 +612,7 @@ def test_the_check_catches_a_forgotten_edge(name, monkeypatch):
     box = boxes("wide")
     given = fixed_slopes("tangent", name, box)
     assert not caught(check_planes, name, box, relax_product(name, box[:2], box[2:], slopes=given))
-    monkeypatch.setattr(utils.planes, "gate_stationary_point", lambda factor, b: torch.zeros_like(b))
+    monkeypatch.setattr(utils.planes, "gate_stationary_point", lambda factor, b: torch.zeros_like(factor * b))
     assert caught(check_planes, name, box, relax_product(name, box[:2], box[2:], slopes=given))
 
 

@@ -73,11 +73,11 @@ def gate_stationary_point(factor: Tensor, b: Tensor) -> Tensor:
 def linear_gate_intercept(slopes: Slopes, box: Box) -> Tensor:
     """min of x*sigmoid(y) - a x - b y over the box: linear in x, so x is at an end, and y at an end or stationary."""
     a, b = slopes
-    candidates = []
-    for x in (box.lx, box.ux):
-        for y in (box.ly, box.uy, gate_stationary_point(x, b).clamp(box.ly, box.uy)):
-            candidates.append(guarded(x * y.sigmoid(), a * x, b * y))
-    return least(candidates)
+    ends = torch.stack((box.lx, box.ux))
+    stationary = gate_stationary_point(ends, b).clamp(box.ly, box.uy)
+    x = torch.cat((ends, ends, ends))
+    y = torch.cat((box.ly.expand_as(ends), box.uy.expand_as(ends), stationary))
+    return guarded(x * y.sigmoid(), a * x, b * y).amin(dim=0)
 
 
 def linear_gate_contracting(box: Box) -> Slopes:
@@ -91,9 +91,8 @@ def linear_gate_contracting(box: Box) -> Slopes:
 
 def _gate_slope(factor: Tensor, box: Box) -> Tensor:
     """Slope in y of the volume-optimal line under factor*sigmoid(y)."""
-    half = (0.5 * box.ly, 0.5 * box.uy)
-    below = tanh_supporting_slope(*half)
-    above = tanh_supporting_slope(-half[1], -half[0])
+    left, right = torch.stack((box.ly, -box.uy)), torch.stack((box.uy, -box.ly))
+    below, above = tanh_supporting_slope(0.5 * left, 0.5 * right)
     return 0.25 * factor * torch.where(factor >= 0, below, above)
 
 
@@ -103,26 +102,29 @@ def _gate_slope(factor: Tensor, box: Box) -> Tensor:
 def tanh_gate_intercept(slopes: Slopes, box: Box) -> Tensor:
     """min of tanh(x)*sigmoid(y) - a x - b y over the box: at a corner, on an edge, or at the one minimum inside."""
     a, b = slopes
-    tanh_ends, gate_ends = (box.lx.tanh(), box.ux.tanh()), (box.ly.sigmoid(), box.uy.sigmoid())
-    candidates = []
-    for x, t in zip((box.lx, box.ux), tanh_ends, strict=True):
-        for y, s in zip((box.ly, box.uy), gate_ends, strict=True):
-            candidates.append(guarded(t * s, a * x, b * y))
-        y = gate_stationary_point(t, b).clamp(box.ly, box.uy)
-        candidates.append(guarded(t * y.sigmoid(), a * x, b * y))
-    for y, s in zip((box.ly, box.uy), gate_ends, strict=True):
-        x = _state_stationary_point(a, s).clamp(box.lx, box.ux)
-        candidates.append(guarded(x.tanh() * s, a * x, b * y))
+    x_ends, y_ends = torch.stack((box.lx, box.ux)), torch.stack((box.ly, box.uy))
+    t_ends, s_ends = x_ends.tanh(), y_ends.sigmoid()
+    inner, error = _inner_candidate(slopes, box, t_ends[0])
+    # Four corners, two edges with x fixed, two with y fixed, and the inside.
+    y_stationary = gate_stationary_point(t_ends, b).clamp(box.ly, box.uy)
+    x_stationary = _state_stationary_point(a, s_ends).clamp(box.lx, box.ux)
+    x = torch.cat((x_ends, x_ends, x_ends, x_stationary, inner[0][None]))
+    y = torch.cat((y_ends, y_ends.flip(0), y_stationary, y_ends, inner[1][None]))
+    candidates = guarded(x.tanh() * y.sigmoid(), a * x, b * y)
+    return torch.minimum(candidates[:-1].amin(dim=0), candidates[-1] - error)
+
+
+def _inner_candidate(slopes: Slopes, box: Box, t_left: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """A point of the box at, or almost at, the minimum inside, and by how much that may be lower than the point."""
+    a, b = slopes
     y, lowest = _inner_minimum(a, b)
-    y = torch.minimum(y, _gate_at_stationary_point(a, tanh_ends[0])).clamp(box.ly, box.uy)
+    y = torch.minimum(y, _gate_at_stationary_point(a, t_left)).clamp(box.ly, box.uy)
     s = y.sigmoid()
     x = _state_stationary_point(a, s)
     # The least value over x is convex in y from ``lowest`` on: what it may still fall by to the left of y.
     slope = (x.tanh() * s * (1.0 - s) - b).detach()
     error = slope.clamp(min=0.0) * (y - torch.maximum(lowest, box.ly)).detach().clamp(min=0.0)
-    x = x.clamp(box.lx, box.ux)
-    candidates.append(guarded(x.tanh() * s, a * x, b * y) - error)
-    return least(candidates)
+    return (x.clamp(box.lx, box.ux), y), error
 
 
 def _state_stationary_point(a: Tensor, s: Tensor) -> Tensor:
