@@ -18,24 +18,16 @@ from utils.certificate import FOLDER_NAME as CERTIFICATES_NAME
 from utils.certificate import write_certificates
 from utils.certify import MarginProblem, RadiusResult, search_radius
 from utils.checkpoint import Config, load_checkpoint, model_name
-from utils.cli import apply_common_arguments, git_commit, json_value, utc_now, versions
+from utils.cli import apply_common_arguments, checkpoint_facts, run_facts, utc_now
 from utils.models import SequenceClassifier
 from utils.perturbation import INF
 from utils.plots import plot_results
-from utils.ranks import Ranks, joined, world_size
-from utils.results import (
-    EXAMPLES_NAME,
-    Record,
-    ResultFolder,
-    exclusive,
-    read_record,
-    replacing,
-    unfinished_rows,
-)
+from utils.ranks import Ranks, joined
+from utils.results import EXAMPLES_NAME, Record, exclusive, read_record, replacing
 from utils.samples import Samples, draw_samples
 from utils.threat_text import UNIT, describe_goal, describe_threat, short_title
 from utils.training import check_writable
-from utils.work import Job, work_through
+from utils.work import Job, batches, explained, find_rows
 
 DEFAULT_BATCH = {"cpu": 20, "cuda": 500}
 NUM_EXAMPLES = 4  # images drawn beside the heat-map
@@ -99,10 +91,10 @@ class Run:
 
     def jobs(self) -> list[Job]:
         """A job for every batch of samples."""
-        size, total, width = self.args.batch_size, len(self.samples.labels), len(self.frames)
-        batches = [list(range(start, min(start + size, total))) for start in range(0, total, size)]
+        width = len(self.frames)
         return [
-            Job(self.keys[batch[0] * width : (batch[-1] + 1) * width], partial(self.search, batch)) for batch in batches
+            Job(self.keys[batch[0] * width : (batch[-1] + 1) * width], partial(self.search, batch))
+            for batch in batches(len(self.samples.labels), self.args.batch_size)
         ]
 
     def search(self, chosen: list[int]) -> list[Row]:
@@ -156,7 +148,7 @@ class Run:
     @torch.no_grad()
     def _search_frame(self, chosen: list[int], frame: int | None) -> RadiusResult:
         args, samples = self.args, self.samples
-        try:
+        with explained(f"in the batch of test image {samples.index[chosen[0]]}", len(chosen)):
             return search_radius(
                 self._problem(chosen, frame),
                 tol=args.tol,
@@ -165,10 +157,6 @@ class Run:
                 dtype=getattr(torch, args.dtype),
                 batch_size=len(chosen),
             )
-        except ArithmeticError as error:
-            raise ValueError(f"in the batch of test image {samples.index[chosen[0]]}: {error}") from error
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"the device is out of memory: try a smaller --batch-size than {len(chosen)}") from error
 
 
 def make_record(run: Run, path: Path, config: Config, data: ImageData) -> Record:
@@ -180,25 +168,14 @@ def make_record(run: Run, path: Path, config: Config, data: ImageData) -> Record
         "threat_model": describe_threat(args),
         "goal": describe_goal(args),
         "unit": UNIT,
-        "arguments": {name: json_value(value) for name, value in sorted(vars(args).items())},
-        "model": {
-            "name": model_name(config),
-            "path": json_value(path),
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "config": config,
-        },
+        "model": checkpoint_facts(path, model_name(config), config),
         "data": {
             "source": data.source,
             "test_images": len(data.test_y),
             "drawn_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
         },
         "counts": samples.counts,
-        "device": str(run.device),
-        "dtype": args.dtype,
-        "versions": versions(),
-        "commit": git_commit(),
-        "processes": world_size(),
-        "started": utc_now(),
+        **run_facts(args, run.device, args.dtype),
     }
 
 
@@ -219,13 +196,9 @@ def print_introduction(record: Record) -> None:
 def run_and_write(run: Run, folder: Path, record: Record, ranks: Ranks) -> None:
     """Search and write batch by batch, then summarize and draw."""
     args, certificates = run.args, folder / CERTIFICATES_NAME
-    results = ResultFolder(folder, record, run.keys, resume=args.resume, ranks=ranks, attached=(CERTIFICATES_NAME,))
-    if args.resume:
-        print(f"resuming: {len(results.found)} of {len(run.keys)} rows are there")
-    elif unfinished_rows(folder):
-        print(f"note: this replaces {unfinished_rows(folder)} rows of an interrupted run (--resume would continue it)")
     save = partial(run.save_certificates, folder=certificates) if args.save_certificate else None
-    work_through(results, run.jobs(), save)
+    layout = {"ranks": ranks, "attached": (CERTIFICATES_NAME,)}
+    results = find_rows(folder, record, run.jobs(), resume=args.resume, before_writing=save, **layout)
     if not ranks.first:
         return
     if args.per_frame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import math
 import os
@@ -14,6 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+from utils.ranks import world_size
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACEBACK_VARIABLE = "SHOW_TRACEBACK"
@@ -176,6 +179,25 @@ def json_value(value: object) -> object:
         resolved = value.resolve()
         return str(resolved.relative_to(ROOT) if resolved.is_relative_to(ROOT) else resolved)
     return f"{value:g}" if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run_facts(args: argparse.Namespace, device: torch.device, dtype: str = "float64") -> dict[str, object]:
+    """What the record of every bound run says: the arguments, and what it runs on."""
+    return {
+        "arguments": {name: json_value(value) for name, value in sorted(vars(args).items())},
+        "device": str(device),
+        "dtype": dtype,
+        "versions": versions(),
+        "commit": git_commit(),
+        "processes": world_size(),
+        "started": utc_now(),
+    }
+
+
+def checkpoint_facts(path: Path, name: str, config: dict) -> dict[str, object]:
+    """What the record of a bound run says about its model."""
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"name": name, "path": json_value(path), "sha256": sha256, "config": config}
 
 
 def one_line(message: object) -> str:

@@ -22,7 +22,7 @@ EXAMPLES_NAME = "examples.npz"
 FIGURES = ("radius_histogram.png", "certified_fraction.png", "frame_heatmap.png")
 TEMPORARY_PREFIX = ".saving-"
 # Where things lie and how they are run; everything else must agree when a run is resumed.
-FREE_ARGUMENTS = ("work_dir", "data_dir", "out_dir", "resume", "dry_run", "threads", "device", "cuda")
+FREE_ARGUMENTS = ("work_dir", "data_dir", "out_dir", "resume", "dry_run", "threads", "device", "cuda", "show")
 
 Record = dict[str, Any]
 
@@ -64,7 +64,7 @@ def identity(record: Record) -> dict[str, Any]:
     }
     facts = {
         "the checkpoint's sha256": record.get("model", {}).get("sha256"),
-        "the drawn images' sha256": record.get("data", {}).get("drawn_sha256"),
+        "the drawn samples' sha256": record.get("data", {}).get("drawn_sha256"),
         "the device": str(record.get("device")).partition(":")[0],
     }
     facts |= {f"the sha256 of {name}": sha256 for name, sha256 in record.get("checkpoints", {}).items()}
@@ -92,6 +92,7 @@ class ResultFolder:
         csv_name: name of the file of the rows.
         derived: names of what is made of all rows in the end.
         attached: names of files and folders that are written along with the rows.
+        columns: names of columns that this run has, of those that are left out otherwise.
 
     Attributes:
         found: the rows so far, by key.
@@ -112,10 +113,11 @@ class ResultFolder:
         csv_name: str = CSV_NAME,
         derived: Sequence[str] = (EXAMPLES_NAME, *FIGURES),
         attached: Sequence[str] = (),
+        columns: Sequence[str] = (),
     ):
         self.folder, self.record, self.keys, self.kind = folder, dict(record), list(keys), kind
         self.ranks, self.derived, self.attached = ranks, tuple(derived), tuple(attached)
-        self.names = column_names(kind, self.keys)
+        self.names = column_names(kind, self.keys, columns)
         self.csv_path = folder / csv_name
         self.own_path = self.csv_path if ranks.world == 1 else part_path(self.csv_path, ranks.rank)
         self.found: dict[Hashable, KeyedRow] = {}
@@ -177,7 +179,7 @@ class ResultFolder:
             end = next((n for n, key in enumerate(self.keys) if key not in self.found), len(self.keys))
             rows = [self.found[key] for key in self.keys[self._written : end]]
             self._written = end
-        with self.own_path.open("a", encoding="ascii", newline="") as file:
+        with self.own_path.open("a", encoding="utf-8", newline="") as file:
             file.write("".join(format_row(row, self.names) for row in rows))
 
     def begin(self) -> None:
@@ -209,7 +211,7 @@ class ResultFolder:
     def _replace(self, path: Path, rows: Sequence[KeyedRow]) -> None:
         text = ",".join(self.names) + "\n" + "".join(format_row(row, self.names) for row in rows)
         with replacing(path) as temporary:
-            temporary.write_text(text, encoding="ascii", newline="")
+            temporary.write_text(text, encoding="utf-8", newline="")
 
     def merge(self) -> None:
         """Wait for all processes; then the first one has all rows, and writes the whole CSV file if there are parts."""
@@ -257,11 +259,11 @@ def _shown(value: object) -> str:
     return "not given" if value is None else str(value)
 
 
-def unfinished_rows(folder: Path) -> int:
+def unfinished_rows(folder: Path, kind: type[KeyedRow] = Row) -> int:
     """How many rows of an interrupted run lie in the folder; 0 if there is none or it cannot be read."""
     try:
         if read_record(folder).get("status") != "running":
             return 0
-        return len({row.key for path in result_files(folder / CSV_NAME) for row in read_rows(path, Row)[0]})
+        return len({row.key for path in result_files(folder / CSV_NAME) for row in read_rows(path, kind)[0]})
     except (ResultError, OSError):
         return 0

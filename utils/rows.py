@@ -1,11 +1,13 @@
 """Rows of result files: frozen dataclasses written as lines of CSV, and read again.
 
 A row's class extends that of its key, which says what the row is about; both hold numbers and words only. Every line
-ends with a line break, so a last line without one is known to be half written.
+ends with a line break, which no word may hold, so a last line without one is known to be half written.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Hashable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -34,15 +36,22 @@ def _word_or_number(text: str) -> int | str:
 
 
 # By annotation. A column that may be None is left out of a file if it is None in all rows.
-PARSERS = {"int": int, "float": float, "str": str, "int | str": _word_or_number, "int | None": int}
+PARSERS = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "int | str": _word_or_number,
+    "int | None": int,
+    "float | None": float,
+}
 OPTIONAL = " | None"
 
 
-def column_names(kind: type[KeyedRow], keys: Sequence[Hashable]) -> tuple[str, ...]:
-    """Header of a file of rows with these keys."""
+def column_names(kind: type[KeyedRow], keys: Sequence[Hashable], extra: Sequence[str] = ()) -> tuple[str, ...]:
+    """Header of a file of rows with these keys; ``extra`` are columns that may be None in all rows, but are not."""
 
     def is_there(name: str) -> bool:
-        return any(getattr(key, name, None) is not None for key in keys)
+        return name in extra or any(getattr(key, name, None) is not None for key in keys)
 
     return tuple(field.name for field in fields(kind) if not str(field.type).endswith(OPTIONAL) or is_there(field.name))
 
@@ -50,9 +59,20 @@ def column_names(kind: type[KeyedRow], keys: Sequence[Hashable]) -> tuple[str, .
 def format_row(row: KeyedRow, names: Sequence[str]) -> str:
     """The row as a line of CSV; numbers in full precision, so that reading gives back the same, but for seconds."""
     values = [f"{getattr(row, n):.6f}" if n.endswith("seconds") else str(getattr(row, n)) for n in names]
-    if any("," in value or "\n" in value for value in values):
-        raise ValueError(f"a word of a row holds a comma or a line break: {values}")
-    return ",".join(values) + "\n"
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="").writerow(values)
+    line = text.getvalue()
+    if "\n" in line or "\r" in line:
+        raise ValueError(f"a word of a row holds a line break: {values}")
+    return line + "\n"
+
+
+def split_row(line: str) -> list[str]:
+    """The values of a line of CSV. Raises ValueError if its quotes do not fit."""
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
 
 
 def parse_row(values: Sequence[str], names: Sequence[str], kind: type[RowT]) -> RowT:
@@ -76,7 +96,7 @@ def read_rows(path: Path, kind: type[RowT]) -> tuple[list[RowT], int]:
     content = path.read_bytes()
     size = content.rfind(b"\n") + 1
     try:
-        lines = content[:size].decode("ascii").splitlines()
+        lines = content[:size].decode("utf-8").split("\n")[:-1]
     except UnicodeDecodeError:
         raise ResultError(f"{path} is not a result of this project: it is no plain text") from None
     if not lines:
@@ -89,7 +109,7 @@ def read_rows(path: Path, kind: type[RowT]) -> tuple[list[RowT], int]:
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         try:
-            rows.append(parse_row(line.split(","), names, kind))
+            rows.append(parse_row(split_row(line), names, kind))
         except ValueError as error:
             raise ResultError(f"{path} is damaged in line {number}: {error}") from None
     return rows, size
