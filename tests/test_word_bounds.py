@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from data.text import Vocabulary
 from utils.certify import certified_radius
 from utils.models import SequenceClassifier
 from utils.perturbation import INF
+from utils.results import ResultFolder
 from utils.step_bounds import sequence_radii, step_attacks, step_batches, step_radii
 from utils.text_models import TextModel
 from utils.word_bounds import neighbours
 from utils.word_report import html_page, most_sensitive, plot_sentences, plot_summary, sentence_lines, shade
-from utils.word_results import SentenceRow, WordRow, read_results, write_results
+from utils.word_results import COMPARED_COLUMNS, SentenceRow, WordRow, read_results, write_sentences
 from utils.word_summary import kind_of, place_bin, rank_correlation, summarize
 
 LENGTHS = torch.tensor([3, 1, 4])
@@ -191,6 +193,7 @@ def row(position, word="river", radius=0.5, index=0, words=4, **values):
         "radius": radius,
         "failed_eps": radius * 1.001,
         "attack": 2 * radius,
+        "text_radius": 0.1,
         "covered": 0,
         "examples": "",
         "nearest": "lake",
@@ -284,11 +287,19 @@ def test_figures_are_drawn_from_any_words(tmp_path):
     plot_summary(record()).savefig(tmp_path / "b.png")
 
 
-def test_results_are_read_as_they_were_written(tmp_path):
-    write_results(tmp_path, ROWS, SENTENCES, {"arguments": {}})
-    assert read_results(tmp_path) == (ROWS, SENTENCES)
+@pytest.mark.parametrize("compared", [{}, dict.fromkeys(COMPARED_COLUMNS, 0.25)])
+def test_results_are_read_as_they_were_written(tmp_path, compared):
+    signs = [row(0, ",", index=4), row(1, '"\u2603', index=4, examples="a , b")]
+    rows = [replace(own, **compared) for own in (*ROWS, *signs)]
+    results = ResultFolder(
+        tmp_path, {"arguments": {}}, [own.key for own in rows], kind=WordRow, columns=tuple(compared)
+    )
+    results.append(rows)
+    write_sentences(tmp_path, SENTENCES)
+    assert read_results(tmp_path) == (rows, SENTENCES)
     with (tmp_path / "certified_bound.csv").open(encoding="utf-8", newline="") as file:
-        assert next(csv.reader(file))[:4] == ["index", "position", "words", "word"]
+        header = next(csv.reader(file))
+    assert header[:4] == ["index", "position", "words", "word"] and ("line_radius" in header) == bool(compared)
     (tmp_path / "sentences.csv").write_text("index,label\n", encoding="utf-8")
     with pytest.raises(ValueError, match="header"):
         read_results(tmp_path)

@@ -126,7 +126,7 @@ def step_radii(
         batch_size: most steps that are bounded at once.
     """
     check_steps(model)
-    x = x.to(dtype)
+    x, labels, lengths = x.to(dtype), labels.to(x.device), lengths.to(x.device)
     states = states_before(model, x)
     columns = {name: x.new_full(x.shape[:2], torch.nan) for name in StepResult.__annotations__}
     for sample, step in step_batches(lengths, batch_size):
@@ -182,6 +182,7 @@ def sequence_radii(
 ) -> Tensor:
     """The certified radius, (batch,), if every step of a sequence moves, each in a ball of its own."""
     radius = x.new_zeros(len(x), dtype=dtype)
+    labels, lengths = labels.to(x.device), lengths.to(x.device)
     for length in sorted(set(lengths.tolist())):
         for rows in (lengths == length).nonzero().squeeze(-1).split(batch_size):
             problem = MarginProblem(model, x[rows, :length].to(dtype), labels[rows], norm=norm, relaxation=relaxation)
@@ -206,6 +207,7 @@ def step_attacks(
     inf where none was found, NaN after a sequence's end.
     """
     radius = torch.full(x.shape[:2], torch.nan, dtype=VERDICT, device=x.device)
+    labels, lengths = labels.to(x.device), lengths.to(x.device)
     samples, positions = (lengths[:, None] > torch.arange(x.shape[1], device=x.device)).nonzero(as_tuple=True)
     for length in sorted(set(lengths.tolist())):
         chosen = (lengths[samples] == length).nonzero().squeeze(-1)

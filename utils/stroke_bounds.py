@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
-import io
 import math
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,40 +19,41 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from data.strokes import POINT_SIZE, StrokeData, load_strokes, sequence_lengths
-from utils.bound_arguments import relative_tolerance
 from utils.checkpoint import CheckpointError, Config, load_checkpoint
 from utils.cli import (
     ROOT,
     add_common_arguments,
     apply_common_arguments,
-    git_commit,
+    checkpoint_facts,
     norm_value,
     positive_int,
-    versions,
+    run_facts,
+    utc_now,
 )
 from utils.models import SequenceClassifier
-from utils.planes import SLOPES
-from utils.results import CSV_NAME, Record, ResultError, read_record, replacing, write_record
-from utils.step_bounds import check_steps, step_attacks, step_radii
+from utils.ranks import Ranks, joined
+from utils.results import CSV_NAME, Record, exclusive, read_record, replacing
+from utils.rows import KeyedRow, read_rows
+from utils.step_bounds import check_steps
+from utils.step_runs import Steps, add_step_arguments, digest, find_steps
 from utils.stroke_training import DATA_HELP, predict_strokes
 from utils.training import check_writable
 from utils.word_report import figure_title
 from utils.word_summary import mean_and_error, rank_correlation
+from utils.work import Job, batches, explained, find_rows
 
 DIGITS_FIGURE, SUMMARY_FIGURE = "strokes.png", "summary.png"
 DRAWN, DPI, BINS = 15, 150, 5
 
 
 @dataclass(frozen=True)
-class PointRow:
-    """What was found for one point of a digit; radii are of the point's (dx, dy, end of stroke, end of digit).
+class PointKey:
+    """What a row is about.
 
     Attributes:
         index: number of the digit in MNIST's test set.
         position: from 0; ``points`` is how many the digit has.
         x, y: where the pen is after the movement; ``ends_stroke`` is 1 at the end of a stroke.
-        radius: the largest eps that was certified; ``failed_eps`` the smallest that was not.
-        attack: size of the smallest change of this point by which PGD changed the class; inf if none did.
     """
 
     index: int
@@ -64,6 +64,20 @@ class PointRow:
     ends_stroke: int
     label: int
     prediction: int
+
+
+@dataclass(frozen=True)
+class PointRow(PointKey, KeyedRow):
+    """What was found for one point of a digit; radii are of the point's (dx, dy, end of stroke, end of digit).
+
+    Attributes:
+        radius: the largest eps that was certified; ``failed_eps`` the smallest that was not.
+        attack: size of the smallest change of this point by which PGD changed the class; inf if none did.
+        seconds: wall time of the bounds of the point's batch, divided by the number of points in it.
+    """
+
+    KEY: ClassVar[type] = PointKey
+
     radius: float
     failed_eps: float
     attack: float
@@ -81,11 +95,7 @@ def add_stroke_arguments(parser: argparse.ArgumentParser, architecture: str) -> 
     group = parser.add_argument_group("what is certified (eps and radii: pixels of dx and dy, units of the two flags)")
     group.add_argument("--N", type=positive_int, default=200, help="test digits drawn; the misclassified get no radius")
     group.add_argument("--p", type=norm_value, default=2.0, help="norm of the perturbation: 1, 2 or inf")
-    group = parser.add_argument_group("how")
-    group.add_argument("--relaxation", choices=tuple(SLOPES), default="plane", help="bounds of the gates' products")
-    group.add_argument("--no-attack", action="store_true", help="leave out the attack on every point")
-    group.add_argument("--tol", type=relative_tolerance, default=1e-3, help="relative width of the final bracket")
-    group.add_argument("--batch-size", type=positive_int, default=100, help="points bounded at a time")
+    add_step_arguments(parser, "digit", "point", batch_size=100)
     add_common_arguments(parser, data=DATA_HELP)
 
 
@@ -97,6 +107,11 @@ def bound_stroke_classifier(args: argparse.Namespace, architecture: str) -> None
         OSError: a file cannot be read or the folder cannot be written.
     """
     device = apply_common_arguments(args)
+    with joined(device) as ranks:
+        _bound(args, architecture, device, ranks)
+
+
+def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ranks: Ranks) -> None:
     path = args.work_dir / f"{architecture}_{args.hidden_size}" / args.model_name
     if not path.exists():
         script = f"{architecture}/train_{architecture}_stroke_classifier.py --hidden-size {args.hidden_size}"
@@ -115,17 +130,25 @@ def bound_stroke_classifier(args: argparse.Namespace, architecture: str) -> None
     counts = {"drawn": args.N, "misclassified": args.N - len(kept), "kept": len(kept)}
     print(f"{path.parent.name} on digits of {data.source}: {args.N} drawn, {len(kept)} to certify. ", end="")
     print(f"One point at a time moves by at most eps in the l_{args.p:g} norm", flush=True)
+    run = StrokeRun(args, classifier, data, kept)
     if args.dry_run:
-        rows = certify_digits(classifier, data, kept[:1], args)
+        rows = run.search([0])
         print(f"dry run: the first point of digit {rows[0].index} has radius {rows[0].radius:.4g}, nothing written")
         return
     folder = path.parent / result_folder_name(args)
     check_writable(folder)
-    rows = certify_digits(classifier, data, kept, args)
-    record = make_record(args, path, config, data, counts, rows)
-    write_rows(folder / CSV_NAME, rows)
-    write_record(folder, record)
-    print_summary(record["summary"])
+    with exclusive(folder, ranks):
+        run_and_write(run, folder, make_record(run, path, config, counts), ranks)
+
+
+def run_and_write(run: StrokeRun, folder: Path, record: Record, ranks: Ranks) -> None:
+    """Search and write some digits after the other, then summarize and draw."""
+    layout = {"derived": (DIGITS_FIGURE, SUMMARY_FIGURE), "ranks": ranks}
+    results = find_rows(folder, record, run.jobs(), kind=PointRow, resume=run.args.resume, **layout)
+    if not ranks.first:
+        return
+    results.finish(summarize(results.rows), utc_now())
+    print_summary(read_record(folder)["summary"])
     names = write_figures(folder)
     print(f"results in {folder}: {CSV_NAME}, run.json, {', '.join(names)}")
 
@@ -135,37 +158,42 @@ def result_folder_name(args: argparse.Namespace) -> str:
     return "_".join([f"{args.p:g}_norm_bound", *[args.relaxation] * (args.relaxation != "plane")])
 
 
-def certify_digits(
-    classifier: SequenceClassifier, data: StrokeData, chosen: Tensor, args: argparse.Namespace
-) -> list[PointRow]:
-    """A row for every point of the chosen test digits."""
-    device = classifier.head.weight.device
-    x, labels = data.test_x[chosen].double().to(device), data.test_y[chosen].to(device)
-    lengths = sequence_lengths(x)
-    search = {"norm": args.p, "relaxation": args.relaxation, "tol": args.tol, "batch_size": args.batch_size}
-    found = step_radii(classifier, x, labels, lengths, **search)
-    attack = torch.full_like(found.radius, torch.nan)
-    if not args.no_attack:
-        attack = step_attacks(classifier, x, labels, lengths, norm=args.p)
-    places = x[..., :2].cumsum(dim=1)
-    return [
-        PointRow(
-            index=int(data.test_index[chosen[n]]),
-            position=t,
-            points=length,
-            x=float(places[n, t, 0]),
-            y=float(places[n, t, 1]),
-            ends_stroke=int(x[n, t, 2]),
-            label=int(labels[n]),
-            prediction=int(labels[n]),
-            radius=float(found.radius[n, t]),
-            failed_eps=float(found.failed[n, t]),
-            attack=float(attack[n, t]),
-            seconds=float(found.seconds[n, t]),
-        )
-        for n, length in enumerate(lengths.tolist())
-        for t in range(length)
-    ]
+class StrokeRun:
+    """The rows of a run, about the chosen test digits, and how they are found."""
+
+    def __init__(self, args: argparse.Namespace, classifier: SequenceClassifier, data: StrokeData, chosen: Tensor):
+        self.args, self.classifier, self.data = args, classifier, data
+        self.x, self.labels = data.test_x[chosen].double(), data.test_y[chosen]
+        self.index, self.lengths = data.test_index[chosen].tolist(), sequence_lengths(self.x)
+
+    def keys(self, chosen: Sequence[int]) -> list[PointKey]:
+        """What the rows of some of the digits are about."""
+        keys = []
+        for n in chosen:
+            points, label = int(self.lengths[n]), int(self.labels[n])
+            places = self.x[n, :, :2].cumsum(dim=0).tolist()
+            for position, (x, y) in enumerate(places[:points]):
+                ends = int(self.x[n, position, 2])
+                keys.append(PointKey(self.index[n], position, points, x, y, ends, label, label))
+        return keys
+
+    def jobs(self) -> list[Job]:
+        """A job for every group of digits whose points are bounded together."""
+        groups = batches(len(self.labels), self.args.save_every)
+        return [Job(self.keys(group), partial(self.search, group)) for group in groups]
+
+    @torch.no_grad()
+    def search(self, chosen: list[int]) -> list[PointRow]:
+        """The rows of some of the digits."""
+        lengths = self.lengths[chosen]
+        x = self.x[chosen, : int(lengths.max())].to(self.classifier.head.weight.device)
+        steps = Steps(self.classifier, x, self.labels[chosen], lengths)
+        with explained(f"in the digits from number {self.index[chosen[0]]} on", self.args.batch_size):
+            columns = find_steps(steps, self.args)
+        return [
+            PointRow(**vars(key), **{name: values[n][t] for name, values in columns.items()})
+            for key, (n, t) in zip(self.keys(chosen), steps.pairs(), strict=True)
+        ]
 
 
 def by_digit(rows: list[PointRow]) -> list[list[PointRow]]:
@@ -210,54 +238,17 @@ def summarize(rows: list[PointRow]) -> Record:
     return summary
 
 
-def make_record(
-    args: argparse.Namespace, path: Path, config: Config, data: StrokeData, counts: dict, rows: list[PointRow]
-) -> Record:
-    """What run.json says about the run."""
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
-    arguments["p"] = f"{args.p:g}"
-    for key in ("work_dir", "data_dir"):  # where things lie on a machine says nothing about the results
-        arguments.pop(key)
+def make_record(run: StrokeRun, path: Path, config: Config, counts: dict[str, int]) -> Record:
+    """What run.json says about the run; paths inside the repository are relative to it."""
+    drawn = (values.numpy().tobytes() for values in (run.x, run.labels))
     return {
-        "title": f"one point of the strokes at a time, l_{args.p:g}",
+        "title": f"one point of the strokes at a time, l_{run.args.p:g}",
         "unit": "pixels of dx and dy, units of the flags",
-        "arguments": arguments,
-        "model": {
-            "name": path.parent.name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "config": config,
-        },
-        "data": {"source": data.source},
+        "model": checkpoint_facts(path, path.parent.name, config),
+        "data": {"source": run.data.source, "drawn_sha256": digest(drawn)},
         "counts": counts,
-        "device": args.device,
-        "dtype": "float64",
-        "versions": versions(),
-        "commit": git_commit(),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "status": "finished",
-        "summary": summarize(rows),
+        **run_facts(run.args, run.classifier.head.weight.device),
     }
-
-
-def write_rows(path: Path, rows: list[PointRow]) -> None:
-    """Write the CSV file, whole or not at all."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [field.name for field in fields(PointRow)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    with replacing(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="ascii", newline="")
-
-
-def read_rows(path: Path) -> list[PointRow]:
-    """Inverse of ``write_rows``. Raises ResultError if the file is damaged."""
-    types = {field.name: {"int": int, "float": float}[field.type] for field in fields(PointRow)}
-    with path.open(encoding="ascii", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            return [PointRow(**{key: types[key](value) for key, value in row.items()}) for row in reader]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ResultError(f"{path} is damaged in line {reader.line_num}") from error
 
 
 def print_summary(summary: Record) -> None:
@@ -280,7 +271,7 @@ def print_summary(summary: Record) -> None:
 
 def write_figures(folder: Path) -> list[str]:
     """Draw the figures of a result folder from its files; returns their names."""
-    rows, record = read_rows(folder / CSV_NAME), read_record(folder)
+    rows, record = read_rows(folder / CSV_NAME, PointRow)[0], read_record(folder)
     for name, figure in ((DIGITS_FIGURE, plot_digits(rows, record)), (SUMMARY_FIGURE, plot_places(record))):
         with replacing(folder / name) as path:
             figure.savefig(path, dpi=DPI)

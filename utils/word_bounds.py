@@ -7,42 +7,48 @@ stay. Words of the vocabulary in that ball are substitutions that the certificat
 from __future__ import annotations
 
 import argparse
-import hashlib
-import math
 import sys
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.text import MAX_WORDS, PADDING, UNKNOWN, TextData, tokenize
-from utils.bound_arguments import relative_tolerance
 from utils.checkpoint import CheckpointError
 from utils.cli import (
     ROOT,
     add_common_arguments,
     apply_common_arguments,
-    git_commit,
+    checkpoint_facts,
     norm_value,
     positive_int,
-    versions,
+    run_facts,
+    utc_now,
 )
 from utils.perturbation import INF
-from utils.planes import SLOPES
-from utils.results import CSV_NAME, Record
-from utils.step_bounds import check_steps, sequence_radii, step_attacks, step_radii
+from utils.ranks import Ranks, joined
+from utils.results import CSV_NAME, Record, exclusive
+from utils.step_bounds import check_steps, sequence_radii, step_radii
+from utils.step_runs import Steps, add_step_arguments, digest, find_steps, search_options
 from utils.text_models import TextModel, load_text_model, tokens_of
 from utils.text_training import TextTask, text_model_name
 from utils.training import check_writable
-from utils.word_report import print_sentences, print_summary, write_reports
-from utils.word_results import SENTENCES_NAME, SentenceRow, WordRow, write_results
-from utils.word_summary import summarize
+from utils.word_report import REPORTS, print_sentences, print_summary, write_reports
+from utils.word_results import (
+    COMPARED,
+    COMPARED_COLUMNS,
+    SENTENCES_NAME,
+    SentenceRow,
+    WordKey,
+    WordRow,
+    write_sentences,
+)
+from utils.word_summary import by_text, summarize
+from utils.work import Job, batches, explained, find_rows
 
-COMPARED = ("plane", "line", "constant")
 LISTED = 5  # words of a ball that are named
 # A word counts as covered if it is nearer than the radius by this share: room for the rounding of its distance.
 INSIDE = 1e-9
@@ -78,17 +84,8 @@ def add_word_arguments(parser: argparse.ArgumentParser, architecture: str, task:
         "--text", action="append", metavar="TEXT", help=f"certify this {task.item} instead; may be given several times"
     )
     group.add_argument("--p", type=norm_value, default=2.0, help="norm of the perturbation: 1, 2 or inf")
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--relaxation",
-        choices=tuple(SLOPES),
-        default="plane",
-        help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants",
-    )
+    group = add_step_arguments(parser, task.item, "word", batch_size=200)
     group.add_argument("--compare", action="store_true", help=f"also find the radii by {' and '.join(COMPARED[1:])}s")
-    group.add_argument("--no-attack", action="store_true", help="leave out the attack on every word")
-    group.add_argument("--tol", type=relative_tolerance, default=1e-3, help="relative width of the final bracket")
-    group.add_argument("--batch-size", type=positive_int, default=200, help="words bounded at a time")
     group.add_argument("--show", type=positive_int, default=10, help=f"{task.item}s printed")
     group.add_argument("--sample", action="store_true", help=f"use the small built-in sample of made-up {task.item}s")
     add_common_arguments(parser, data=f"folder that holds the {task.item}s (default: data/)")
@@ -106,6 +103,11 @@ def bound_text_classifier(args: argparse.Namespace, architecture: str, task: Tex
     if args.text and (args.sample or args.data_dir):
         raise ValueError("--text brings its own data: leave out --data-dir and --sample")
     device = apply_common_arguments(args)
+    with joined(device) as ranks:
+        _bound(args, architecture, task, device, ranks)
+
+
+def _bound(args: argparse.Namespace, architecture: str, task: TextTask, device: torch.device, ranks: Ranks) -> None:
     given = [tokens_of(text) for text in args.text or []]
     name = text_model_name(architecture, args.hidden_size, args.embedding_size)
     path = args.work_dir / name / args.model_name
@@ -120,23 +122,33 @@ def bound_text_classifier(args: argparse.Namespace, architecture: str, task: Tex
     else:
         data = task.load(args.data_dir, args.sample)
         source, (texts, counts) = data.source, draw_texts(model, data, args)
-    record = make_record(args, model, name, path, source, counts, task)
+    run = WordRun(args, model, texts)
+    record = make_record(run, name, path, source, counts, task)
     print(f"{record['model']['name']} on {task.item}s of {source}", end="")
     print(f": {counts['drawn']} drawn, {counts['misclassified']} misclassified" if counts else "", end="")
     print(f"; {len(texts)} to certify. One word at a time moves by at most eps in the l_{args.p:g} norm", flush=True)
     if args.dry_run:
-        words, _ = certify_texts(model, texts[:1], args)
+        words = run.search([0])
         print(f"dry run: {words[0].word!r} has radius {words[0].radius:.4g}, nothing written")
         return
     folder = path.parent / result_folder_name(args)
     check_writable(folder)
-    words, sentences = certify_texts(model, texts, args)
-    compared = compare(model, texts, words, args) if args.compare else []
-    class_names = list(model.config["class_names"])
-    summary = summarize(words, sentences, compared)
-    record |= {"finished": _now(), "class_names": class_names, "summary": summary}
-    write_results(folder, words, sentences, record)
-    print_sentences(words, sentences, class_names, args.show)
+    with exclusive(folder, ranks):
+        run_and_write(run, folder, record, ranks)
+
+
+def run_and_write(run: WordRun, folder: Path, record: Record, ranks: Ranks) -> None:
+    """Search and write some texts after the other, then summarize and draw."""
+    args = run.args
+    layout = {"derived": (SENTENCES_NAME, *REPORTS), "columns": COMPARED_COLUMNS if args.compare else ()}
+    results = find_rows(folder, record, run.jobs(), kind=WordRow, resume=args.resume, ranks=ranks, **layout)
+    if not ranks.first:
+        return
+    words, sentences = results.rows, run.sentences(results.rows)
+    summary = summarize(words, sentences, compare(run.model, words, args) if args.compare else [])
+    write_sentences(folder, sentences)
+    results.finish(summary, utc_now())
+    print_sentences(words, sentences, record["class_names"], args.show)
     print_summary(summary)
     figures = write_reports(folder)
     print(f"results in {folder}: {CSV_NAME}, {SENTENCES_NAME}, run.json, {', '.join(figures)}")
@@ -164,6 +176,8 @@ def result_folder_name(args: argparse.Namespace) -> str:
 def given_texts(model: TextModel, texts: list[str], token_lists: list[list[str]]) -> list[Text]:
     """Texts of --text, with the predicted class as their label."""
     labels = model.predict(*model.encode(token_lists), torch.float64).tolist()
+    # Bytes of the command line that are no text cannot be written to a file.
+    texts = [text.encode(errors="replace").decode() for text in texts]
     return [
         Text(index, text, tokens, label)
         for index, (text, tokens, label) in enumerate(zip(texts, token_lists, labels, strict=True))
@@ -192,51 +206,73 @@ def draw_texts(model: TextModel, data: TextData, args: argparse.Namespace) -> tu
     return kept, counts | {"kept": len(kept)}
 
 
-def certify_texts(
-    model: TextModel, texts: list[Text], args: argparse.Namespace
-) -> tuple[list[WordRow], list[SentenceRow]]:
-    """Radii of all words, and of the texts as a whole."""
-    numbers, lengths = model.encode([text.tokens for text in texts])
-    x, labels = model.embed(numbers).double(), torch.tensor([text.label for text in texts])
-    search = {"norm": args.p, "relaxation": args.relaxation, "tol": args.tol, "batch_size": args.batch_size}
-    # disable=None: a bar on a terminal, silence in a log file
-    with tqdm(total=3 - args.no_attack, unit="part", disable=None) as progress:
-        found = step_radii(model.classifier, x, labels, lengths, **search)
-        progress.update()
-        whole = sequence_radii(model.classifier, x, labels, lengths, **search)
-        progress.update()
-        attack = torch.full_like(found.radius, torch.nan)
-        if not args.no_attack:
-            attack = step_attacks(model.classifier, x, labels, lengths, norm=args.p)
-            progress.update()
-    balls = [(n, t) for n, text in enumerate(texts) for t in range(len(text.tokens))]
-    at = tuple(torch.tensor(column) for column in zip(*balls, strict=True))
-    near = neighbours(model, numbers[at], found.radius[at], args.p)
-    rows = []
-    for place, (n, t) in enumerate(balls):
-        text = texts[n]
-        rows.append(
-            WordRow(
+class WordRun:
+    """The rows of a run and how they are found."""
+
+    def __init__(self, args: argparse.Namespace, model: TextModel, texts: list[Text]):
+        self.args, self.model, self.texts = args, model, texts
+
+    def keys(self, chosen: Sequence[int]) -> list[WordKey]:
+        """What the rows of the chosen texts are about."""
+        return [
+            WordKey(
                 index=text.index,
-                position=t,
+                position=position,
                 words=len(text.tokens),
-                word=text.tokens[t],
-                known=int(numbers[n, t] != UNKNOWN),
+                word=word,
+                known=int(word in self.model.vocabulary),
                 label=text.label,
                 prediction=text.label,
-                radius=float(found.radius[n, t]),
-                failed_eps=float(found.failed[n, t]),
-                attack=float(attack[n, t]),
-                norm=float(torch.linalg.vector_norm(x[n, t], ord=args.p)),
-                seconds=float(found.seconds[n, t]),
-                **near[place],
             )
-        )
-    sentences = [
-        SentenceRow(text.index, text.label, text.label, len(text.tokens), float(radius), text.text)
-        for text, radius in zip(texts, whole, strict=True)
-    ]
-    return rows, sentences
+            for text in (self.texts[n] for n in chosen)
+            for position, word in enumerate(text.tokens)
+        ]
+
+    def jobs(self) -> list[Job]:
+        """A job for every group of texts whose words are bounded together."""
+        groups = batches(len(self.texts), self.args.save_every)
+        return [Job(self.keys(group), partial(self.search, group)) for group in groups]
+
+    @torch.no_grad()
+    def search(self, chosen: list[int]) -> list[WordRow]:
+        """The rows of the chosen texts."""
+        args, model = self.args, self.model
+        texts = [self.texts[n] for n in chosen]
+        numbers, lengths = model.encode([text.tokens for text in texts])
+        labels = torch.tensor([text.label for text in texts])
+        steps = Steps(model.classifier, model.embed(numbers).double(), labels, lengths)
+        with explained(f"in the texts from number {texts[0].index} on", args.batch_size):
+            columns = find_steps(steps, args)
+            columns |= self._compared(steps, columns)
+            whole = sequence_radii(*steps.sequences, **search_options(args)).tolist()
+        pairs = steps.pairs()
+        own = [{name: values[n][t] for name, values in columns.items()} for n, t in pairs]
+        moved = numbers[tuple(zip(*pairs, strict=True))]
+        norms = torch.linalg.vector_norm(model.embeddings[moved].double(), ord=args.p, dim=1).tolist()
+        near = neighbours(model, moved, torch.tensor([row["radius"] for row in own]), args.p)
+        return [
+            WordRow(**vars(key), **own[place], **near[place], text_radius=whole[n], norm=norms[place])
+            for place, (key, (n, _)) in enumerate(zip(self.keys(chosen), pairs, strict=True))
+        ]
+
+    def _compared(self, steps: Steps, columns: dict) -> dict[str, list[list[float]]]:
+        """Radius and seconds by each relaxation, as columns; none unless they are to be compared."""
+        found = {}
+        for name in COMPARED if self.args.compare else ():
+            if name == self.args.relaxation:
+                radius, seconds = columns["radius"], columns["seconds"]
+            else:
+                result = step_radii(*steps.sequences, **search_options(self.args) | {"relaxation": name})
+                radius, seconds = result.radius.tolist(), result.seconds.tolist()
+            found |= {f"{name}_radius": radius, f"{name}_seconds": seconds}
+        return found
+
+    def sentences(self, words: list[WordRow]) -> list[SentenceRow]:
+        """A row for every text, from those of its words."""
+        return [
+            SentenceRow(text.index, text.label, text.label, len(rows), rows[0].text_radius, text.text)
+            for text, rows in zip(self.texts, by_text(words), strict=True)
+        ]
 
 
 def neighbours(model: TextModel, numbers: Tensor, radii: Tensor, norm: float) -> list[dict]:
@@ -266,30 +302,13 @@ def neighbours(model: TextModel, numbers: Tensor, radii: Tensor, norm: float) ->
     return found
 
 
-def compare(model: TextModel, texts: list[Text], rows: list[WordRow], args: argparse.Namespace) -> list[Record]:
+def compare(model: TextModel, rows: list[WordRow], args: argparse.Namespace) -> list[Record]:
     """Mean radius, covered words and time of each relaxation, over the same words."""
-    numbers, lengths = model.encode([text.tokens for text in texts])
-    x, labels = model.embed(numbers).double(), torch.tensor([text.label for text in texts])
-    valid = torch.arange(numbers.shape[1]) < lengths[:, None]
+    numbers = torch.tensor(model.vocabulary.encode(row.word for row in rows))
     table = []
     for relaxation in COMPARED:
-        if relaxation == args.relaxation:
-            radii = torch.tensor([row.radius for row in rows], dtype=torch.float64)
-            seconds, covered = sum(row.seconds for row in rows), [row.covered for row in rows]
-        else:
-            started = time.perf_counter()
-            found = step_radii(
-                model.classifier,
-                x,
-                labels,
-                lengths,
-                norm=args.p,
-                relaxation=relaxation,
-                tol=args.tol,
-                batch_size=args.batch_size,
-            )
-            seconds, radii = time.perf_counter() - started, found.radius[valid]
-            covered = [near["covered"] for near in neighbours(model, numbers[valid], radii, args.p)]
+        radii = torch.tensor([getattr(row, f"{relaxation}_radius") for row in rows], dtype=torch.float64)
+        covered = [near["covered"] for near in neighbours(model, numbers, radii, args.p)]
         table.append(
             {
                 "relaxation": relaxation,
@@ -297,46 +316,23 @@ def compare(model: TextModel, texts: list[Text], rows: list[WordRow], args: argp
                 "median_radius": float(radii.median()),
                 "covered_pairs": sum(covered),
                 "words_with_covered": sum(count > 0 for count in covered),
-                "seconds_per_word": seconds / len(radii),
+                "seconds_per_word": sum(getattr(row, f"{relaxation}_seconds") for row in rows) / len(rows),
             }
         )
     return table
 
 
-def make_record(
-    args: argparse.Namespace, model: TextModel, name: str, path: Path, source: str, counts: dict, task: TextTask
-) -> Record:
+def make_record(run: WordRun, name: str, path: Path, source: str, counts: dict, task: TextTask) -> Record:
     """What run.json says about the run; paths inside the repository are relative to it."""
+    args, model = run.args, run.model
     config = {key: value for key, value in model.config.items() if key not in ("vocabulary", "embeddings")}
+    drawn = (f"{text.index} {text.label} {text.text}\n".encode() for text in run.texts)
     return {
         "title": f"{task.item}s, one word at a time, l_{args.p:g}",
         "unit": "word vectors",
-        "arguments": {key: _plain(value) for key, value in sorted(vars(args).items())},
-        "model": {
-            "name": name,
-            "path": _plain(path),
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "words": len(model.vocabulary),
-            "config": config,
-        },
-        "data": {"source": source},
+        "class_names": list(model.config["class_names"]),
+        "model": checkpoint_facts(path, name, config) | {"words": len(model.vocabulary)},
+        "data": {"source": source, "drawn_sha256": digest(drawn)},
         "counts": counts,
-        "device": str(model.embeddings.device),
-        "dtype": "float64",
-        "versions": versions(),
-        "commit": git_commit(),
-        "started": _now(),
-        "status": "finished",
+        **run_facts(args, model.embeddings.device),
     }
-
-
-def _plain(value: object) -> object:
-    """A value as JSON takes it."""
-    if isinstance(value, Path):
-        resolved = value.resolve()
-        return str(resolved.relative_to(ROOT) if resolved.is_relative_to(ROOT) else resolved)
-    return f"{value:g}" if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -17,6 +17,7 @@ from utils.word_results import SentenceRow, WordRow, read_results
 from utils.word_summary import BINS, by_text
 
 HTML_NAME, SENTENCES_FIGURE, SUMMARY_FIGURE = "words.html", "words.png", "summary.png"
+REPORTS = (HTML_NAME, SENTENCES_FIGURE, SUMMARY_FIGURE)
 UNDERLINED = 0.25  # share of a text's words that count as its most sensitive ones
 WIDTH = 110  # columns of the console
 DRAWN = 12  # texts in the figure

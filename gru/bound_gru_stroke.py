@@ -1,0 +1,33 @@
+"""Certified radii of the single points of pen strokes: how far each point can move before a GRU misreads the digit.
+
+    python gru/bound_gru_stroke.py                # 200 test digits, l_2
+    python gru/bound_gru_stroke.py --p inf
+
+Reads WORK_DIR/gru_32/gru (after --hidden-size); writes a row for every point (certified_bound.csv), run.json and
+figures to 2_norm_bound/ (after the norm) beside it. The strokes are made by scripts/make_strokes.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import ArgumentParser, run_main
+from utils.stroke_bounds import add_stroke_arguments, bound_stroke_classifier
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_stroke_arguments(parser, "gru")
+    return parser.parse_args()
+
+
+def main() -> None:
+    bound_stroke_classifier(get_args(), "gru")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,26 @@
+"""Train a GRU on MNIST digits as sequences of pen strokes (scripts/make_strokes.py), and save it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import ArgumentParser, run_main
+from utils.stroke_training import add_stroke_training_arguments, train_stroke_classifier
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add_stroke_training_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    train_stroke_classifier(get_args(), "gru")
+
+
+if __name__ == "__main__":
+    run_main(main)
