@@ -75,7 +75,20 @@ def test_the_bracket_holds_the_radius_and_is_narrow(shape, first):
 def test_smooth_margins_take_few_evaluations(shape):
     radii = torch.linspace(1.0, 30.0, 50, dtype=torch.float64)
     bracket, _ = search(SMOOTH[shape], radii, first=1.0)
-    assert bracket.evaluations.max() <= 12 and bracket.evaluations.double().mean() <= 8
+    assert bracket.evaluations.max() <= 12 and bracket.evaluations.double().mean() <= 10
+
+
+def test_the_linearisation_saves_evaluations_and_a_scout_decides_nothing():
+    radii = torch.linspace(1.0, 30.0, 50, dtype=torch.float64)
+    linear = 3.0 * radii  # share = (eps / linear) exp(k eps)
+    share = lambda eps, rows: eps / linear[rows] * (math.log(3.0) * eps / radii[rows]).exp()  # noqa: E731
+    verdicts = Recorder(lambda eps, rows: 1.0 - share(eps, rows), 50)
+    scouts = Recorder(lambda eps, rows: 1.0 - 1.0001 * share(eps, rows), 50)
+    bracket = largest_certified(verdicts, torch.ones(50).double(), 0.1 * linear, TOL, scout=scouts, linear=linear)
+    assert (bracket.high - bracket.low <= TOL * bracket.high).all()
+    for low, high, seen in zip(bracket.low.tolist(), bracket.high.tolist(), verdicts.seen, strict=True):
+        assert len(seen) == 2 and low in [e for e, m in seen if m > 0] and high in [e for e, m in seen if m <= 0]
+    assert bracket.evaluations.double().mean() <= 7
 
 
 @pytest.mark.parametrize("tol", [0.5, 1e-2, 1e-6, 1e-9])
@@ -102,7 +115,7 @@ def test_margins_that_never_fail_stop_at_the_largest_eps():
     bracket, _ = search(lambda eps, r: torch.ones_like(eps), max_eps=50.0)
     assert (bracket.low == 50.0).all() and bracket.high.isinf().all()
     bracket, _ = search(lambda eps, r: torch.ones_like(eps), first=100.0, max_eps=50.0)
-    assert (bracket.low == 50.0).all() and (bracket.evaluations == 1).all()
+    assert (bracket.low == 50.0).all() and (bracket.evaluations == 2).all()
     bracket, _ = search(lambda eps, r: torch.ones_like(eps))  # no limit: it ends all the same
     assert bracket.low.isfinite().all() and (bracket.low > 1e50).all()
 
@@ -147,11 +160,11 @@ def test_finished_samples_leave_the_batch():
         return torch.where(rows == 0, 1 - eps, torch.where(eps < 1e9, 1.0, -1.0).double())
 
     largest_certified(margin_of, torch.ones(5).double(), torch.ones(5).double(), TOL)
-    assert sizes[0] == 5 and sizes[-1] == 4
+    assert sizes[0] == 10 and sizes[-1] == 8  # two eps a sample
 
 
 def test_nan_is_an_error():
-    with pytest.raises(ArithmeticError, match="NaN at eps = 8"):
+    with pytest.raises(ArithmeticError, match="NaN at eps = 2.5"):
         search(lambda eps, r: torch.where(eps < 2, 1.0, math.nan).double(), torch.ones(2).double())
     with pytest.raises(ArithmeticError, match="NaN"):
         search(lambda eps, r: torch.where(r > 1, math.nan, 1 - eps).double())

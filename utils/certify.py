@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from utils.alpha import ALPHA_STEPS
 from utils.graph import Graph
 from utils.problem import METHODS, Frames, MarginProblem, check_inputs, frame_mask, margin_rows
-from utils.search import Bracket, largest_certified
+from utils.search import SPREAD, Bracket, largest_certified
 
 __all__ = [
     "ALPHA_STEPS",
@@ -31,8 +31,8 @@ __all__ = [
 # products, which the bounds, statements about real numbers, do not account for.
 SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
 
-# First eps of a search, as a share of the radius at which the margin's linearisation vanishes.
-FIRST_SHARE = 0.2
+# Smallest first eps of a search, as a share of the radius at which the margin's linearisation vanishes.
+FIRST_SHARE = 0.08
 
 # Slopes are tuned in this many rounds, each at an eps a little above the radius reached.
 ALPHA_ROUNDS = 2
@@ -106,7 +106,7 @@ class RadiusResult:
 
     Attributes:
         radius: the largest eps that was certified in the verdict's precision; 0 if none was.
-        failed: the smallest eps that was not certified by the search; 0 if the clean input is not.
+        failed: the smallest eps that was not certified in that precision; 0 if the clean input is not.
         margin: worst lower bound at ``radius`` less the slack for rounding (the clean one where radius is 0).
         evaluations: how many bounds were computed.
     """
@@ -129,8 +129,7 @@ def search_radius(
 ) -> RadiusResult:
     """Largest certified eps of every sample: a search in ``search_dtype``, the verdict in ``dtype``.
 
-    What the search found is certified once more in ``dtype``. The few samples for which that fails, by the precision
-    of the search, are searched again in ``dtype``, as are those whose margin is too small for that precision.
+    Bounds in ``search_dtype`` foretell the radius; then both ends of the bracket are found in ``dtype``.
     No eps above ``max_eps`` is tried: some samples, of saturating networks, are certified at any.
     """
     if not 0 < tol < 1:
@@ -153,36 +152,31 @@ def search_radius(
 
 def _search_rows(problem, rows: Tensor, tol: float, eps0, max_eps: float, dtype, search_dtype) -> RadiusResult:
     clean = problem.clean_margins(dtype, rows).amin(dim=1)
+    slack = SLACK[dtype] * (1.0 + clean.abs())
 
     def margin_in(precision: torch.dtype):
-        slack = SLACK[precision] * (1.0 + clean.abs())
-
         def margin_of(chosen: Tensor, eps: Tensor) -> Tensor:
             margins = problem.margins(eps, precision, rows[chosen])
             return margins.amin(dim=1).to(dtype) - slack[chosen]
 
         return margin_of
 
-    at_zero = clean - SLACK[dtype] * (1.0 + clean.abs())
-    # Where the slack is a larger share of the margin than tol, it would move the radius by more than tol.
-    too_coarse = SLACK[search_dtype] * (1.0 + clean.abs()) > tol * clean
-
-    def search(first: Tensor) -> Bracket:
-        if search_dtype == dtype:
-            return largest_certified(margin_in(dtype), at_zero, first, tol, max_eps)
-        found = largest_certified(margin_in(search_dtype), at_zero.masked_fill(too_coarse, 0.0), first, tol, max_eps)
-        _confirm(margin_in(dtype), at_zero, found, first, tol, max_eps)
-        return found
-
     problem.slopes = None
-    first = FIRST_SHARE * problem.linear_radius(search_dtype, rows) if eps0 is None else torch.full_like(clean, eps0)
-    found = search(first.to(dtype))
+    linear = problem.linear_radius(search_dtype, rows).to(dtype)
+
+    def search(first: Tensor, spread: float = SPREAD) -> Bracket:
+        scout = None if search_dtype == dtype else margin_in(search_dtype)
+        aims = {"scout": scout, "linear": linear, "spread": spread}
+        return largest_certified(margin_in(dtype), clean - slack, first, tol, max_eps, **aims)
+
+    first = FIRST_SHARE * linear if eps0 is None else torch.full_like(clean, eps0)
+    found = search(first)
     if problem.method == "alpha":
         for _ in range(ALPHA_ROUNDS):
-            aim = torch.where(found.low > 0, ALPHA_OVERSHOOT * found.low, first.to(dtype))
+            aim = torch.where(found.low > 0, ALPHA_OVERSHOOT * found.low, first)
             problem.tune(aim, search_dtype, -(-problem.alpha_steps // ALPHA_ROUNDS), rows)
-            found = _better(found, search(aim))
-    failed = torch.where(at_zero > 0, found.high, 0.0)
+            found = _better(found, search(aim, ALPHA_OVERSHOOT))
+    failed = torch.where(clean > slack, found.high, 0.0)
     return RadiusResult(found.low, failed, found.margin, found.evaluations)
 
 
@@ -193,23 +187,6 @@ def _better(first: Bracket, second: Bracket) -> Bracket:
         torch.where(higher, getattr(second, name), getattr(first, name)) for name in ("low", "high", "margin")
     )
     return Bracket(low, high, margin, first.evaluations + second.evaluations)
-
-
-def _confirm(margin_of, at_zero: Tensor, found: Bracket, first: Tensor, tol: float, max_eps: float) -> None:
-    """Replace what does not hold in the verdict's precision, or was not found, by a search in it."""
-    found.margin = at_zero.clone()
-    rows = (found.low > 0).nonzero().squeeze(-1)
-    if rows.numel():
-        found.margin[rows] = margin_of(rows, found.low[rows])
-        found.evaluations[rows] += 1
-    again = ((at_zero > 0) & ((found.low == 0) | (found.margin <= 0))).nonzero().squeeze(-1)
-    if again.numel():
-        start = torch.where(found.low > 0, found.low * (1 - tol), first)[again]
-        bracket = largest_certified(
-            lambda chosen, eps: margin_of(again[chosen], eps), at_zero[again], start, tol, max_eps
-        )
-        found.low[again], found.high[again], found.margin[again] = bracket.low, bracket.high, bracket.margin
-        found.evaluations[again] += bracket.evaluations
 
 
 @torch.no_grad()

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Margins of the samples ``rows`` (m,) at their eps (m,): positive means certified.
+# Margins of the samples ``rows`` (m,) at their eps (m,): positive means certified. Samples may be asked for repeatedly.
 MarginOf = Callable[[Tensor, Tensor], Tensor]
 
-MAX_EVALUATIONS = 100
-MAX_STEP = 8.0  # most that eps grows or shrinks by in one step while it is bracketed on one side only
-TYPICAL_ORDER = 2.8  # the loss of margin grows like this power of eps near the radius (measured on vanilla RNNs)
+MAX_ROUNDS = 100
+MAX_SCOUTING = 10  # rounds in the scout's precision; a sample that is not foretold by then is left to the verdict's
+LANES = 2  # eps tried at once: few samples cost hardly more than one, and two points tell more than one after another
+SPREAD = 2.5  # of the two first eps
+MAX_STEP = math.log(8.0)  # most that log eps moves in a round while it is bracketed on one side only
 
 
 @dataclass
@@ -26,63 +28,181 @@ class Bracket:
     margin: Tensor
     evaluations: Tensor
 
+    @classmethod
+    def unknown(cls, margin_at_zero: Tensor) -> Bracket:
+        zeros = torch.zeros_like(margin_at_zero)
+        return cls(zeros.clone(), zeros + torch.inf, margin_at_zero.clone(), torch.zeros_like(zeros, dtype=torch.long))
+
+    def see(self, rows: Tensor, eps: Tensor, margin: Tensor) -> None:
+        """Narrow the brackets of ``rows`` by the points inside them, (m, LANES) with increasing eps.
+
+        Points beyond one that failed say nothing that is used, even if they certify.
+        """
+        for point, value in zip(eps.unbind(1), margin.unbind(1), strict=True):
+            inside = (point > self.low[rows]) & (point < self.high[rows])
+            passed, failed = inside & (value > 0), inside & ~(value > 0)
+            self.low[rows] = torch.where(passed, point, self.low[rows])
+            self.margin[rows] = torch.where(passed, value, self.margin[rows])
+            self.high[rows] = torch.where(failed, point, self.high[rows])
+        self.evaluations[rows] += eps.shape[1]
+
+    def unfinished(self, rows: Tensor, tol: float, max_eps: float) -> Tensor:
+        low, high = self.low[rows], self.high[rows]
+        representable = (high > torch.finfo(high.dtype).tiny / tol) & (low < torch.finfo(low.dtype).max * tol)
+        return representable & (low < max_eps) & ~(high.isfinite() & (high - low <= tol * high))
+
 
 class _Forecast:
     """Where the margin will vanish, from the points seen so far.
 
-    The share of the clean margin that a perturbation takes, s(eps) = 1 - margin(eps) / margin(0), is close to a power
-    of eps, so u = log eps is interpolated as a smooth function of w = log s; the radius is where w = 0.
+    The share of the clean margin that a perturbation takes, s(eps) = 1 - margin(eps) / margin(0), begins as
+    eps / linear and then grows faster, much like (eps / linear) exp(k eps). Every point (eps, s) has its own k, and so
+    its own r with s(r) = 1. That r hardly changes from point to point, and the radius is its value where s = 1:
+    polynomials of log r in w = log s, through the points nearest to w = 0, foretell it.
     """
 
-    def __init__(self, margin_at_zero: Tensor):
-        self.margin_at_zero = margin_at_zero
-        nothing = torch.full_like(margin_at_zero, torch.nan)
-        # (u, w) of the largest certified eps, of the smallest failed one, and of the point seen before these.
-        self.low, self.high, self.older = ((nothing.clone(), nothing.clone()) for _ in range(3))
+    POINTS = 4
+    CAUTION = 0.4  # the error of a forecast, as a share of its distance from the one with a point less
+    DOUBT = 0.1  # likewise, for one with a point more that was not believed
+
+    def __init__(self, margin_at_zero: Tensor, linear: Tensor):
+        self.margin_at_zero, self.linear = margin_at_zero, linear
+        self.points = margin_at_zero.new_empty(3, len(margin_at_zero), 0)  # log eps, w, log r; NaN where not evaluated
 
     def see(self, rows: Tensor, eps: Tensor, margin: Tensor) -> None:
-        u = eps.log()
-        w = (1.0 - margin / self.margin_at_zero[rows]).clamp(min=1e-9, max=1e9).log()
-        passed = margin > 0
-        for kind in range(2):
-            coordinate = (u, w)[kind]
-            replaced = torch.where(passed, self.low[kind][rows], self.high[kind][rows])
-            self.older[kind][rows] = torch.where(replaced.isnan(), self.older[kind][rows], replaced)
-            self.low[kind][rows] = torch.where(passed, coordinate, self.low[kind][rows])
-            self.high[kind][rows] = torch.where(passed, self.high[kind][rows], coordinate)
+        share = (1.0 - margin / self.margin_at_zero[rows, None]).clamp(min=1e-9, max=1e9)
+        seen = self.points.new_full((3, self.points.shape[1], eps.shape[1]), torch.nan)
+        seen[:, rows] = torch.stack((eps.log(), share.log(), _log_radius_through(eps, share, self.linear[rows, None])))
+        self.points = torch.cat((self.points, seen), dim=2)
 
-    def radius(self, rows: Tensor, evaluations: Tensor) -> Tensor:
-        """The foretold radius; between the bracket's ends where there are two, else at least a least step away.
-
-        The least step grows with the number of evaluations: a margin that stays near 0 foretells no step at all.
-        """
-        (u_low, w_low), (u_high, w_high), (u_old, w_old) = (
-            (u[rows], w[rows]) for u, w in (self.low, self.high, self.older)
-        )
-        one_sided = u_low.isnan() | u_high.isnan()
-        u_seen, w_seen = torch.where(u_low.isnan(), u_high, u_low), torch.where(w_low.isnan(), w_high, w_low)
-        order = ((w_seen - w_old) / (u_seen - u_old)).clamp(0.5, 4.0)
-        order = torch.where(order.isnan(), TYPICAL_ORDER, order)
-        step = (-w_seen / order).clamp(-_log(MAX_STEP), _log(MAX_STEP))
-        at_least = (_log(1.1) * 2.0 ** (evaluations - 3).clamp(0, 10)).clamp(max=_log(MAX_STEP))
-        step = torch.where(u_low.isnan(), torch.minimum(step, -at_least), torch.maximum(step, at_least))
-        secant = u_low - w_low * (u_high - u_low) / (w_high - w_low)
-        secant = torch.where(w_high > w_low, secant, 0.5 * (u_low + u_high))
-        quadratic = (
-            u_low * w_high * w_old / ((w_low - w_high) * (w_low - w_old))
-            + u_high * w_low * w_old / ((w_high - w_low) * (w_high - w_old))
-            + u_old * w_low * w_high / ((w_old - w_low) * (w_old - w_high))
-        )
-        inside = (quadratic > u_low) & (quadratic < u_high)  # False where a point is missing
-        return torch.where(one_sided, u_seen + step, torch.where(inside, quadratic, secant)).exp()
+    def radius(self, rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Log of the radius, between the logs of a bracket's ends, and its likely error."""
+        nearest = self.points[1, rows].abs().argsort(dim=1, stable=True)[:, : self.POINTS]
+        u, w, log_r = self.points[:, rows].gather(2, nearest.expand(3, -1, -1))
+        foretold, error = log_r[:, 0], torch.full_like(low, torch.inf)
+        for points in range(2, w.shape[1] + 1):
+            better = _interpolate_at_zero(w[:, :points], log_r[:, :points])
+            distance = (better - foretold).abs()
+            believed = (better > low) & (better < high) & (distance < error)  # False for NaN
+            doubt = torch.maximum(error, self.DOUBT * distance.nan_to_num(0.0).clamp(max=1.0))
+            foretold, error = torch.where(believed, better, foretold), torch.where(believed, distance, doubt)
+        # Where eps hardly matters, as all is saturated, the radius is far away.
+        flat = (w[:, 1] - w[:, 0]).abs() < 0.5 * (u[:, 1] - u[:, 0]).abs()
+        foretold = torch.where(flat, u[:, 0] - w[:, 0].sign() * MAX_STEP, foretold)
+        error = self.CAUTION * torch.where(flat, torch.inf, error)
+        bracketed = low.isfinite() & high.isfinite()
+        inside = (foretold > low) & (foretold < high)
+        return torch.where(bracketed & ~inside, 0.5 * (low + high), foretold), error
 
 
-def _log(factor: float) -> float:
-    return torch.tensor(factor).log().item()
+def _log_radius_through(eps: Tensor, share: Tensor, linear: Tensor) -> Tensor:
+    """Log of the r at which (eps / linear) exp(k eps) becomes 1, with the k that runs through a point.
+
+    That is r = W(k linear) / k with Lambert's W: y + k exp(y) = log linear for y = log r. Without such a k > 0 a point
+    is taken for one of a straight line.
+    """
+    straight = eps.log() - share.log()
+    k = (straight < linear.log()) * (linear.log() - straight) / eps
+    z = torch.where((k > 0) & k.isfinite(), k * linear, 1.0)
+    w = z.log1p() * (1.0 - z.log1p().log1p() / (2.0 + z.log1p()))  # within 2 % of W(z)
+    for _ in range(3):  # Newton steps on w + log w = log z
+        w = w * (1.0 + z.log() - w.log()) / (1.0 + w)
+    return torch.where((k > 0) & k.isfinite(), w.log() - k.log(), straight)
+
+
+def _interpolate_at_zero(w: Tensor, values: Tensor) -> Tensor:
+    """At w = 0, the polynomial through the points (w, value), (m, points); NaN or inf if some w are equal."""
+    others = w[:, None, :] / (w[:, None, :] - w[:, :, None])
+    others.diagonal(dim1=1, dim2=2).fill_(1.0)
+    return (values * others.prod(dim=2)).sum(dim=1)
+
+
+class _Search:
+    """A bracket and a forecast that grow by rounds of ``LANES`` evaluations of every sample."""
+
+    ASIDE = 0.4  # two eps this share of the tolerance on either side of the radius finish a sample
+    PATIENCE = 2  # rounds in which the (logarithmic) bracket must halve, or it is cut into thirds
+
+    def __init__(
+        self, margin_at_zero: Tensor, first: Tensor, linear: Tensor, spread: float, tol: float, max_eps: float
+    ):
+        self.bracket, self.forecast = Bracket.unknown(margin_at_zero), _Forecast(margin_at_zero, linear)
+        self.tol, self.max_eps = tol, max_eps
+        self.aside = self.ASIDE * tol
+        self.eps = torch.stack((first, first * spread), dim=1).clamp(max=max_eps)
+        # Log of the foretold radius and its likely error.
+        self.foretold, self.error = first.log(), torch.full_like(first, torch.inf)
+        self._restart(torch.arange(len(first), device=first.device))
+        self.rows = (margin_at_zero > 0).nonzero().squeeze(-1)
+
+    def _restart(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.rounds = 0
+        self.goal, self.left = torch.zeros_like(self.error), torch.zeros_like(self.error)
+
+    def round(self, margin_of: MarginOf) -> None:
+        """Evaluate, narrow the bracket and choose the next eps; finished samples leave."""
+        rows, eps = self.rows, self.eps[self.rows]
+        margin = margin_of(rows.repeat_interleave(LANES), eps.flatten()).reshape(eps.shape)
+        if bool(margin.isnan().any()):
+            raise ArithmeticError(f"a bound is NaN at eps = {eps[margin.isnan()][0]:.3g}: the numbers overflow")
+        self.bracket.see(rows, eps, margin)
+        self.forecast.see(rows, eps, margin)
+        self.rounds += 1
+        self.eps[rows] = self._next(rows).exp().clamp(max=self.max_eps)
+        self.rows = rows[self.bracket.unfinished(rows, self.tol, self.max_eps)]
+
+    def _next(self, rows: Tensor) -> Tensor:
+        """Logs of the next eps, (m, LANES): on both sides of the foretold radius, by its likely error."""
+        low, high = self.bracket.low[rows].log(), self.bracket.high[rows].log()
+        foretold, error = self.forecast.radius(rows, low, high)
+        self.foretold[rows], self.error[rows] = foretold, error
+        # On one side of all that was seen, the step grows from round to round: a margin that stays near 0 or that
+        # does not react at all foretells none.
+        least = min(self.aside * 8.0 ** (self.rounds - 1), MAX_STEP)
+        only_low, only_high = high.isinf(), low.isinf()
+        foretold = torch.where(only_low, foretold.clamp(low + least, low + MAX_STEP), foretold)
+        foretold = torch.where(only_high, foretold.clamp(high - MAX_STEP, high - least), foretold)
+        room = torch.where(only_low, foretold - low, torch.where(only_high, high - foretold, 0.5 * (high - low)))
+        aside = torch.minimum(error, 0.5 * room).clamp(min=self.aside)
+        nearest = torch.minimum(0.3 * (high - low), torch.full_like(low, self.aside))
+        left = torch.maximum(foretold - aside, low + nearest)
+        right = torch.minimum(foretold + aside, high - nearest)
+        pair = torch.stack((torch.minimum(left, right), torch.maximum(left, right)), dim=1)
+        thirds = torch.stack((low + (high - low) / 3, high - (high - low) / 3), dim=1)
+        return torch.where(self._stalled(rows, high - low)[:, None], thirds, pair)
+
+    def _stalled(self, rows: Tensor, width: Tensor) -> Tensor:
+        halved = ~(width > self.goal[rows])
+        left = torch.where(halved, self.PATIENCE, self.left[rows] - 1)
+        stalled = (left <= 0) & width.isfinite()
+        self.left[rows] = left
+        self.goal[rows] = torch.where(halved | stalled, 0.5 * width, self.goal[rows])
+        return stalled
+
+    def scout(self, margin_of: MarginOf) -> None:
+        """Foretell the radii by margins that count as no verdict."""
+        first, classified = self.eps.clone(), self.rows
+        while self.rows.numel() and self.rounds < MAX_SCOUTING:
+            self.round(margin_of)
+            self.rows = self.rows[self.error[self.rows] > self.aside]
+        pair = torch.stack((self.foretold - self.aside, self.foretold + self.aside), dim=1).exp()
+        self.eps = torch.where(self.bracket.low[:, None] > 0, pair.clamp(max=self.max_eps), first)
+        unknown = Bracket.unknown(self.forecast.margin_at_zero)
+        unknown.evaluations, self.bracket = self.bracket.evaluations, unknown
+        self._restart(classified)
 
 
 def largest_certified(
-    margin_of: MarginOf, margin_at_zero: Tensor, first: Tensor, tol: float, max_eps: float = math.inf
+    margin_of: MarginOf,
+    margin_at_zero: Tensor,
+    first: Tensor,
+    tol: float,
+    max_eps: float = math.inf,
+    *,
+    scout: MarginOf | None = None,
+    linear: Tensor | None = None,
+    spread: float = SPREAD,
 ) -> Bracket:
     """Shrink a bracket per sample until its width is at most ``tol`` times its upper end.
 
@@ -92,76 +212,20 @@ def largest_certified(
     Args:
         margin_of: the bound; finished samples leave the batch.
         margin_at_zero: margin of the clean input, (batch,).
-        first: eps to try first, (batch,), > 0.
+        first: smallest eps to try first, (batch,), > 0.
         tol: relative width (high - low) / high at which a sample is finished.
         max_eps: largest eps to try; a sample that is certified there is finished, with ``high`` = inf.
+        scout: a cheaper bound of nearly the same value. It finds out which eps to try, and decides nothing.
+        linear: eps at which the margin's linearisation at 0 vanishes, (batch,); it helps to foretell the radius.
+        spread: the quotient of the two eps that are tried first.
 
     Raises:
         ArithmeticError: a margin came out as NaN.
     """
-    zeros = torch.zeros_like(margin_at_zero)
-    bracket = Bracket(
-        zeros.clone(), zeros + torch.inf, margin_at_zero.clone(), torch.zeros_like(zeros, dtype=torch.long)
-    )
-    forecast = _Forecast(margin_at_zero)
-    aim = _Aim(zeros, tol)
-    eps = first.clamp(max=max_eps)
-    rows = (margin_at_zero > 0).nonzero().squeeze(-1)
-    for _ in range(MAX_EVALUATIONS):
-        if rows.numel() == 0:
-            break
-        margin = margin_of(rows, eps[rows])
-        if bool(margin.isnan().any()):
-            raise ArithmeticError(f"a bound is NaN at eps = {eps[rows][margin.isnan()][0]:.3g}: the numbers overflow")
-        passed = margin > 0
-        bracket.low[rows] = torch.where(passed, eps[rows], bracket.low[rows])
-        bracket.high[rows] = torch.where(passed, bracket.high[rows], eps[rows])
-        bracket.margin[rows] = torch.where(passed, margin, bracket.margin[rows])
-        bracket.evaluations[rows] += 1
-        forecast.see(rows, eps[rows], margin)
-        eps[rows] = aim.next(bracket, rows, forecast.radius(rows, bracket.evaluations[rows])).clamp(max=max_eps)
-        rows = rows[_unfinished(bracket, rows, tol) & (bracket.low[rows] < max_eps)]
-    return bracket
-
-
-class _Aim:
-    """Chooses the next eps from the bracket and the foretold radius."""
-
-    PATIENCE = 3  # evaluations in which the (logarithmic) bracket must halve, or it is bisected
-
-    def __init__(self, like: Tensor, tol: float):
-        self.tol = tol
-        self.foretold = torch.full_like(like, torch.nan)
-        self.goal, self.left = torch.zeros_like(like), torch.zeros_like(like)
-
-    def next(self, bracket: Bracket, rows: Tensor, foretold: Tensor) -> Tensor:
-        """Beside the foretold radius, by half a tolerance or the forecast's likely error, towards the farther end.
-
-        If the forecast holds, the bracket's far end comes close; once both ends are close, the sample is finished.
-        """
-        low, high = bracket.low[rows], bracket.high[rows]
-        error = (0.1 * (foretold - self.foretold[rows]).abs()).nan_to_num(0.0)
-        self.foretold[rows] = foretold
-        aside = torch.maximum(error, 0.4 * self.tol * foretold)
-        aimed = torch.where(foretold / low > high / foretold, foretold - aside, foretold + aside)
-        nearest = torch.minimum(0.4 * self.tol * low, 0.3 * (high - low))
-        aimed = torch.minimum(torch.maximum(aimed, low + nearest), high - nearest)
-        bracketed = (low > 0) & high.isfinite()
-        return torch.where(
-            bracketed, torch.where(self._stalled(rows, high / low), (low * high).sqrt(), aimed), foretold
-        )
-
-    def _stalled(self, rows: Tensor, ratio: Tensor) -> Tensor:
-        width = ratio.log()
-        halved = ~(width > self.goal[rows])
-        left = torch.where(halved, self.PATIENCE, self.left[rows] - 1)
-        stalled = left <= 0
-        self.left[rows] = left
-        self.goal[rows] = torch.where(halved | stalled, 0.5 * width, self.goal[rows])
-        return stalled
-
-
-def _unfinished(bracket: Bracket, rows: Tensor, tol: float) -> Tensor:
-    low, high = bracket.low[rows], bracket.high[rows]
-    representable = (high > torch.finfo(high.dtype).tiny / tol) & (low < torch.finfo(low.dtype).max * tol)
-    return representable & ~(high.isfinite() & (high - low <= tol * high))
+    linear = torch.full_like(first, torch.inf) if linear is None else linear
+    search = _Search(margin_at_zero, first, linear, spread, tol, max_eps)
+    if scout is not None:
+        search.scout(scout)
+    while search.rows.numel() and search.rounds < MAX_ROUNDS:
+        search.round(margin_of)
+    return search.bracket
