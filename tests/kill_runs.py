@@ -20,9 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.mnist import load_mnist
-from utils import bounding
+from data.strokes import load_strokes
+from utils import bounding, stroke_bounds, word_bounds
 from utils.cli import run_main
 from utils.results import FIGURES, replacing
+from utils.rows import split_row
 
 CHANGES = ("open", "os.remove", "os.rename", "os.mkdir", "os.rmdir")
 
@@ -61,9 +63,14 @@ def write_figures(folder: Path) -> list[str]:
     return list(FIGURES[:2])
 
 
-def rows_of(folder: Path) -> list[str]:
-    (path,) = folder.rglob("certified_bound.csv")
-    return [line.rsplit(",", 1)[0] for line in path.read_text().splitlines()]
+def rows_of(folder: Path) -> list[list[str]]:
+    """What the CSV files hold, but for times."""
+    rows = []
+    for path in sorted(folder.rglob("*.csv")):
+        lines = [split_row(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        kept = [n for n, name in enumerate(lines[0]) if not name.endswith("seconds")]
+        rows += [[line[n] for n in kept] for line in lines]
+    return rows
 
 
 def main() -> None:
@@ -72,8 +79,10 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location("bound_script", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    bounding.plot_results = write_figures
-    load_mnist(flags[flags.index("--data-dir") + 1])  # imports what reads it
+    bounding.plot_results = word_bounds.write_reports = stroke_bounds.write_figures = write_figures
+    if "--data-dir" in flags:  # imports what reads it
+        load = load_strokes if "stroke" in Path(script).name else load_mnist
+        load(flags[flags.index("--data-dir") + 1])
     work = Path(flags[flags.index("--work-dir") + 1])
     sys.argv = [script, *flags]
     started = time.perf_counter()
