@@ -40,6 +40,7 @@ class BoundPass:
         nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
         self._slopes = dict(zip(nonlinear, slopes, strict=True)) if slopes is not None else {}
         self._pending: list[list[tuple[int | None, Tensor]]] = []
+        self._parts: tuple[Tensor, Tensor, Tensor] | None = None
         if method == "crown":
             self._tighten_operands()
 
@@ -159,7 +160,14 @@ class BoundPass:
             constant = current.backward(coefficients, self)
             if constant is not None:
                 total = total + constant
+        self._parts = None
         return total - self.perturbation.total_deviation(deviations)
+
+    def signed_parts(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Positive and negative part; those asked for last are kept, as the terms of a sum have the same coefficients."""
+        if self._parts is None or self._parts[0] is not coefficients:
+            self._parts = (coefficients, coefficients.clamp(min=0.0), coefficients.clamp(max=0.0))
+        return self._parts[1:]
 
     def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None) -> None:
         """Add coefficients to those of an inexact node, or of its elements from ``start`` on."""

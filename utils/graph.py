@@ -264,7 +264,7 @@ class NonLinear(Node):
 
     def backward(self, coefficients: Tensor, bounds: BoundPass) -> Tensor:
         lower, upper = bounds.relaxation(self)
-        positive, negative = coefficients.clamp(min=0.0), coefficients.clamp(max=0.0)
+        positive, negative = bounds.signed_parts(coefficients)
         constant = apply_rows(positive, lower.intercept) + apply_rows(negative, upper.intercept)
         for parent, low, high in zip(self.parents, lower.slopes, upper.slopes, strict=True):
             if low is high:

@@ -91,9 +91,9 @@ def linear_gate_contracting(box: Box) -> Slopes:
 
 def _gate_slope(factor: Tensor, box: Box) -> Tensor:
     """Slope in y of the volume-optimal line under factor*sigmoid(y)."""
-    left, right = torch.stack((box.ly, -box.uy)), torch.stack((box.uy, -box.ly))
-    below, above = tanh_supporting_slope(0.5 * left, 0.5 * right)
-    return 0.25 * factor * torch.where(factor >= 0, below, above)
+    upwards = factor >= 0  # else the line is over the gate: under the mirrored one
+    left, right = torch.where(upwards, box.ly, -box.uy), torch.where(upwards, box.uy, -box.ly)
+    return 0.25 * factor * tanh_supporting_slope(0.5 * left, 0.5 * right)
 
 
 # --- tanh(x) * sigmoid(y) -------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def _inner_minimum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     exists &= highest >= target
     aim = (highest - target).clamp(min=0).sqrt()
     s = start + (1 - start) * aim / highest.sqrt()
-    for _ in range(4):
+    for _ in range(2):
         value, slope = falling(s)
         q = (highest - value).clamp(min=0).sqrt()
         s = (s - 2 * q * (q - aim) / (-slope).clamp(min=tiny)).clamp(max=1 - tiny)
@@ -200,43 +200,40 @@ def tanh_gate_contracting(box: Box) -> Slopes:
         return t * s - a * x, t * s * (1.0 - s)
 
     middle = box.middle[1]
+    at_left = least_over_x(box.ly)[0]
     with torch.no_grad():
-        d = _envelope_contact(least_over_x, box.ly, middle, box.uy)
+        d = _envelope_contact(least_over_x, at_left, box.ly, middle, box.uy)
     d = torch.where(d > middle, d, middle)  # the middle has a gradient; the slope of a chord does not change with d
-    (at_left, _), (at_d, slope_at_d) = least_over_x(box.ly), least_over_x(d)
+    at_d, slope_at_d = least_over_x(d)
     width = d - box.ly
     chord = (at_d - at_left) / torch.where(width > 0, width, 1.0)
     falling = torch.where((d > middle) & (width > 0), chord.clamp(-0.25, 0.0), slope_at_d)
     return a, torch.where(box.lx >= 0, _gate_slope(box.lx.tanh(), box), falling)
 
 
-def _envelope_contact(function, left: Tensor, middle: Tensor, right: Tensor, steps: int = 5) -> Tensor:
+def _envelope_contact(
+    function, at_left: Tensor, left: Tensor, middle: Tensor, right: Tensor, sections: int = 8
+) -> Tensor:
     """The d in [middle, right] that the chord from ``left`` touches, for a function first concave and then convex.
 
     The middle itself if the function is its own envelope there. The chord's slope is least at d, so an error of d
-    costs only its square. The function is convex nowhere below 0, and where it is nearly flat, beyond the logarithm
-    of the interval's width, no chord touches it: the search begins within these bounds.
+    costs only its square: the derivative's excess over the chord's slope is interpolated between points that are
+    tried all at once. The function is convex nowhere below 0, and where it is nearly flat, beyond the logarithm
+    of the interval's width, no chord touches it: the points are within these bounds.
     """
-    start = function(left)[0]
-
-    def excess(y: Tensor) -> Tensor:  # of the derivative over the chord's slope, times its length
-        value, slope = function(y)
-        return slope * (y - left) - (value - start)
-
     low = torch.minimum(middle.clamp(min=0.0), right)
     high = torch.maximum(torch.minimum(2.0 + 2.0 * (right - left).log1p(), right), low)
-    middle, right = low, high
-    below, above = excess(low), excess(high)
-    convex, concave = below >= 0, above <= 0
-    for _ in range(steps):
-        share = (below / (below - above)).nan_to_num(0.5).clamp(0.1, 0.9)
-        point = low + share * (high - low)
-        at_point = excess(point)
-        over = at_point > 0
-        low, below = torch.where(over, low, point), torch.where(over, below, at_point)
-        high, above = torch.where(over, point, high), torch.where(over, at_point, above)
-    d = low + (below / (below - above)).nan_to_num(0.5).clamp(0.0, 1.0) * (high - low)
-    return torch.where(convex, middle, torch.where(concave, right, d))
+    shares = torch.linspace(0.0, 1.0, sections + 1, dtype=low.dtype, device=low.device)
+    points = torch.lerp(low[None], high[None], shares.reshape(-1, *[1] * low.dim()))
+    value, slope = function(points)
+    excess = slope * (points - left) - (value - at_left)  # times the chord's length
+    # The function being first concave and then convex, the excess changes its sign once: from - to +.
+    number = (excess[1:-1] <= 0).sum(dim=0, keepdim=True)
+    (below, above), (start, end) = (
+        (x.gather(0, number).squeeze(0), x.gather(0, number + 1).squeeze(0)) for x in (excess, points)
+    )
+    d = start + (below / (below - above)).nan_to_num(0.5).clamp(0.0, 1.0) * (end - start)
+    return torch.where(excess[0] >= 0, middle, torch.where(excess[-1] <= 0, right, d))
 
 
 # --- slopes by name -------------------------------------------------------------------------------------------------
@@ -278,12 +275,18 @@ def relax_product(
         (a_low, b_low), (a_up, b_up) = slopes
         a, b = (torch.stack(torch.broadcast_tensors(*pair, box.lx[0])[:2]) for pair in ((a_low, a_up), (b_low, -b_up)))
     c = product.lower_intercept((a, b), box)
-    return Relaxation(Plane((a[0], b[0]), c[0]), Plane((a[1], -b[1]), -c[1]))
+    a_low = a[0]
+    a_up = a_low if len(a) == 1 else a[1]  # one tensor if the planes share it: ``NonLinear.backward`` saves work then
+    return Relaxation(Plane((a_low, b[0]), c[0]), Plane((a_up, -b[1]), -c[1]))
 
 
 def contracting_slopes(product: GateProduct, box: Box) -> Slopes:
-    """The slope in x that carries least of the state's uncertainty through time, and then the best in y."""
-    return product.contracting(box)
+    """The slope in x that carries least of the state's uncertainty through time, and then the best in y.
+
+    The former is the same for a box and its mirror image, so it has a first dimension of 1 where the box has both.
+    """
+    a, b = product.contracting(box)
+    return a[:1], b
 
 
 @torch.no_grad()
