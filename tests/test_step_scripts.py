@@ -10,10 +10,13 @@ import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # can be imported only once, but call() below makes a script's imports undone
+from elsewhere import DEVICE, SecondDevice
 from kill_runs import rows_of
 from mnist_files import ROOT, run_script
 from test_bound_scripts import Outcome, assert_one_line, call
@@ -22,6 +25,7 @@ from test_interrupted_runs import TORCHRUN, wait_for, worker_of
 from data.questions import load_questions
 from data.strokes import CLASS_NAMES, load_strokes, write_strokes
 from data.text import Vocabulary, tokenize
+from utils import stroke_bounds, word_bounds
 from utils.checkpoint import build_model, save_checkpoint
 from utils.lock import locked
 from utils.results import CSV_NAME, part_path, read_record
@@ -251,3 +255,30 @@ def test_what_a_killed_process_finished_is_kept(points, tmp_path):
     assert len(lines) > len(before) and all(line in lines for line in before)
     alone = points.copy(tmp_path / "alone")
     assert alone.bound(*flags).code == 0 and rows_of(alone.folder) == rows_of(place.folder)
+
+
+@pytest.mark.parametrize("make, module", [(make_words, word_bounds), (make_points, stroke_bounds)])
+def test_all_happens_on_the_device_that_was_asked_for(tmp_path, make, module):
+    place = make(tmp_path)
+    place.flags = (*place.flags[: 8 if module is word_bounds else None], "--N", 2)
+    place.flags += ("--text", "How ?") if module is word_bounds else ()
+    assert place.bound().code == 0
+    reference = rows_of(place.folder)
+    with (
+        mock.patch.object(module, "apply_common_arguments", return_value=DEVICE),
+        mock.patch("utils.memory.free_bytes", return_value=2**30),
+        SecondDevice(),
+    ):
+        outcome = place.bound()
+    assert outcome.code == 0, outcome
+    assert read_record(place.folder)["device"] == "meta" and len(reference) > 2
+    assert rows_of(place.folder) == reference
+
+
+def test_the_pretended_device_tells_what_lies_on_the_wrong_one():
+    with SecondDevice():
+        there, here = torch.ones(3, device=DEVICE), torch.ones(3)
+        assert (there + 1).device == DEVICE and there.sum().item() == 3 and there.to("cpu").device != DEVICE
+        for mix in (lambda: there + here, lambda: here[there.long()], lambda: there.index_put_((here.long(),), here)):
+            with pytest.raises(AssertionError):
+                mix()

@@ -286,7 +286,7 @@ def neighbours(model: TextModel, numbers: Tensor, radii: Tensor, norm: float) ->
     for number, radius in zip(numbers.tolist(), radii.tolist(), strict=True):
         if number not in distances:
             values = torch.linalg.vector_norm(vectors - vectors[number], ord=norm, dim=1)
-            values[[PADDING, UNKNOWN, number]] = INF
+            values[PADDING] = values[UNKNOWN] = values[number] = INF
             distances[number] = values.sort()
         values, order = distances[number]
         covered = int(torch.searchsorted(values, radius * (1.0 - INSIDE), right=True))
