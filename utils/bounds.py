@@ -164,7 +164,7 @@ class BoundPass:
         return total - self.perturbation.total_deviation(deviations)
 
     def signed_parts(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """Positive and negative part; those asked for last are kept, as the terms of a sum have the same coefficients."""
+        """Positive and negative part; the last are kept: the terms of a sum share their coefficients."""
         if self._parts is None or self._parts[0] is not coefficients:
             self._parts = (coefficients, coefficients.clamp(min=0.0), coefficients.clamp(max=0.0))
         return self._parts[1:]

@@ -32,7 +32,7 @@ __all__ = [
 SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 # Smallest first eps of a search, as a share of the radius at which the margin's linearisation vanishes.
-FIRST_SHARE = 0.08
+FIRST_SHARE = 0.04
 
 # Slopes are tuned in this many rounds, each at an eps a little above the radius reached.
 ALPHA_ROUNDS = 2
