@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data.strokes import POINT_SIZE, StrokeData, load_strokes, sequence_lengths
-from utils.checkpoint import Config, build_model, save_checkpoint
+from utils.checkpoint import Config, build_model
 from utils.cli import (
     ROOT,
     add_common_arguments,
@@ -18,10 +18,9 @@ from utils.cli import (
     non_negative_float,
     positive_float,
     positive_int,
-    versions,
 )
 from utils.models import SequenceClassifier
-from utils.training import accuracy, check_writable, make_optimizer, plot_history, train, train_epoch
+from utils.training import check_writable, train_and_save, training_facts
 
 # Movements are divided by this many pixels in the model's first layer; radii stay in pixels.
 INPUT_STD = [3.0, 3.0, 1.0, 1.0]
@@ -74,17 +73,8 @@ def train_stroke_classifier(args: argparse.Namespace, architecture: str) -> None
     net = StrokeNet(classifier).to(device)
     sequences = [x.to(device) for x in (data.train_x, data.test_x)]
     labels = [y.to(device) for y in (data.train_y, data.test_y)]
-    if args.dry_run:
-        train_epoch(net, sequences[0][: args.batch_size], labels[0][: args.batch_size], make_optimizer(net, args, 1))
-        print(f"dry run: one step done, nothing written; the model would go to {folder / architecture}")
-        return
-    history = train(net, sequences, labels, args)
-    config["train_accuracy"] = accuracy(net, sequences[0], labels[0])
-    config["test_accuracy"] = history.accuracy[-1]
-    save_checkpoint(folder / architecture, classifier, config)
-    plot_history(history, folder / "training_curve.png", f"stroke classifier {folder.name}")
-    print(f"test accuracy {config['test_accuracy']:.4f} ({len(data.test_y)} digits of {data.source}), ", end="")
-    print(f"training accuracy {config['train_accuracy']:.4f}; saved {folder / architecture}")
+    title, items = f"stroke classifier {folder.name}", f"digits of {data.source}"
+    train_and_save(net, classifier, sequences, labels, args, config, folder / architecture, title, items)
 
 
 def make_stroke_config(args: argparse.Namespace, architecture: str, data: StrokeData) -> Config:
@@ -107,12 +97,7 @@ def make_stroke_config(args: argparse.Namespace, architecture: str, data: Stroke
         "class_names": list(data.class_names),
         "train_size": len(data.train_y),
         "test_size": len(data.test_y),
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "weight_decay": args.weight_decay,
-        "versions": versions(),
+        **training_facts(args),
     }
 
 

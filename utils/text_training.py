@@ -19,10 +19,9 @@ from utils.cli import (
     non_negative_float,
     positive_float,
     positive_int,
-    versions,
 )
 from utils.text_models import TextNet
-from utils.training import accuracy, check_writable, make_optimizer, plot_history, train, train_epoch
+from utils.training import accuracy, check_writable, plot_history, rehearse, train, training_facts
 
 EMBEDDING_SCALE = 0.1  # standard deviation of the first random vectors
 
@@ -106,8 +105,7 @@ def train_text_classifier(args: argparse.Namespace, architecture: str, task: Tex
     numbers = [encode(texts, vocabulary).to(device) for texts in (data.train_texts, data.test_texts)]
     labels = [y.to(device) for y in (data.train_labels, data.test_labels)]
     if args.dry_run:
-        train_epoch(net, numbers[0][: args.batch_size], labels[0][: args.batch_size], make_optimizer(net, args, 1))
-        print(f"dry run: one step done, nothing written; the model would go to {folder / architecture}")
+        rehearse(net, numbers[0], labels[0], args, folder / architecture)
         return
     history = train(net, numbers, labels, args)
     rounded = net.embedding.weight.detach().half()
@@ -169,12 +167,7 @@ def make_text_config(args: argparse.Namespace, architecture: str, data: TextData
         "embeddings_from": None if args.embeddings is None else args.embeddings.name,
         "train_size": len(data.train_texts),
         "test_size": len(data.test_texts),
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "weight_decay": args.weight_decay,
         "dropout": args.dropout,
         "word_dropout": args.word_dropout,
-        "versions": versions(),
+        **training_facts(args),
     }

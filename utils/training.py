@@ -25,6 +25,7 @@ from utils.cli import (
     positive_int,
     versions,
 )
+from utils.models import SequenceClassifier
 
 CLIP_NORM = 1.0
 EVALUATION_BATCH = 2000
@@ -87,17 +88,45 @@ def train_mnist_classifier(args: argparse.Namespace, architecture: str, activati
     model = build_model(config).to(device)
     frames = [as_frames(x, args.time_step).to(device) for x in (data.train_x, data.test_x)]
     labels = [y.to(device) for y in (data.train_y, data.test_y)]
+    path = folder / architecture
+    train_and_save(model, model, frames, labels, args, config, path, model_name(config), f"images of {data.source}")
+
+
+def train_and_save(
+    net: nn.Module,
+    classifier: SequenceClassifier,
+    inputs: list[Tensor],
+    labels: list[Tensor],
+    args: argparse.Namespace,
+    config: Config,
+    path: Path,
+    title: str,
+    items: str,
+) -> None:
+    """Train a network and save its classifier at ``path``, with training_curve.png beside it; one step for --dry-run.
+
+    Args:
+        net: what is trained; ``classifier`` is the network itself or a part of it.
+        inputs, labels: [training, test].
+        config: the checkpoint's; gets the accuracies.
+        title: of the curve; ``items`` says what the test set holds.
+    """
     if args.dry_run:
-        train_epoch(model, frames[0][: args.batch_size], labels[0][: args.batch_size], make_optimizer(model, args, 1))
-        print(f"dry run: one step done, nothing written; the model would go to {folder / architecture}")
+        rehearse(net, inputs[0], labels[0], args, path)
         return
-    history = train(model, frames, labels, args)
-    config["train_accuracy"] = accuracy(model, frames[0], labels[0])
+    history = train(net, inputs, labels, args)
+    config["train_accuracy"] = accuracy(net, inputs[0], labels[0])
     config["test_accuracy"] = history.accuracy[-1]
-    save_checkpoint(folder / architecture, model, config)
-    plot_history(history, folder / "training_curve.png", model_name(config))
-    print(f"test accuracy {config['test_accuracy']:.4f} ({len(data.test_y)} images of {data.source}), ", end="")
-    print(f"training accuracy {config['train_accuracy']:.4f}; saved {folder / architecture}")
+    save_checkpoint(path, classifier, config)
+    plot_history(history, path.parent / "training_curve.png", title)
+    print(f"test accuracy {config['test_accuracy']:.4f} ({len(labels[1])} {items}), ", end="")
+    print(f"training accuracy {config['train_accuracy']:.4f}; saved {path}")
+
+
+def rehearse(net: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, path: Path) -> None:
+    """One training step, for --dry-run."""
+    train_epoch(net, x[: args.batch_size], y[: args.batch_size], make_optimizer(net, args, 1))
+    print(f"dry run: one step done, nothing written; the model would go to {path}")
 
 
 def make_config(args: argparse.Namespace, architecture: str, activation: str | None, data: ImageData) -> Config:
@@ -120,13 +149,14 @@ def make_config(args: argparse.Namespace, architecture: str, activation: str | N
         "class_names": list(data.class_names),
         "train_size": len(data.train_y),
         "test_size": len(data.test_y),
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "weight_decay": args.weight_decay,
-        "versions": versions(),
+        **training_facts(args),
     }
+
+
+def training_facts(args: argparse.Namespace) -> Config:
+    """The part of a checkpoint's config that says how it is trained."""
+    flags = ("seed", "epochs", "batch_size", "lr", "weight_decay")
+    return {name: getattr(args, name) for name in flags} | {"versions": versions()}
 
 
 def check_writable(folder: Path) -> None:
