@@ -135,7 +135,8 @@ def test_news_that_cannot_be_read(tmp_path):
     assert "news_titles.csv" in line and not (tmp_path / "m").exists()
 
 
-def test_strokes(tmp_path):
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_strokes(tmp_path, kind):
     chance = np.random.default_rng(0)
     sequences = []
     for n, length in enumerate((3, 5, 4, 4) * 5):
@@ -147,12 +148,12 @@ def test_strokes(tmp_path):
     write_strokes(tmp_path / "strokes.npz", dict.fromkeys(("train", "test"), (sequences, labels)), "made up")
     flags = ["--data-dir", tmp_path, "--hidden-size", 3, "--threads", 1]
     train = [*flags, "--epochs", 20, "--batch-size", 5, "--lr", 0.1, "--save-dir", tmp_path]
-    assert "20 digits" in succeed("lstm/train_lstm_stroke_classifier.py", *train, cwd=tmp_path)
+    assert "20 digits" in succeed(f"{kind}/train_{kind}_stroke_classifier.py", *train, cwd=tmp_path)
     bound = [*flags, "--work-dir", tmp_path, "--N", 6, "--tol", "0.1"]
-    assert "points" in succeed("lstm/bound_lstm_stroke.py", *bound, cwd=tmp_path)
-    folder = tmp_path / "lstm_3" / "2_norm_bound"
+    assert "points" in succeed(f"{kind}/bound_{kind}_stroke.py", *bound, cwd=tmp_path)
+    folder = tmp_path / f"{kind}_3" / "2_norm_bound"
     assert {path.name for path in folder.iterdir()} == {"certified_bound.csv", "run.json", "strokes.png", "summary.png"}
-    assert "no strokes" in fail("lstm/bound_lstm_stroke.py", *bound, "--data-dir", tmp_path / "x", cwd=tmp_path)
+    assert "no strokes" in fail(f"{kind}/bound_{kind}_stroke.py", *bound, "--data-dir", tmp_path / "x", cwd=tmp_path)
 
 
 def test_strokes_are_made(tmp_path):
