@@ -11,12 +11,14 @@ from helpers import normal, seeded
 from torch import nn
 
 from data.text import Vocabulary
+from utils.bounds import BoundPass
 from utils.certify import certified_radius
 from utils.models import SequenceClassifier
-from utils.perturbation import INF
+from utils.perturbation import INF, Perturbation
 from utils.results import ResultFolder
 from utils.step_bounds import sequence_radii, step_attacks, step_batches, step_radii
 from utils.text_models import TextModel
+from utils.unroll import unroll
 from utils.word_bounds import neighbours
 from utils.word_report import html_page, most_sensitive, plot_sentences, plot_summary, sentence_lines, shade
 from utils.word_results import COMPARED_COLUMNS, SentenceRow, WordRow, read_results, write_sentences
@@ -106,6 +108,25 @@ def test_misclassified_sequences_get_zero():
     x, labels = batch(model)
     radius = step_radii(model, x, (labels + 1) % 3, LENGTHS).radius
     assert (radius[radius.isfinite()] == 0).all()
+
+
+@pytest.mark.parametrize("method", ["crown", "ibp", "crown-ibp"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("lengths", [(4, 3, 3, 1), (4, 4, 4, 2), (2, 2, 2, 2), (4, 1, 1, 1)], ids=str)
+def test_steps_left_out_after_an_end_change_no_bound(name, lengths, method):
+    model, lengths = MODELS[name], torch.tensor(lengths)
+    x, every = normal(4, LONGEST, 3, seed=8), 0.05 * torch.ones(4, LONGEST).double()
+    for eps in (every, every * (torch.arange(LONGEST) == 0)):
+        short = Perturbation(
+            x[:, : max(lengths)], (eps * (torch.arange(LONGEST) < lengths[:, None]))[:, : max(lengths)]
+        )
+        kept, left_out = (
+            unroll(model, int(max(lengths)), None, "plane", lengths, falling) for falling in (False, True)
+        )
+        torch.testing.assert_close(left_out.evaluate(short.x), kept.evaluate(short.x))
+        for rows in (torch.eye(3).double()[None], normal(4, 2, 3, seed=3)):
+            expected = BoundPass(kept, short, method).margin(rows)
+            torch.testing.assert_close(BoundPass(left_out, short, method).margin(rows), expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 200])

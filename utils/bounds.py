@@ -11,12 +11,18 @@ are the rows [I; -I] of one backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from utils.graph import Frame, Graph, Interval, Linear, Node, NonLinear
 from utils.perturbation import Perturbation
-from utils.relaxations import Relaxation
+from utils.relaxations import Plane, Relaxation
+
+# Coefficients handed to a node: for its elements and its samples from these on; None for all elements.
+_Contribution = tuple[int | None, int, Tensor]
 
 METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify`` adds those that take several
 
@@ -34,15 +40,34 @@ class BoundPass:
         self.graph, self.perturbation, self.method = graph, perturbation, method
         self._values: dict[Node, Tensor] = {}
         self._exact = self._find_exact()
+        self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
         self._intervals: dict[Node, Interval] = {}
         self._relaxations: dict[Node, Relaxation] = {}
+        self._fitted: dict[Node, tuple[int | None, Relaxation]] = {}
+        self._perturbations: dict[int, Perturbation] = {}
         nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
         self._slopes = dict(zip(nonlinear, slopes, strict=True)) if slopes is not None else {}
-        self._pending: list[list[tuple[int | None, Tensor]]] = []
+        self._samples: int | None = None  # how many samples the node at work has
+        self._pending: list[list[_Contribution]] = []
         self._parts: tuple[Tensor, Tensor, Tensor] | None = None
         if method == "crown":
             self._tighten_operands()
+
+    # --- samples that end early ---
+
+    @contextmanager
+    def _at(self, node: Node) -> Iterator[None]:
+        """What is asked for meanwhile is for the node's samples alone."""
+        before, self._samples = self._samples, node.samples
+        yield
+        self._samples = before
+
+    def _fit(self, tensor: Tensor) -> Tensor:
+        """A tensor (batch or 1, ...) for the samples of the node at work."""
+        if self._samples is None or tensor.shape[0] <= self._samples:
+            return tensor
+        return tensor[: self._samples]
 
     # --- what is exact ---
 
@@ -62,23 +87,25 @@ class BoundPass:
     def exact_value(self, node: Node) -> Tensor:
         """Value of an exact node, (batch or 1, size)."""
         if node not in self._values:
-            if isinstance(node, Frame):
-                self._values[node] = self.perturbation.center(node.frame)
-            else:
-                self._values[node] = node.value(*(self.exact_value(parent) for parent in node.parents))
-        return self._values[node]
+            with self._at(node):
+                if isinstance(node, Frame):
+                    self._values[node] = self.perturbation.center(node.frame)
+                else:
+                    self._values[node] = node.value(*(self.exact_value(parent) for parent in node.parents))
+        return self._fit(self._values[node])
 
     def known_part(self, node: Node) -> Tensor | None:
         """What a Linear child may add up beforehand: an exact node's value, a perturbed frame's centre, else None."""
         if isinstance(node, Frame):
-            return self.perturbation.center(node.frame)
+            return self._fit(self.perturbation.center(node.frame))
         return self.exact_value(node) if self.is_exact(node) else None
 
     def offset(self, node: Linear) -> Tensor:
         """``node.offset``, made once."""
         if node not in self._offsets:
-            self._offsets[node] = node.offset(self)
-        return self._offsets[node]
+            with self._at(node):
+                self._offsets[node] = node.offset(self)
+        return self._fit(self._offsets[node])
 
     def ball_weight(self, frame: Frame, weight: Tensor) -> Tensor:
         """A Linear child's weight for a frame's deviation from its centre, (size, frame size or less).
@@ -95,12 +122,25 @@ class BoundPass:
     def interval(self, node: Node) -> Interval:
         """Tightest known (lower, upper) of a node, (batch, size) each."""
         if node not in self._intervals:
-            if self.is_exact(node):
-                value = self.exact_value(node)
-                self._intervals[node] = (value, value)
-            else:
-                self._intervals[node] = node.interval(self)
-        return self._intervals[node]
+            with self._at(node):
+                if self.is_exact(node):
+                    value = self.exact_value(node)
+                    self._intervals[node] = (value, value)
+                else:
+                    self._intervals[node] = node.interval(self)
+        low, high = self._intervals[node]
+        return self._fit(low), self._fit(high)
+
+    def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor:
+        """``Perturbation.frame_deviation`` for the samples of the node at work."""
+        return self._narrowed().frame_deviation(frame.frame, coefficients)
+
+    def _narrowed(self) -> Perturbation:
+        if self._samples is None:
+            return self.perturbation
+        if self._samples not in self._perturbations:
+            self._perturbations[self._samples] = self.perturbation.of_first(self._samples)
+        return self._perturbations[self._samples]
 
     def _tighten_operands(self) -> None:
         """Bound, by backward passes, every node that some relaxation needs bounds of."""
@@ -116,9 +156,21 @@ class BoundPass:
     def relaxation(self, node: NonLinear) -> Relaxation:
         """Planes around a non-linear node on the box of its operands' intervals."""
         if node not in self._relaxations:
-            operands = [self.interval(operand) for operand in node.parents]
-            self._relaxations[node] = node.relax(*operands, slopes=self._slopes.get(node))
-        return self._relaxations[node]
+            with self._at(node):
+                operands = [self.interval(operand) for operand in node.parents]
+                self._relaxations[node] = node.relax(*operands, slopes=self._slopes.get(node))
+        if self._samples == node.samples:
+            return self._relaxations[node]
+        if node not in self._fitted or self._fitted[node][0] != self._samples:
+            self._fitted[node] = (self._samples, self._fit_relaxation(self._relaxations[node]))
+        return self._fitted[node][1]
+
+    def _fit_relaxation(self, relaxation: Relaxation) -> Relaxation:
+        lower, upper = (Plane(tuple(map(self._fit, plane.slopes)), self._fit(plane.intercept)) for plane in relaxation)
+        # Slopes that both planes share stay one tensor: ``NonLinear.backward`` saves work then.
+        pairs = zip(relaxation.lower.slopes, relaxation.upper.slopes, lower.slopes, upper.slopes, strict=True)
+        shared = tuple(low if a is b else high for a, b, low, high in pairs)
+        return Relaxation(lower, Plane(shared, upper.intercept))
 
     def known_relaxation(self, node: NonLinear) -> Relaxation | None:
         """The planes that this pass has put around a node, if it needed any."""
@@ -143,24 +195,34 @@ class BoundPass:
 
     def lower_bound(self, node: Node, rows: Tensor) -> Tensor:
         """Lower bound of ``rows @ node`` over the perturbation set, (batch, n_rows), by a backward pass."""
-        if self.is_exact(node):
-            return (rows @ self.exact_value(node)[..., None]).squeeze(-1)
+        with self._at(node):
+            if self.is_exact(node):
+                return (rows @ self.exact_value(node)[..., None]).squeeze(-1)
+            return self._pass_back(node, rows)
+
+    def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
+        asked = self._samples
+        everyone = len(self.perturbation.x) if asked is None and self._uneven else None
         self._pending = [[] for _ in range(node.index + 1)]
-        self.pass_to(node, rows)
-        total: Tensor | float = 0.0
+        self.pass_to(node, rows if everyone is None else rows.expand(everyone, -1, -1))
+        constants: list[Tensor] = []
         deviations: list[Tensor] = []
         for current in reversed(self.graph.nodes[: node.index + 1]):
             contributions = self._pending.pop()
             if not contributions:
                 continue
-            coefficients = _gather(contributions, current.size)
+            batch = None
+            if asked is None and current.samples is not None:  # fewer samples have this node than were asked for
+                batch = self._samples = current.samples
+            coefficients = _gather(contributions, current.size, batch)
             if isinstance(current, Frame):
-                deviations.append(self.perturbation.frame_deviation(current.frame, coefficients))
+                deviations.append(_spread(self.deviation(current, coefficients), 0, everyone))
                 continue
             constant = current.backward(coefficients, self)
             if constant is not None:
-                total = total + constant
-        self._parts = None
+                constants.append(constant)
+        self._samples, self._parts = asked, None
+        total = sum(_spread(constant, 0, everyone) for constant in constants)
         return total - self.perturbation.total_deviation(deviations)
 
     def signed_parts(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,15 +231,26 @@ class BoundPass:
             self._parts = (coefficients, coefficients.clamp(min=0.0), coefficients.clamp(max=0.0))
         return self._parts[1:]
 
-    def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None) -> None:
-        """Add coefficients to those of an inexact node, or of its elements from ``start`` on."""
-        self._pending[node.index].append((start, coefficients))
+    def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None, first_sample: int = 0) -> None:
+        """Add coefficients to those of an inexact node, or of its elements or samples from some number on."""
+        self._pending[node.index].append((start, first_sample, coefficients))
 
 
-def _gather(contributions: list[tuple[int | None, Tensor]], size: int) -> Tensor:
-    """Sum of what children handed over; slices are put side by side if they tile the node, else padded with zeros."""
-    whole = [coefficients for start, coefficients in contributions if start is None]
-    parts = sorted(((s, c) for s, c in contributions if s is not None), key=lambda part: part[0])
+def _spread(tensor: Tensor, first: int, batch: int | None) -> Tensor:
+    """A tensor of some samples with zeros for the others of a batch; as it is for batch None."""
+    after = 0 if batch is None else batch - first - tensor.shape[0]
+    if first == 0 and after == 0:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (first, after))
+
+
+def _gather(contributions: list[_Contribution], size: int, batch: int | None) -> Tensor:
+    """Sum of what children handed over; slices are put side by side if they tile the node, else padded with zeros.
+
+    With a ``batch``, children may have fewer samples than that.
+    """
+    whole = [_spread(part, first, batch) for start, first, part in contributions if start is None]
+    parts = sorted(((start, part) for start, _, part in contributions if start is not None), key=lambda part: part[0])
     if parts:
         whole.append(_tile(parts, size))
     return whole[0] if len(whole) == 1 else sum(whole[1:], start=whole[0])

@@ -37,9 +37,15 @@ def apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
 
 
 class Node:
-    """One vector of the unrolled network. ``index`` is its place in the graph."""
+    """One vector of the unrolled network.
+
+    Attributes:
+        index: its place in the graph.
+        samples: how many samples have it, the first ones of the batch; None for all. It is bounded for these alone.
+    """
 
     index: int = -1
+    samples: int | None = None
 
     def __init__(self, size: int, parents: tuple[Node, ...]):
         self.size, self.parents = size, parents
@@ -143,7 +149,7 @@ class Linear(Node):
         for parent, weight in self.inexact_parents(bounds):
             folded = weight[None] if rows is None else rows @ weight
             if isinstance(parent, Frame):
-                radius = radius + bounds.perturbation.frame_deviation(parent.frame, folded)
+                radius = radius + bounds.deviation(parent, folded)
                 continue
             low, high = bounds.interval(parent)
             center = center + apply_rows(folded, 0.5 * (low + high))
@@ -190,6 +196,32 @@ class WeightedSum(Node):
 
 def _per_row(factor: float | Tensor) -> float | Tensor:
     return factor.unsqueeze(-2) if isinstance(factor, Tensor) and factor.dim() > 1 else factor
+
+
+class LastState(Node):
+    """Each sample's own last state, where samples of a batch are in the order of their ends, the last one first.
+
+    Parent k is the last state of samples starts[k] ... starts[k + 1] - 1.
+    """
+
+    def __init__(self, parents: tuple[Node, ...], starts: tuple[int, ...]):
+        super().__init__(parents[0].size, parents)
+        self.starts = starts
+
+    def _join(self, parents: tuple[Tensor, ...]) -> Tensor:
+        ends = zip(parents, self.starts, (*self.starts[1:], None), strict=True)
+        return torch.cat([parent[start:end] for parent, start, end in ends])
+
+    def value(self, *parents: Tensor) -> Tensor:
+        return self._join(parents)
+
+    def interval(self, bounds: BoundPass) -> Interval:
+        lows, highs = zip(*(bounds.interval(parent) for parent in self.parents), strict=True)
+        return self._join(lows), self._join(highs)
+
+    def backward(self, coefficients: Tensor, bounds: BoundPass) -> None:
+        for parent, start, end in zip(self.parents, self.starts, (*self.starts[1:], None), strict=True):
+            bounds.pass_to(parent, coefficients[start:end], first_sample=start)
 
 
 class Slice(Node):
@@ -321,6 +353,7 @@ class Graph:
 
     def __init__(self):
         self.nodes: list[Node] = []
+        self.samples: int | None = None  # of the nodes that are added next
         self._reduced: dict[tuple, Tensor] = {}
 
     def add(self, node: Node) -> Node:
@@ -333,6 +366,7 @@ class Graph:
         for parent, weight in zip(node.parents, node.weights, strict=True) if isinstance(node, Linear) else ():
             if isinstance(parent, Frame):
                 parent.child_weights.append(weight)
+        node.samples = self.samples
         node.index = len(self.nodes)
         self.nodes.append(node)
         return node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -73,6 +74,13 @@ class Perturbation:
         below = torch.where(moved, (self.x - self.eps[..., None]).clamp(min=low), self.x)
         above = torch.where(moved, (self.x + self.eps[..., None]).clamp(max=high), self.x)
         return 0.5 * (below + above), 0.5 * (above - below)
+
+    def of_first(self, samples: int) -> Perturbation:
+        """The part of the first samples of the batch."""
+        part = copy.copy(self)
+        part.x, part.eps = self.x[:samples], self.eps[:samples]
+        part._box = None if self._box is None else tuple(side[:samples] for side in self._box)
+        return part
 
     def is_exact(self, frame: int) -> bool:
         """True where no sample of the batch perturbs the frame."""

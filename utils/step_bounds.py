@@ -2,7 +2,7 @@
 
 What comes before the perturbed step is exact, so it is run beforehand, and the bound begins there from the state that
 was reached. So the first step is the perturbed one in every sample of a batch, whichever sequences and places its steps
-are from. A batch has steps after which about equally many follow, padded to the longest such rest.
+are from. A batch begins with the steps after which most follow, and frames after a sample's end are not bounded for it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from utils.unroll import unroll
 
 VERDICT = torch.float64
 MAX_BATCH = 200
-# A batch ends where the rests that it bounds would get shorter than this share of the longest one, if it has so many
-# that time goes to the size of the operations, not to their number.
-LEAST_SHARE, FULL_BATCH = 0.6, 5
 
 
 @dataclass
@@ -49,7 +46,9 @@ class ContinuedProblem(MarginProblem):
     def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Graph:
         h0, *c0 = (part[:, chosen] for part in self.state)
         continued = Continuation(self.model, h0, c0[0] if c0 else None)
-        return unroll(continued, self.x.shape[1], dtype, self.relaxation, self.lengths[chosen])
+        lengths = self.lengths[chosen]
+        falling = bool((lengths[1:] <= lengths[:-1]).all())
+        return unroll(continued, int(lengths.max()), dtype, self.relaxation, lengths, falling)
 
 
 @dataclass
@@ -158,12 +157,7 @@ def step_batches(lengths: Tensor, batch_size: int = MAX_BATCH) -> Iterator[tuple
     sample, step = (longest < lengths[:, None]).nonzero(as_tuple=True)
     rest = lengths[sample] - step
     order = rest.argsort(descending=True, stable=True)
-    sizes, ordered = [], rest[order].tolist()
-    while len(ordered) > sum(sizes):
-        left = ordered[sum(sizes) :]
-        close = sum(value >= LEAST_SHARE * left[0] for value in left)
-        sizes.append(min(max(close, FULL_BATCH), batch_size, len(left)))
-    yield from zip(sample[order].split(sizes), step[order].split(sizes), strict=True)
+    yield from zip(sample[order].split(batch_size), step[order].split(batch_size), strict=True)
 
 
 @torch.no_grad()

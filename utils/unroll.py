@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from utils.graph import Activation, Constant, Frame, Graph, Linear, Negative, Node, Product, Slice, WeightedSum
+from utils.graph import (
+    Activation,
+    Constant,
+    Frame,
+    Graph,
+    LastState,
+    Linear,
+    Negative,
+    Node,
+    Product,
+    Slice,
+    WeightedSum,
+)
 from utils.models import SequenceClassifier
 
 
@@ -107,6 +119,7 @@ def unroll(
     dtype: torch.dtype | None = None,
     relaxation: str = "plane",
     lengths: Tensor | None = None,
+    falling: bool = False,
 ) -> Graph:
     """The graph of a classifier over ``num_frames`` frames.
 
@@ -114,12 +127,19 @@ def unroll(
         dtype: of the graph's weights, which are the model's (shared, never changed) where it has that dtype.
         relaxation: how the gate products of an LSTM or GRU are relaxed, a key of ``utils.planes.SLOPES``.
         lengths: (batch,) number of frames that count in each sample. Frames after the end leave the state as it was.
+        falling: the lengths do not rise from sample to sample. Then steps after a sample's end are not bounded for it,
+            which saves work; for models that read forwards and classify by their last state.
     """
     rnn, head = model.rnn, model.head
     dtype = dtype or head.weight.dtype
     graph = Graph()
-    valid = _valid_frames(lengths, num_frames, dtype)
-    outputs = [(graph.add(Frame(rnn.input_size, t)),) for t in range(num_frames)]
+    counts = [int((lengths > t).sum()) for t in range(num_frames)] if falling else None
+    valid = _valid_frames(None if falling else lengths, num_frames, dtype)
+    outputs = []
+    for t in range(num_frames):
+        graph.samples = counts[t] if counts else None
+        outputs.append((graph.add(Frame(rnn.input_size, t)),))
+    graph.samples = None
     directions = 2 if rnn.bidirectional else 1
     for layer in range(rnn.num_layers):
         runs = []
@@ -129,11 +149,11 @@ def unroll(
             if layer == 0:
                 cell.absorb_normalisation(model.mean.to(dtype), model.std.to(dtype))
             state = _initial_state(graph, model, layer * directions + direction, dtype)
-            runs.append(_run(cell, outputs, state, valid, backwards=bool(direction)))
+            runs.append(_run(cell, outputs, state, valid, counts, backwards=bool(direction)))
         outputs = list(zip(*runs, strict=True))
     weights = head.weight.to(dtype)
     bias = head.bias.to(dtype) if head.bias is not None else weights.new_zeros(weights.shape[0])
-    pooled = _pool(graph, outputs, model.pooling, valid)
+    pooled = _last_states(graph, outputs, counts) if falling else _pool(graph, outputs, model.pooling, valid)
     graph.add(Linear(pooled, weights.split([part.size for part in pooled], dim=1), bias))
     return graph
 
@@ -161,18 +181,28 @@ def _run(
     inputs: list[tuple[Node, ...]],
     state: tuple[Node, ...],
     valid: list[Tensor | None],
+    counts: list[int] | None,
     backwards: bool,
 ) -> list[Node]:
     """Hidden states of one layer and direction, in the order of the frames."""
     order = range(len(inputs))
     hidden: list[Node] = [None] * len(inputs)
     for t in reversed(order) if backwards else order:
+        cell.graph.samples = counts[t] if counts else None
         new = cell.step(inputs[t], state)
         if valid[t] is not None:
             keep = (valid[t], 1.0 - valid[t])
             new = tuple(cell.graph.add(WeightedSum(pair, keep)) for pair in zip(new, state, strict=True))
         hidden[t], state = new[0], new
+    cell.graph.samples = None
     return hidden
+
+
+def _last_states(graph: Graph, outputs: list[tuple[Node, ...]], counts: list[int]) -> tuple[Node, ...]:
+    """Each sample's own last state, with ``counts[t]`` samples that have frame t."""
+    ends = [t for t in reversed(range(len(counts))) if counts[t] > (counts[t + 1] if t + 1 < len(counts) else 0)]
+    starts = (0, *(counts[t] for t in ends[:-1]))
+    return (graph.add(LastState(tuple(outputs[t][0] for t in ends), starts)),)
 
 
 def _pool(graph: Graph, outputs: list[tuple[Node, ...]], pooling: str, valid: list[Tensor | None]) -> tuple[Node, ...]:
