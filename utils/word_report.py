@@ -22,7 +22,7 @@ UNDERLINED = 0.25  # share of a text's words that count as its most sensitive on
 WIDTH = 110  # columns of the console
 DRAWN = 12  # texts in the figure
 DPI = 150
-SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#f9c9b6", "#e0523d"])
+SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#fbd0be", "#f08a72"])
 
 
 def most_sensitive(rows: list[WordRow]) -> set[int]:
@@ -141,34 +141,55 @@ def write_reports(folder: Path) -> list[str]:
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62em; margin: 2em auto;
-  padding: 0 1em; }
+  padding: 0 1em; overflow-wrap: anywhere; }
 h1 { font-size: 1.4em; margin-bottom: .2em; }
 p { margin: .4em 0; color: #555; }
 section { border-top: 1px solid #ddd; padding: .9em 0; }
 .head { font-size: .85em; color: #666; }
 .head b { color: #222; }
 .words { display: flex; flex-wrap: wrap; gap: .35em; margin-top: .3em; }
-.word { border-radius: .35em; padding: .1em .45em; text-align: center; border: 1px solid #e3e3e3; }
-.word small { display: block; font-size: .68em; color: #444; }
-.unknown { font-style: italic; border-style: dashed; border-color: #888; }
+.word { border-radius: .35em; padding: .1em .45em; text-align: center; border: 1px solid #e3e3e3; color: #222; }
+.word small { display: block; font-size: .75em; color: #222; font-style: normal; }
+.unknown { font-style: italic; border: 1.5px dashed #444; }
 .sensitive > span { text-decoration: underline; text-underline-offset: .18em; }
 """.strip()
+
+
+def _legend() -> str:
+    color = [", ".join(str(round(255 * part)) for part in SHADES(share)[:3]) for share in (1.0, 0.5, 0.0)]
+    samples = [
+        ("", color[0], "least radius of its text"),
+        ("", color[1], "1.4 times that"),
+        ("", color[2], "many times that"),
+        (" sensitive", color[2], "in the most sensitive quarter"),
+        (" unknown", color[2], "not in the vocabulary: such words share one vector"),
+    ]
+    return "".join(
+        f'<span class="word{kind}" style="background: rgb({c})"><span>{t}</span></span>' for kind, c, t in samples
+    )
+
+
+LEGEND = _legend()
 
 
 def html_page(words: list[WordRow], sentences: list[SentenceRow], record: Record) -> str:
     """A page without any other file or address, every word shaded by its radius."""
     model, p = record["model"]["name"], f"{float(record['arguments']['p']):g}"
     title = html.escape(f"{model}: {record['title']}")
+    p_name = "&infin;" if p == "inf" else p
+    before, _, _ = title.rpartition("l_")
     body = [
-        f"<h1>{title}</h1>",
-        f"<p>Below each word is its certified radius: the class stays the same as long as only this word's vector "
-        f"moves, by at most that much in the l<sub>{p}</sub> norm. The redder a word, the smaller its radius among "
-        "those of its text; the most sensitive quarter is underlined. Words in dashed italics are not in the "
-        "vocabulary and share one vector. Point at a word for more.</p>",
+        f"<h1>{before}&#8467;<sub>{p_name}</sub></h1>",
+        "<p>Below each word is its certified radius: the class stays the same as long as only this word's vector "
+        f"moves, by at most that much in the &#8467;<sub>{p_name}</sub> norm. Its unit is that of the word vectors, so "
+        "radii compare within one model. Point at a word for more.</p>",
+        f'<p class="words">{LEGEND}</p>',
     ]
     for rows, sentence in zip(by_text(words), sentences, strict=True):
         name = html.escape(record["class_names"][sentence.label])
-        head = f"#{sentence.index} <b>{name}</b> &middot; all words at once {sentence.radius:.4g}"
+        head = (
+            f"#{sentence.index} &middot; class <b>{name}</b> &middot; radius if all words move: {sentence.radius:.4g}"
+        )
         spans = "".join(_html_word(row, rows) for row in rows)
         body.append(f'<section><div class="head">{head}</div><div class="words">{spans}</div></section>')
     encoding = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
