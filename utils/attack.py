@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.certify import Frames, check_inputs, frame_mask, margin_rows
 from utils.graph import Graph
 from utils.lp_ball import FrameBalls
 from utils.models import SequenceClassifier
 from utils.networks import graph_of, num_classes, read_network
+from utils.problem import Frames, check_inputs, frame_mask, margin_rows
 
 VERDICT = torch.float64
 # Perturbations end this share inside their ball, so that the rounding of x + delta does not take them out of it.

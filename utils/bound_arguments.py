@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from data.mnist import SIDE
-from utils.certify import ALPHA_STEPS, METHODS
+from utils.certify import ALPHA_STEPS, CURVE_STEPS, CURVED_METHODS, METHODS, TIME_LIMIT
 from utils.checkpoint import CheckpointError, Config, model_name
 from utils.cli import ROOT, add_common_arguments, non_negative_int, norm_value, positive_float, positive_int
 from utils.perturbation import BALLS, INF
@@ -46,9 +46,10 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
         "--method",
         choices=METHODS,
         default="crown",
-        help="bounds: backward, interval, or both; alpha: backward, slopes tuned to each image",
+        help="bounds: backward, interval, or both; alpha: backward, slopes tuned to each image (10 times the time); "
+        "curve: curved bounds too, tuned (100 times and more); bab: each target by itself, up to --time-limit",
     )
-    group.add_argument("--alpha-steps", type=positive_int, default=ALPHA_STEPS, help="gradient steps of --method alpha")
+    add_effort_arguments(group)
     if architecture != "rnn":
         group.add_argument(
             "--relaxation",
@@ -69,6 +70,18 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
         help="write a file for every radius that scripts/check_certificate.py can confirm by itself",
     )
     add_common_arguments(parser)
+
+
+def add_effort_arguments(group) -> None:
+    """Flags for how much time the tuned methods may take."""
+    group.add_argument("--alpha-steps", type=positive_int, default=ALPHA_STEPS, help="gradient steps of --method alpha")
+    group.add_argument(
+        "--curve-steps",
+        type=non_negative_int,
+        default=CURVE_STEPS,
+        help="gradient steps of --method curve, after alpha",
+    )
+    group.add_argument("--time-limit", type=positive_float, default=TIME_LIMIT, help="seconds an image of --method bab")
 
 
 def target_choice(text: str) -> str | int:
@@ -92,6 +105,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.target = "random"
     if args.per_frame and args.frames:
         raise ValueError("--per-frame bounds every frame by itself: leave out --frames")
+    if args.save_certificate and args.method in CURVED_METHODS:
+        raise ValueError("--save-certificate writes planes only: it needs --method alpha or cheaper")
     if args.clip and args.p != INF:
         raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
     if args.frames:
@@ -111,8 +126,8 @@ def result_folder_name(args: argparse.Namespace) -> str:
     """Name of the result folder: 2_norm_bound for p = 2 and all defaults, and a word for everything that differs.
 
     In this order: untargeted, or target_runnerup, target_least, target_K; per_frame, or frames_0_3; sequence (the
-    ball); clip; the method (ibp, crown-ibp, alpha); the relaxation (line, constant). Number of images, seed, tolerance,
-    steps and precision have no word: a new run with others replaces the earlier one.
+    ball); clip; the method (ibp, crown-ibp, alpha, curve, bab); the relaxation (line, constant). Number of images,
+    seed, tolerance, steps, time and precision have no word: a new run with others replaces the earlier one.
     """
     words = [f"{args.p:g}_norm_bound"]
     words += ["untargeted"] * args.untargeted

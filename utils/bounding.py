@@ -131,6 +131,8 @@ class Run:
             ball=args.ball,
             method=args.method,
             alpha_steps=args.alpha_steps,
+            curve_steps=args.curve_steps,
+            time_limit=args.time_limit,
             **relaxation,
         )
 

@@ -147,11 +147,13 @@ class BoundPass:
         needed = {operand.bounded_through for node in self.graph.nodes for operand in node.relaxed_operands}
         for node in sorted(needed, key=lambda operand: operand.index):
             if not self.is_exact(node):
-                low, high = self.interval(node)
-                identity = torch.eye(node.size, dtype=low.dtype, device=low.device)
-                rows = torch.cat((identity, -identity))[None]
-                lower, minus_upper = self.lower_bound(node, rows).split(node.size, dim=-1)
-                self._intervals[node] = _intersect((low, high), (lower, -minus_upper))
+                self._intervals[node] = _intersect(self.interval(node), self._bound_by_rows(node))
+
+    def _bound_by_rows(self, node: Node) -> Interval:
+        """Bounds of a node's elements as those of the rows [I; -I]."""
+        rows = torch.eye(node.size, dtype=self.perturbation.x.dtype, device=self.perturbation.x.device)
+        lower, minus_upper = self.lower_bound(node, torch.cat((rows, -rows))[None]).split(node.size, dim=-1)
+        return lower, -minus_upper
 
     def relaxation(self, node: NonLinear) -> Relaxation:
         """Planes around a non-linear node on the box of its operands' intervals."""
@@ -215,6 +217,7 @@ class BoundPass:
             if asked is None and current.samples is not None:  # fewer samples have this node than were asked for
                 batch = self._samples = current.samples
             coefficients = _gather(contributions, current.size, batch)
+            self._meet(current, coefficients)
             if isinstance(current, Frame):
                 deviations.append(_spread(self.deviation(current, coefficients), 0, everyone))
                 continue
@@ -224,6 +227,9 @@ class BoundPass:
         self._samples, self._parts = asked, None
         total = sum(_spread(constant, 0, everyone) for constant in constants)
         return total - self.perturbation.total_deviation(deviations)
+
+    def _meet(self, node: Node, coefficients: Tensor) -> None:
+        """Called with a node and all its coefficients when a backward pass comes to it."""
 
     def signed_parts(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Positive and negative part; the last are kept: the terms of a sum share their coefficients."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from utils.alpha import select
 from utils.bounds import BoundPass
-from utils.certify import ALPHA_STEPS, SLACK, Frames, MarginProblem
+from utils.certify import ALPHA_STEPS, CURVED_METHODS, SLACK, Frames, MarginProblem
 from utils.graph import Activation, Graph, NonLinear, Product
 from utils.models import SequenceClassifier
 from utils.perturbation import Perturbation
@@ -157,6 +157,8 @@ def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names:
     if not isinstance(problem.model, SequenceClassifier):
         kind = type(problem.model).__name__
         raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
+    if problem.method in CURVED_METHODS:
+        raise ValueError("certificates hold planes, not curved bounds: take method alpha or a cheaper one")
     eps = (eps[:, None] if eps.dim() == 1 else eps).to(torch.float64) * problem.mask
     left = (eps.amax(dim=1) > 0).nonzero().squeeze(-1)
     if not left.numel():

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from utils.alpha import ALPHA_STEPS
+from utils.bab import refine_margins, refine_radii
+from utils.curve import CURVE_STEPS
 from utils.graph import Graph
-from utils.problem import METHODS, Frames, MarginProblem, check_inputs, frame_mask, margin_rows
+from utils.problem import METHODS, SLACK, TIME_LIMIT, Frames, MarginProblem, check_inputs, frame_mask, margin_rows
 from utils.search import SPREAD, Bracket, largest_certified
 
 __all__ = [
     "ALPHA_STEPS",
+    "CURVE_STEPS",
     "METHODS",
     "SLACK",
+    "TIME_LIMIT",
     "Frames",
     "MarginProblem",
     "RadiusResult",
@@ -27,16 +32,19 @@ __all__ = [
     "search_radius",
 ]
 
-# A margin counts as positive if it exceeds this share of 1 + |clean margin|: room for the rounding of sums and
-# products, which the bounds, statements about real numbers, do not account for.
-SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
-
 # Smallest first eps of a search, as a share of the radius at which the margin's linearisation vanishes.
 FIRST_SHARE = 0.04
+
+TUNED_METHODS = ("alpha", "curve", "bab")  # each begins with what the ones before it do
+CURVED_METHODS = TUNED_METHODS[1:]
 
 # Slopes are tuned in this many rounds, each at an eps a little above the radius reached.
 ALPHA_ROUNDS = 2
 ALPHA_OVERSHOOT = 1.03
+
+# Curved bounds are tuned in this many rounds, at these multiples of the radius reached: they gain more, and at first
+# less is known of how much.
+CURVE_OVERSHOOTS = (1.2, 1.1, 1.03)
 
 # No larger eps is tried unless asked for: a sample of a saturating network can be certified at any.
 MAX_EPS = 1e6
@@ -57,6 +65,8 @@ def certified_margin(
     relaxation: str = "plane",
     lengths: Tensor | None = None,
     alpha_steps: int = ALPHA_STEPS,
+    curve_steps: int = CURVE_STEPS,
+    time_limit: float = TIME_LIMIT,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Lower bounds of the margins over all perturbations of size eps; differentiable in the model and in x.
@@ -73,10 +83,14 @@ def certified_margin(
         frames: which frames are perturbed (``frame_mask``); the others are exact. None for all.
         clip: valid input range (lowest, highest) to which l_inf boxes are cut.
         ball: "frame" for a ball around every frame, "sequence" for one around the whole sequence.
-        method: "crown", "ibp" or "crown-ibp" (``utils.bounds``), or "alpha": "crown" with slopes tuned to the sample.
+        method: "crown", "ibp" or "crown-ibp" (``utils.bounds``); "alpha": "crown" with slopes tuned to the sample;
+            "curve": curved bounds as well, slopes and curvatures tuned (``utils.curve``); "bab": after these, curved
+            bounds of every target class by itself, until ``time_limit`` (``utils.bab``).
         relaxation: of an LSTM's or GRU's gate products: "plane", "volume", "line" or "constant" (``utils.planes``).
         lengths: (batch,) number of frames that count in each sample; those after are padding. None for all.
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
+        curve_steps: gradient steps of "curve", each at the price of some thirty bounds by planes.
+        time_limit: seconds that "bab" may take for a sample.
         dtype: precision of the computation; that of x if left out.
 
     Returns:
@@ -86,7 +100,8 @@ def certified_margin(
         ValueError: an argument does not fit; the message says which.
     """
     threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
-    how = {"method": method, "relaxation": relaxation, "alpha_steps": alpha_steps}
+    how = {"method": method, "relaxation": relaxation, "alpha_steps": alpha_steps, "curve_steps": curve_steps}
+    how["time_limit"] = time_limit
     problem = MarginProblem(model, x, labels, targets=targets, **how, **threat)
     x = problem.x
     eps = torch.as_tensor(eps, dtype=dtype or x.dtype, device=x.device)
@@ -94,9 +109,14 @@ def certified_margin(
         raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
     eps = eps.expand(len(x)) if eps.dim() == 0 else eps
     margins = problem.margins(eps, dtype or x.dtype)
-    if method == "alpha":
+    if method in TUNED_METHODS:
         problem.tune(eps.detach(), dtype or x.dtype, alpha_steps)
         margins = torch.maximum(margins, problem.margins(eps, dtype or x.dtype))
+    if method in CURVED_METHODS:
+        problem.tune_curves(eps.detach(), dtype or x.dtype, curve_steps)
+        margins = torch.maximum(margins, problem.margins(eps, dtype or x.dtype))
+    if method == "bab":
+        margins = refine_margins(problem, eps, dtype or x.dtype, margins)
     return margins
 
 
@@ -143,41 +163,68 @@ def search_radius(
     for precision in (dtype, search_dtype):
         if precision not in SLACK:
             raise ValueError(f"a radius is searched in torch.float32 or torch.float64, not {precision}")
+    search = _Searcher(tol, eps0, max_eps, dtype, search_dtype)
     parts = [
-        _search_rows(problem, rows, tol, eps0, max_eps, dtype, search_dtype)
+        _search_rows(problem, rows, search)
         for rows in torch.arange(len(problem.x), device=problem.x.device).split(batch_size)
     ]
     return RadiusResult(*(torch.cat([getattr(part, name) for part in parts]) for name in RadiusResult.__annotations__))
 
 
-def _search_rows(problem, rows: Tensor, tol: float, eps0, max_eps: float, dtype, search_dtype) -> RadiusResult:
-    clean = problem.clean_margins(dtype, rows).amin(dim=1)
-    slack = SLACK[dtype] * (1.0 + clean.abs())
+@dataclass
+class _Searcher:
+    """How radii are searched; see ``search_radius``."""
 
-    def margin_in(precision: torch.dtype):
-        def margin_of(chosen: Tensor, eps: Tensor) -> Tensor:
-            margins = problem.margins(eps, precision, rows[chosen])
-            return margins.amin(dim=1).to(dtype) - slack[chosen]
+    tol: float
+    eps0: float | None
+    max_eps: float
+    dtype: torch.dtype
+    search_dtype: torch.dtype
 
-        return margin_of
+    def first(self, problem: MarginProblem, rows: Tensor) -> Tensor:
+        linear = problem.linear_radius(self.search_dtype, rows).to(self.dtype)
+        return FIRST_SHARE * linear if self.eps0 is None else torch.full_like(linear, self.eps0)
 
-    problem.slopes = None
-    linear = problem.linear_radius(search_dtype, rows).to(dtype)
+    def __call__(self, problem: MarginProblem, rows: Tensor, first: Tensor, spread: float = SPREAD) -> Bracket:
+        """Search some samples of a problem, with the bounds it has by now, from their first eps on."""
+        clean = problem.clean_margins(self.dtype, rows).amin(dim=1)
+        slack = SLACK[self.dtype] * (1.0 + clean.abs())
 
-    def search(first: Tensor, spread: float = SPREAD) -> Bracket:
-        scout = None if search_dtype == dtype else margin_in(search_dtype)
+        def margin_in(precision: torch.dtype):
+            def margin_of(chosen: Tensor, eps: Tensor) -> Tensor:
+                margins = problem.margins(eps, precision, rows[chosen])
+                return margins.amin(dim=1).to(self.dtype) - slack[chosen]
+
+            return margin_of
+
+        scout = None if self.search_dtype == self.dtype else margin_in(self.search_dtype)
+        linear = problem.linear_radius(self.search_dtype, rows).to(self.dtype)
         aims = {"scout": scout, "linear": linear, "spread": spread}
-        return largest_certified(margin_in(dtype), clean - slack, first, tol, max_eps, **aims)
+        found = largest_certified(margin_in(self.dtype), clean - slack, first, self.tol, self.max_eps, **aims)
+        found.high = torch.where(clean > slack, found.high, 0.0)
+        return found
 
-    first = FIRST_SHARE * linear if eps0 is None else torch.full_like(clean, eps0)
-    found = search(first)
-    if problem.method == "alpha":
+
+def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> RadiusResult:
+    """One method after the other, from the cheapest on; each begins where the one before it came to."""
+    started = time.perf_counter()
+    problem.slopes = problem.curves = None
+    first = search.first(problem, rows)
+    found = search(problem, rows, first)
+    if problem.method in TUNED_METHODS:
         for _ in range(ALPHA_ROUNDS):
             aim = torch.where(found.low > 0, ALPHA_OVERSHOOT * found.low, first)
-            problem.tune(aim, search_dtype, -(-problem.alpha_steps // ALPHA_ROUNDS), rows)
-            found = _better(found, search(aim, ALPHA_OVERSHOOT))
-    failed = torch.where(clean > slack, found.high, 0.0)
-    return RadiusResult(found.low, failed, found.margin, found.evaluations)
+            problem.tune(aim, search.search_dtype, -(-problem.alpha_steps // ALPHA_ROUNDS), rows)
+            found = _better(found, search(problem, rows, aim, ALPHA_OVERSHOOT))
+    if problem.method in CURVED_METHODS:
+        for overshoot in CURVE_OVERSHOOTS:
+            aim = torch.where(found.low > 0, overshoot * found.low, first)
+            problem.tune_curves(aim, search.search_dtype, -(-problem.curve_steps // len(CURVE_OVERSHOOTS)), rows)
+            found = _better(found, search(problem, rows, aim, overshoot))
+    if problem.method == "bab":
+        left = problem.time_limit - (time.perf_counter() - started) / len(rows)
+        refine_radii(problem, rows, found, search, left)
+    return RadiusResult(found.low, found.high, found.margin, found.evaluations)
 
 
 def _better(first: Bracket, second: Bracket) -> Bracket:
@@ -204,6 +251,8 @@ def certified_radius(
     relaxation: str = "plane",
     lengths: Tensor | None = None,
     alpha_steps: int = ALPHA_STEPS,
+    curve_steps: int = CURVE_STEPS,
+    time_limit: float = TIME_LIMIT,
     tol: float = 1e-3,
     eps0: float | None = None,
     max_eps: float = MAX_EPS,
@@ -227,7 +276,8 @@ def certified_radius(
         The largest eps that certified, in the units of x; 0 where none did (a misclassified sample).
     """
     threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
-    how = {"method": method, "relaxation": relaxation, "alpha_steps": alpha_steps}
+    how = {"method": method, "relaxation": relaxation, "alpha_steps": alpha_steps, "curve_steps": curve_steps}
+    how["time_limit"] = time_limit
     problem = MarginProblem(model, x, labels, targets=targets, **how, **threat)
     search = {
         "tol": tol,

@@ -90,6 +90,12 @@ class Perturbation:
         """Centre of the frame's ball or cut box, (batch, n)."""
         return self.x[:, frame] if self._box is None else self._box[0][:, frame]
 
+    def half_widths(self, frame: int) -> Tensor:
+        """Half the sides of the frame's l_inf box, cut or not, (batch, n)."""
+        if self._box is not None:
+            return self._box[1][:, frame]
+        return self.eps[:, frame, None].expand_as(self.x[:, frame])
+
     def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
         """Most that A_t x'_t can deviate from A_t center_t, (batch, rows), for A_t (batch or 1, rows, n).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +11,24 @@ from torch import Tensor, nn
 from utils.alpha import ALPHA_STEPS, select, store, tune_slopes
 from utils.bounds import METHODS as PASS_METHODS
 from utils.bounds import BoundPass
+from utils.curvature import Curves
+from utils.curve import CURVE_STEPS, CurvedPass, CurveTable, tune_curves
 from utils.graph import Graph
 from utils.memory import Parts, samples_at_once
 from utils.networks import Network, check_network, graph_of, num_classes, read_network
 from utils.perturbation import Perturbation, dual_norm
 from utils.planes import SLOPES
 
-METHODS = (*PASS_METHODS, "alpha")
+METHODS = (*PASS_METHODS, "alpha", "curve", "bab")  # the last three tune "crown"
+
+# A margin counts as positive if it exceeds this share of 1 + |clean margin|: room for the rounding of sums and
+# products, which the bounds, statements about real numbers, do not account for.
+SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+TIME_LIMIT = 60.0  # seconds a sample of "bab", unless told otherwise
+
+# Bytes of a sample's Gram matrix of neurons that "curve" may work on at once.
+GRAM_BYTES = 2**26
 
 # Bytes of coefficients that are worked on at once, on a CPU: more fall out of its cache, less pay for Python.
 CACHE_BYTES = 5 * 2**20
@@ -90,6 +102,8 @@ class MarginProblem:
         relaxation: str = "plane",
         lengths: Tensor | None = None,
         alpha_steps: int = ALPHA_STEPS,
+        curve_steps: int = CURVE_STEPS,
+        time_limit: float = TIME_LIMIT,
     ):
         model, x = read_network(model, x)
         check_inputs(model, x, labels, lengths)
@@ -99,7 +113,13 @@ class MarginProblem:
         if alpha_steps < 1:
             raise ValueError(f"alpha_steps must be at least 1, not {alpha_steps}")
         self.model, self.x, self.method, self.relaxation = model, x, method, relaxation
+        if curve_steps < 0:
+            raise ValueError(f"curve_steps must not be negative, not {curve_steps}")
+        if not time_limit > 0:
+            raise ValueError(f"time_limit must be a positive number of seconds, not {time_limit}")
+        self.time_limit = time_limit
         self.alpha_steps, self.slopes = alpha_steps, None
+        self.curve_steps, self.curves = curve_steps, None
         self.threat = {"norm": float(norm), "clip": clip, "ball": ball}
         self.rows = margin_rows(labels, num_classes(model), targets).to(x.device)
         self.mask = frame_mask(frames, *x.shape[:2]).to(x.device)
@@ -135,7 +155,7 @@ class MarginProblem:
     def margins(self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """Lower bounds of the margins, (m, n_specs), of the chosen samples at eps, (m,) or (m, T)."""
         samples = torch.arange(len(self.x), device=self.x.device)[chosen]
-        size = self._samples_at_once(dtype)
+        size = self._samples_at_once(dtype) if self.curves is None else self._curved_at_once(dtype)
         return self._parts(lambda *part: self._margins(*part, dtype), size, eps, samples)
 
     def _samples_at_once(self, dtype: torch.dtype) -> int:
@@ -151,9 +171,12 @@ class MarginProblem:
         return max(4, CACHE_BYTES // (2 * self._widest**2 * dtype.itemsize))
 
     def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
-        slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
-        method = "crown" if self.method == "alpha" else self.method
-        bounds = BoundPass(self.graph(dtype, chosen), self._perturbation(eps, chosen, dtype), method, slopes)
+        graph, perturbation = self.graph(dtype, chosen), self._perturbation(eps, chosen, dtype)
+        if self.curves is not None:
+            bounds = CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype))
+        else:
+            slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
+            bounds = BoundPass(graph, perturbation, self.method if self.method in PASS_METHODS else "crown", slopes)
         return bounds.margin(self.rows[chosen].to(dtype))
 
     def _perturbation(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype) -> Perturbation:
@@ -173,6 +196,40 @@ class MarginProblem:
             store(table, part, tuned, len(self.x))
         self.slopes = table
 
+    @torch.no_grad()
+    def tune_curves(self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None)) -> None:
+        """Tune the curved bounds of the chosen samples at eps, (m,) or (m, T), from those they have.
+
+        From then on ``margins`` uses them in place of planes, until ``curves`` is set to None.
+        """
+        samples, size = torch.arange(len(self.x), device=self.x.device)[chosen], self._curved_at_once(dtype)
+        table = self.curves
+        for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
+            start = None if self.curves is None else select_curves(self.curves, part, dtype)
+            perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
+            tuned, _ = tune_curves(self.graph(dtype, part), perturbation, rows, steps, start)
+            table = [None] * len(tuned) if table is None else table
+            store(table, part, tuned, len(self.x))
+        self.curves = table
+
+    def _curved_at_once(self, dtype: torch.dtype) -> int:
+        """Samples with curved bounds at once: their Gram matrices are large, and each has its own length."""
+        if self.lengths is not None:
+            return 1
+        nodes = self.graph(dtype, slice(0, 1)).nodes
+        neurons = sum(operand.size for operand in {one for node in nodes for one in node.relaxed_operands})
+        return max(1, GRAM_BYTES // (max(neurons, 1) ** 2 * dtype.itemsize))
+
+    def branches(self, sample: Tensor) -> MarginProblem:
+        """A problem with a sample of its own for every spec row of one sample, (1,); it has no tuned bounds yet."""
+        count = self.rows.shape[1]
+        problem = copy.copy(self)
+        problem.x, problem.mask = (tensor[sample].repeat_interleave(count, dim=0) for tensor in (self.x, self.mask))
+        problem.lengths = None if self.lengths is None else self.lengths[sample].repeat(count)
+        problem.rows = self.rows[sample].transpose(0, 1)
+        problem.slopes = problem.curves = None
+        return problem
+
     def linear_radius(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """eps at which the worst margin's linearisation at x vanishes, (m,): above the true radius as a rule."""
         with torch.enable_grad():
@@ -184,6 +241,11 @@ class MarginProblem:
         radius = worst.detach().clamp(min=0) / total
         # Saturated activations have no gradient; any positive number starts the search.
         return torch.where(radius.isfinite() & (radius > 0), radius, torch.ones_like(radius))
+
+
+def select_curves(table: CurveTable, rows: Tensor, dtype: torch.dtype) -> CurveTable:
+    """The curves of some samples, in a precision."""
+    return [entry and Curves(*entry) for entry in select(table, rows, dtype)]
 
 
 def check_inputs(model: Network, x: Tensor, labels: Tensor, lengths: Tensor | None = None) -> None:

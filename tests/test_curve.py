@@ -1,0 +1,277 @@
+"""Curved bounds: sound on dense grids and over whole networks, never less tight than what comes before them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_alpha import CELLS, network, sampled_margins, sequences
+from torch import nn
+
+from utils.attack import pgd
+from utils.bounds import BoundPass
+from utils.certify import MarginProblem, certified_margin, certified_radius, margin_rows
+from utils.curvature import Curves, curved_relaxation, tangent_curves
+from utils.curve import CurvedPass, largest_eigenvalue, tune_curves
+from utils.graph import Activation, Constant, Product
+from utils.perturbation import INF, Perturbation
+from utils.unroll import unroll
+
+
+def random_box(count: int, seed: int, width: float):
+    generator = torch.Generator().manual_seed(seed)
+    center = 3.0 * torch.randn(count, generator=generator, dtype=torch.float64)
+    reach = width * torch.rand(count, generator=generator, dtype=torch.float64)
+    share = torch.rand(count, generator=generator, dtype=torch.float64)
+    return center, (center - share * reach, center + (1.0 - share) * reach)
+
+
+def random_curves(operands: int, count: int, seed: int) -> Curves:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(scale):
+        return tuple(scale * torch.randn(count, generator=generator, dtype=torch.float64) for _ in range(operands))
+
+    return Curves(draw(0.7), draw(0.7), *(tuple(q.abs() for q in draw(0.6)) for _ in range(2)))
+
+
+def violation(node, centers, box, curves, relaxation, points: int = 161) -> float:
+    """Most that the function leaves its curved bounds by, over a dense grid of every box."""
+    shares = torch.linspace(0.0, 1.0, points, dtype=torch.float64)
+    axes = [low[:, None] + (high - low)[:, None] * shares for low, high in box]
+    if len(axes) == 2:
+        axes = [axes[0][:, :, None], axes[1][:, None, :]]
+
+    def wide(tensor):
+        return tensor.reshape(-1, *[1] * (axes[0].dim() - 1))
+
+    below, above = wide(relaxation.lower.intercept), wide(relaxation.upper.intercept)
+    for axis, center, *own in zip(axes, centers, *curves, strict=True):
+        low, high, bend_low, bend_high = (wide(one) for one in own)
+        square = 0.5 * (axis - wide(center)) ** 2
+        below, above = below + low * axis - bend_low * square, above + high * axis + bend_high * square
+    value = node.value(*axes)
+    return max(float((below - value).max()), float((value - above).max()))
+
+
+def nodes():
+    x, y = Constant(torch.zeros(1)), Constant(torch.zeros(1))
+    return [
+        Activation(x, "tanh"),
+        Activation(x, "sigmoid"),
+        Product(x, y, "x*sigmoid(y)", "plane"),
+        Product(x, y, "tanh(x)*sigmoid(y)", "plane"),
+    ]
+
+
+@pytest.mark.parametrize("node", nodes(), ids=lambda node: node.name)
+@pytest.mark.parametrize("width", [0.0, 1e-6, 0.3, 2.0, 20.0, 1e3])
+def test_curved_bounds_hold_on_a_dense_grid(node, width):
+    count, operands = 150, len(node.parents)
+    centers, box = zip(*(random_box(count, seed, width) for seed in range(operands)), strict=True)
+    for curves in (random_curves(operands, count, 7), tangent_curves(node, centers, box)):
+        relaxation = curved_relaxation(node, centers, box, curves)
+        assert violation(node, centers, box, curves, relaxation) <= 0.0
+
+
+@pytest.mark.parametrize("node", nodes(), ids=lambda node: node.name)
+def test_the_grid_test_catches_an_intercept_of_grid_points_alone(node):
+    count, operands = 150, len(node.parents)
+    centers, box = zip(*(random_box(count, seed, 4.0) for seed in range(operands)), strict=True)
+    curves = random_curves(operands, count, 7)
+    relaxation = curved_relaxation(node, centers, box, curves)
+    raised = relaxation.lower._replace(intercept=relaxation.lower.intercept + 0.02)
+    assert violation(node, centers, box, curves, relaxation._replace(lower=raised)) > 0.0
+
+
+@pytest.mark.parametrize("node", nodes(), ids=lambda node: node.name)
+def test_tangents_touch_at_the_centre(node):
+    """The curvatures of the tangent lose next to nothing at the centre, the point of having them."""
+    count, operands = 150, len(node.parents)
+    centers, box = zip(*(random_box(count, seed, 1.0) for seed in range(operands)), strict=True)
+    curves = tangent_curves(node, centers, box)
+    lower, upper = curved_relaxation(node, centers, box, curves)
+    height = lower.intercept + sum(a * z for a, z in zip(curves.lower_slopes, centers, strict=True))
+    top = upper.intercept + sum(a * z for a, z in zip(curves.upper_slopes, centers, strict=True))
+    value = node.value(*centers)
+    assert float((value - height).max()) < 0.02
+    assert float((top - value).max()) < 0.02
+
+
+def test_eigenvalue_is_bounded_from_above_and_not_far():
+    generator = torch.Generator().manual_seed(0)
+    jacobian = torch.randn(3, 12, 30, generator=generator, dtype=torch.float64)
+    weights = torch.rand(3, 5, 12, generator=generator, dtype=torch.float64) ** 3
+    weights[:, 0] = 0.0
+    weights[:, 1, 3:] = 0.0
+    bound = largest_eigenvalue(weights, jacobian)
+    exact = torch.linalg.eigvalsh(jacobian.mT[:, None] @ (weights[..., None] * jacobian[:, None]))[..., -1]
+    assert (bound >= exact * (1 - 1e-12)).all()
+    assert (bound[:, 1:] <= 3.0 * exact[:, 1:]).all()
+    assert (bound[:, 0] < 1e-9).all()
+
+
+SETS = [
+    {"norm": 1.0},
+    {"norm": 2.0},
+    {"norm": INF},
+    {"norm": INF, "clip": (-4.0, 4.0)},
+    {"norm": 2.0, "ball": "sequence"},
+    {"norm": 1.0, "ball": "sequence"},
+]
+
+
+@pytest.mark.parametrize("threat", SETS, ids=str)
+def test_joint_bound_is_above_every_point_of_the_set(threat):
+    """What the neurons lose together at points of the boundary and corners is never more than the bound says."""
+    model = network(nn.LSTM)
+    x, _ = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float64).detach()
+    eps = torch.full(x.shape[:2], 0.2, dtype=torch.float64)
+    bounds = CurvedPass(graph, Perturbation(x, eps, **threat))
+    operands = [node for node in bounds._linear if bounds._linear[node][0].abs().sum() > 0]
+    jacobian = torch.cat([bounds._linear[node][0] for node in operands], dim=1)
+    weights = torch.rand(len(x), 6, jacobian.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    bound = bounds._joint_linear(weights, jacobian)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(400):
+        move = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        if threat["norm"] == INF:
+            move = move.sign()
+        elif threat["norm"] == 1.0 and number % 2:
+            move = nn.functional.one_hot(move.abs().argmax(-1), x.shape[2]) * move.sign()
+        own = move if threat.get("ball") != "sequence" else move.flatten(1)[:, None]
+        size = torch.linalg.vector_norm(own, ord=threat["norm"], dim=-1)
+        move = 0.2 * move / (size[..., None] if size.shape[1] > 1 else size[..., None])
+        if bounds.perturbation.norm == 2.0:  # in the basis of what the network looks at
+            weight = graph.frames[0].child_weights[0]
+            basis = (
+                torch.linalg.qr(weight.T)[0] if bounds._width(graph.frames[0]) < x.shape[2] else torch.eye(x.shape[2])
+            )
+            move = move @ basis.to(move.dtype)
+        d = (jacobian @ move.flatten(1)[..., None]).squeeze(-1)
+        assert ((weights * d[:, None] ** 2).sum(-1) <= bound * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize(("cell", "options"), CELLS)
+@pytest.mark.parametrize("norm", [1.0, 2.0, INF])
+@pytest.mark.parametrize("eps", [0.1, 0.6])
+def test_curved_bounds_of_networks_are_sound(cell, options, norm, eps):
+    """Of first curves and of random ones: points of the boundary, corners and PGD stay above."""
+    model = network(cell, **options)
+    x, labels = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float64).detach()
+    perturbation = Perturbation(x, torch.full(x.shape[:2], eps, dtype=torch.float64), norm)
+    rows = margin_rows(labels, 3).double()
+    least = sampled_margins(model, x, labels, eps, norm)
+    attacked = pgd(model, x, labels, eps, norm=norm).margin
+    first = CurvedPass(graph, perturbation)
+    generator = torch.Generator().manual_seed(5)
+    wild = [
+        curves
+        and Curves(
+            *(
+                tuple(t + 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in ts)
+                for ts in curves[:2]
+            ),
+            *(
+                tuple(t * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype)) for t in ts)
+                for ts in curves[2:]
+            ),
+        )
+        for curves in first.curves()
+    ]
+    for bounds in (first, CurvedPass(graph, perturbation, wild)):
+        margin = bounds.margin(rows)
+        assert margin.isfinite().all()
+        assert (margin <= least + 1e-9).all()
+        assert (margin.amin(dim=1) <= attacked + 1e-9).all()
+        for node in bounds._linear:
+            low, high = bounds.interval(node)
+            assert (low <= high).all()
+
+
+def test_the_network_test_catches_a_joint_bound_that_forgets_the_remainders(monkeypatch):
+    """Without R, what is left of the operands beside their linear part, some network's bound is too high."""
+    monkeypatch.setattr(CurvedPass, "_joint_loss", lambda self, losses: 0.0 * losses[0][1].sum(dim=-1))
+    with pytest.raises(AssertionError):
+        for cell in (nn.RNN, nn.LSTM, nn.GRU):
+            for norm in (1.0, 2.0, INF):
+                test_curved_bounds_of_networks_are_sound(cell, {}, norm, 0.6)
+
+
+@pytest.mark.parametrize(("cell", "options"), CELLS)
+@pytest.mark.parametrize("norm", [1.0, 2.0, INF])
+def test_every_method_is_at_least_as_tight_as_the_cheaper_one(cell, options, norm):
+    model = network(cell, **options)
+    x, labels = sequences(model)
+    how = {"norm": norm, "alpha_steps": 4, "curve_steps": 6, "time_limit": 2.0}
+    margins = [
+        certified_margin(model, x[:2], labels[:2], 0.2, method=method, **how)
+        for method in ("crown", "alpha", "curve", "bab")
+    ]
+    least = sampled_margins(model, x, labels, 0.2, norm)[:2]
+    for cheaper, dearer in zip(margins, margins[1:], strict=False):
+        assert (dearer >= cheaper).all()
+        assert (dearer <= least + 1e-9).all()
+
+
+def test_curves_certify_more_where_many_neurons_add_their_errors():
+    torch.manual_seed(0)
+    model = network(nn.RNN)
+    model.rnn, model.head = nn.RNN(20, 30, batch_first=True).double(), nn.Linear(30, 3).double()
+    x = torch.randn(4, 5, 20, dtype=torch.float64)
+    labels = model(x).argmax(dim=1)
+    radii = [
+        certified_radius(model, x, labels, method=method, curve_steps=30) for method in ("crown", "alpha", "curve")
+    ]
+    assert (radii[1] >= radii[0]).all() and (radii[2] >= radii[1]).all()
+    assert float((radii[2] / radii[0]).mean()) > 1.1
+    attacked = pgd(model, x, labels, radii[2]).margin
+    assert (attacked > 0).all()
+
+
+def test_radii_of_samples_of_different_lengths():
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    lengths = torch.tensor([1, 3, 2, 3])
+    radius = certified_radius(model, x, labels, lengths=lengths, method="curve", curve_steps=3, alpha_steps=2)
+    crown = certified_radius(model, x, labels, lengths=lengths)
+    assert (radius >= crown).all()
+
+
+def test_tuning_keeps_the_best_and_leaves_the_model_alone():
+    model = network(nn.GRU)
+    x, labels = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float64).detach()
+    perturbation = Perturbation(x, torch.full(x.shape[:2], 0.2, dtype=torch.float64))
+    rows = margin_rows(labels, 3).double()
+    start = CurvedPass(graph, perturbation).margin(rows).amin(dim=1)
+    curves, margin = tune_curves(graph, perturbation, rows, 8)
+    assert (margin >= start).all() and float((margin - start).mean()) > 0
+    again = CurvedPass(graph, perturbation, curves).margin(rows).amin(dim=1)
+    assert torch.allclose(again, margin, atol=1e-12)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_relu_has_planes_and_no_curves():
+    model = network(nn.RNN, nonlinearity="relu")
+    x, labels = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float64).detach()
+    perturbation = Perturbation(x, torch.full(x.shape[:2], 0.2, dtype=torch.float64))
+    rows = margin_rows(labels, 3).double()
+    bounds = CurvedPass(graph, perturbation)
+    assert torch.equal(bounds.margin(rows), BoundPass(graph, perturbation).margin(rows))
+    assert all(curves is None for curves in bounds.curves())
+
+
+def test_frames_that_are_exact_and_bad_arguments():
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    radius = certified_radius(model, x, labels, frames=1, method="curve", curve_steps=2, alpha_steps=2)
+    assert (radius >= certified_radius(model, x, labels, frames=1)).all()
+    with pytest.raises(ValueError, match="curve_steps"):
+        MarginProblem(model, x, labels, method="curve", curve_steps=-1)
+    with pytest.raises(ValueError, match="time_limit"):
+        MarginProblem(model, x, labels, method="bab", time_limit=math.nan)

@@ -1,0 +1,168 @@
+"""As far as a time limit goes: every target class is a branch with curved bounds of its own, the worst one goes first.
+
+Bounds that are tuned for all targets together are a compromise. Here each row of the spec matrix C becomes a problem
+of its own. A sample's radius is the least of its branches', so the branch with the least is tuned further, at an eps a
+little above what it has reached, until time is up or that branch gains no more.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from utils.attack import pgd
+from utils.graph import Graph
+from utils.problem import SLACK, TIME_LIMIT, MarginProblem
+from utils.search import Bracket
+
+ROUND_STEPS = 20  # gradient steps of a branch before it is looked at again
+OVERSHOOTS = (1.1, 1.04, 1.015)  # eps at which a branch is tuned, over what it has reached; one for each try in vain
+ENOUGH = 1.002  # a branch that gains less than this factor gains nothing
+
+VERDICTS = ("certified", "falsified", "unknown")
+
+
+class Search(Protocol):
+    """Searches the radii of some samples of a problem; bounds are tuned in ``search_dtype``."""
+
+    search_dtype: torch.dtype
+
+    def __call__(self, problem: MarginProblem, rows: Tensor, first: Tensor, spread: float) -> Bracket: ...
+
+
+@torch.no_grad()
+def refine_radii(problem: MarginProblem, rows: Tensor, found: Bracket, search: Search, seconds: float) -> None:
+    """Raise the certified radii of some samples, ``found``'s, in place, within some seconds each."""
+    for n, sample in enumerate(rows.split(1)):
+        if 0 < float(found.low[n]) < torch.inf:
+            _refine_radius(problem.branches(sample), found, n, search, time.perf_counter() + seconds)
+
+
+def _refine_radius(branches: MarginProblem, found: Bracket, n: int, search: Search, deadline: float) -> None:
+    low, high, margin = (getattr(found, name)[n].repeat(len(branches.x)) for name in ("low", "high", "margin"))
+    in_vain = [0] * len(low)
+    while time.perf_counter() < deadline:
+        worst = int(low.argmin())
+        if in_vain[worst] == len(OVERSHOOTS):
+            break
+        own = torch.tensor([worst], device=low.device)
+        aim = low[own] * OVERSHOOTS[in_vain[worst]]
+        branches.tune_curves(aim, search.search_dtype, ROUND_STEPS, own)
+        bracket = search(branches, own, aim, OVERSHOOTS[in_vain[worst]])
+        found.evaluations[n] += int(bracket.evaluations)
+        grown = bool(bracket.low > ENOUGH * low[own])
+        in_vain[worst] = 0 if grown else in_vain[worst] + 1
+        if bracket.low > low[own]:
+            low[own], high[own], margin[own] = bracket.low, bracket.high, bracket.margin
+    worst = int(low.argmin())
+    # Sets of smaller eps lie in those of larger: each branch's margin holds at the least radius too.
+    found.low[n], found.high[n], found.margin[n] = low[worst], high[worst], margin.min()
+
+
+@torch.no_grad()
+def refine_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype, margins: Tensor) -> Tensor:
+    """Raise lower bounds of the margins at eps, (batch, n_specs), as far as ``problem.time_limit`` seconds each go."""
+    margins = margins.detach().clone()
+    for n in range(len(margins)):
+        sample = torch.tensor([n], device=margins.device)
+        _refine_margins(problem, sample, eps[sample], dtype, margins[n], time.perf_counter() + problem.time_limit)
+    return margins
+
+
+def _refine_margins(problem, sample: Tensor, eps: Tensor, dtype, best: Tensor, deadline: float, aim: float = torch.inf):
+    """Raise one sample's ``best`` margins in place, the least first, until all are above ``aim`` or time is up."""
+    branches, in_vain = problem.branches(sample), [0] * len(best)
+    while time.perf_counter() < deadline and float(best.min()) <= aim:
+        worst = int(best.argmin())
+        if in_vain[worst] == len(OVERSHOOTS):
+            break
+        own = torch.tensor([worst], device=best.device)
+        branches.tune_curves(eps, dtype, ROUND_STEPS, own)
+        margin = branches.margins(eps, dtype, own)[0, 0]
+        grown = bool(margin > best[worst] + (ENOUGH - 1.0) * (1.0 + best[worst].abs()))
+        in_vain[worst] = 0 if grown else in_vain[worst] + 1
+        best[worst] = torch.maximum(best[worst], margin)
+
+
+@dataclass
+class Decision:
+    """The verdict on one sample at one eps.
+
+    Attributes:
+        verdict: "certified": no perturbation changes the classification; "falsified": ``counterexample`` does;
+            "unknown": neither was found in time.
+        margins: lower bounds of the margins, (n_specs,); of the branches that were still open when time was up, too.
+        counterexample: (T, n), float64, or None.
+        seconds: how long it took.
+    """
+
+    verdict: str
+    margins: Tensor
+    counterexample: Tensor | None
+    seconds: float
+
+
+@torch.no_grad()
+def decide(
+    model: nn.Module | Graph,
+    x: Tensor,
+    labels: Tensor,
+    eps: float | Tensor,
+    *,
+    targets: Tensor | None = None,
+    time_limit: float = TIME_LIMIT,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **threat,
+) -> list[Decision]:
+    """Certify or falsify every sample at eps, one after the other; arguments as for ``utils.certify.certified_margin``.
+
+    First PGD looks for a counter-example, then come bounds, the cheapest first, until one settles the question: planes,
+    planes with tuned slopes, curved bounds of all targets together, and of each open target by itself.
+
+    Args:
+        eps: a number or (batch,).
+        time_limit: seconds a sample; a step that was begun is finished.
+        dtype: precision of the bounds.
+        seed: of PGD's random starts.
+        threat: norm, frames, clip and ball.
+    """
+    eps = torch.as_tensor(eps, dtype=dtype, device=x.device).expand(len(x))
+    decisions = []
+    for n in range(len(x)):
+        own = slice(n, n + 1)
+        question = {"targets": None if targets is None else targets[own], **threat}
+        started = time.perf_counter()
+        attack = pgd(model, x[own], labels[own], eps[own], seed=seed, **question)
+        problem = MarginProblem(model, x[own], labels[own], method="bab", time_limit=time_limit, **question)
+        broken = float(attack.margin) < 0
+        verdict, margins = (
+            ("falsified", problem.clean_margins(dtype)[0]) if broken else _bound(problem, eps[own], started)
+        )
+        example = attack.x[0] if broken else None
+        decisions.append(Decision(verdict, margins, example, time.perf_counter() - started))
+    return decisions
+
+
+def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Tensor]:
+    """Whether a problem's only sample is certified at eps, (1,), or "unknown", and its margins."""
+    deadline, dtype = started + problem.time_limit, eps.dtype
+    clean = problem.clean_margins(dtype)[0]
+    enough = float((SLACK[dtype] * (1.0 + clean.abs())).max())
+    best = torch.full_like(clean, -torch.inf)
+    stages = (
+        lambda: None,
+        lambda: problem.tune(eps, dtype, problem.alpha_steps),
+        lambda: problem.tune_curves(eps, dtype, ROUND_STEPS),
+    )
+    for tune in stages:
+        if float(best.min()) <= enough and time.perf_counter() < deadline:
+            tune()
+            best = torch.maximum(best, problem.margins(eps, dtype)[0])
+    sample = torch.zeros(1, dtype=torch.long, device=best.device)
+    _refine_margins(problem, sample, eps, dtype, best, deadline, enough)
+    return ("certified" if float(best.min()) > enough else "unknown"), best

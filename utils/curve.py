@@ -1,0 +1,314 @@
+"""Curved bounds, and what all neurons can do at once: tighter than planes where many neurons add their errors.
+
+A plane pays for the worst point of its own neuron's box, and a sum over neurons pays as if all of them could be at
+their worst point together. Bounds with a curvature (``utils.curvature``) leave the function only with the distance
+d_k of the neuron's operand from the middle of its range, so that a row with coefficients A loses
+
+    sum_k w_k d_k^2,        w_k = |A_k| q_k / 2 >= 0,
+
+and this sum has a bound over the whole perturbation set. With linear bounds of the operands in the perturbation
+delta, d_k = J_k delta + rho_k and |rho_k| <= R_k, so by the triangle inequality
+
+    (sum_k w_k d_k^2)^(1/2)  <=  (max over delta of sum_k w_k (J_k delta)^2)^(1/2)  +  (sum_k w_k R_k^2)^(1/2),
+
+and the maximum is at most the largest eigenvalue of the weighted Gram matrix of the J_k (in coordinates in which the
+perturbation set lies in a ball of radius 1), many times less than its trace, which planes pay.
+The eigenvalue is bounded by the largest quotient (|K| v)_k / v_k for any positive v (Collatz and Wielandt).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from utils.bounds import BoundPass
+from utils.curvature import Curves, curved_relaxation, is_smooth, tangent_curves
+from utils.graph import Frame, Graph, Interval, Negative, Node, NonLinear, Product, Slice
+from utils.perturbation import Perturbation
+from utils.relaxations import Relaxation
+
+CURVE_STEPS = 40  # gradient steps, unless told otherwise
+STEP_SIZES = (0.02, 0.1)  # of slopes in units of their range, and of log curvatures; measured
+WARM_UP = 3
+
+# Where tuning starts: shares of the tangent's slopes, the rest being those of the planes, and of its curvatures.
+START = {"activation": (1.0, 1.0), "product": (0.25, 0.4)}
+POWER_STEPS = 2  # of the power iteration that finds a v; any v is sound
+
+CurveTable = list[Curves | None]
+
+
+class CurvedPass(BoundPass):
+    """A "crown" pass whose smooth nodes have curved bounds, with given curves or those that tuning starts from."""
+
+    def __init__(self, graph: Graph, perturbation: Perturbation, curves: CurveTable | None = None):
+        nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
+        self._curves = dict(zip(nonlinear, curves or [None] * len(nonlinear), strict=True))
+        self._chosen: dict[Node, Curves] = {}
+        self._linear: dict[Node, tuple[Tensor, Tensor, Tensor]] = {}  # J, R and centre of bounded operands
+        self._met: tuple[dict[Frame, Tensor], list[tuple[Node, Tensor]]] = ({}, [])
+        self._frames = [frame for frame in graph.frames if not perturbation.is_exact(frame.frame)]
+        super().__init__(graph, perturbation, "crown")
+
+    # --- one backward pass ---
+
+    def _meet(self, node: Node, coefficients: Tensor) -> None:
+        frames, losses = self._met
+        if isinstance(node, Frame):
+            frames[node] = coefficients
+        elif isinstance(node, NonLinear):
+            self.relaxation(node)
+            if node in self._chosen:
+                curves = self._chosen[node]
+                up, down = coefficients.clamp(min=0.0), (-coefficients).clamp(min=0.0)
+                for operand, low, high in zip(
+                    node.parents, curves.lower_curvatures, curves.upper_curvatures, strict=True
+                ):
+                    losses.append((operand, 0.5 * (up * low.unsqueeze(-2) + down * high.unsqueeze(-2))))
+
+    def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
+        self._met = ({}, [])
+        without_curvature = super()._pass_back(node, rows)
+        losses = self._met[1]
+        return without_curvature - self._joint_loss(losses) if losses else without_curvature
+
+    def _at_input(self, num_rows: int) -> list[Tensor]:
+        """Coefficients of the last pass's rows at every perturbed frame, (batch, rows, n) each."""
+        batch = len(self.perturbation.x)
+        found = self._met[0]
+        return [
+            found[frame].expand(batch, -1, -1)
+            if frame in found
+            else self.perturbation.x.new_zeros(batch, num_rows, self._width(frame))
+            for frame in self._frames
+        ]
+
+    def _width(self, frame: Frame) -> int:
+        return self.ball_weight(frame, frame.child_weights[0]).shape[1]
+
+    def _deviation(self, coefficients: list[Tensor]) -> Tensor:
+        pairs = zip(self._frames, coefficients, strict=True)
+        return self.perturbation.total_deviation([self.deviation(frame, part) for frame, part in pairs])
+
+    # --- operands: linear in the perturbation, but for R ---
+
+    def _bound_by_rows(self, node: Node) -> Interval:
+        low, high = super()._bound_by_rows(node)
+        parts = [part.split(node.size, dim=1) for part in self._at_input(2 * node.size)]
+        below, above = [part[0] for part in parts], [-part[1] for part in parts]
+        least, most = low + self._deviation(below), high - self._deviation(above)  # at delta = 0
+        slopes = torch.cat([0.5 * (a + b) for a, b in zip(below, above, strict=True)], dim=-1)
+        apart = self._deviation([0.5 * (a - b) for a, b in zip(above, below, strict=True)])
+        remainder = (0.5 * (most - least)).clamp(min=0.0) + apart
+        center = 0.5 * (least + most)
+        inside = torch.minimum(torch.maximum(center, low), torch.maximum(low, high))
+        self._linear[node] = (slopes, remainder + (inside - center).abs(), inside)
+        return low, high
+
+    def _operand(self, node: Node) -> tuple[Tensor, Tensor, Tensor] | None:
+        """J, (batch, size, n), R and the centre, (batch, size), of an operand; None if no rows were bounded for it."""
+        if node in self._linear or not isinstance(node, (Slice, Negative)):
+            return self._linear.get(node)
+        known = self._operand(node.parents[0])
+        if known is None:
+            return None
+        slopes, remainder, center = known
+        if isinstance(node, Negative):
+            return -slopes, remainder, -center
+        part = slice(node.start, node.start + node.size)
+        return slopes[:, part], remainder[:, part], center[:, part]
+
+    # --- relaxations ---
+
+    def relaxation(self, node: NonLinear) -> Relaxation:
+        known = [self._operand(operand) for operand in node.parents]
+        if node in self._relaxations or not is_smooth(node) or any(one is None for one in known):
+            return super().relaxation(node)
+        box = tuple(self.interval(operand) for operand in node.parents)
+        centers = tuple(
+            torch.minimum(torch.maximum(one[2], low), high) for one, (low, high) in zip(known, box, strict=True)
+        )
+        curves = self._curves.get(node) or self._first_curves(node, centers, box)
+        self._chosen[node] = curves
+        self._relaxations[node] = curved_relaxation(node, tuple(one[2] for one in known), box, curves)
+        return self._relaxations[node]
+
+    def _first_curves(self, node: NonLinear, centers: tuple[Tensor, ...], box: tuple[Interval, ...]) -> Curves:
+        tangent, planes = tangent_curves(node, centers, box), node.relax(*box)
+        share, bend = START["product" if isinstance(node, Product) else "activation"]
+        slopes = (
+            tuple(torch.lerp(plane, line, share) for plane, line in zip(own.slopes, lines, strict=True))
+            for own, lines in zip(planes, (tangent.lower_slopes, tangent.upper_slopes), strict=True)
+        )
+        # A little curvature everywhere, that tuning can multiply.
+        pairs = ((tangent[2], tangent[3]), (tangent[3], tangent[2]))
+        bends = (tuple(bend * q + 0.02 * other for q, other in zip(*pair, strict=True)) for pair in pairs)
+        return Curves(*slopes, *bends)
+
+    def curves(self) -> CurveTable:
+        """The curves of the pass; None for nodes that have planes."""
+        return [self._chosen.get(node) for node in self._curves]
+
+    def ranges(self) -> list[tuple[Tensor, ...] | None]:
+        """How far the derivatives vary over the nodes' boxes: the unit in which slopes are tuned."""
+        return [
+            node.slope_ranges(*(self.interval(operand) for operand in node.parents)) if node in self._chosen else None
+            for node in self._curves
+        ]
+
+    # --- the most that all neurons lose together ---
+
+    def _joint_loss(self, losses: list[tuple[Node, Tensor]]) -> Tensor:
+        """Upper bound of sum_k w_k d_k^2, (batch, rows), for weights (batch, rows, size) of operands."""
+        weights: dict[Node, Tensor] = {}
+        for operand, weight in losses:
+            weights[operand] = weights[operand] + weight if operand in weights else weight
+        w = torch.cat(list(weights.values()), dim=-1)
+        jacobian, remainder, center = (
+            torch.cat(parts, dim=1) for parts in zip(*(self._operand(operand) for operand in weights), strict=True)
+        )
+        low, high = (torch.cat(ends, dim=1) for ends in zip(*(self.interval(one) for one in weights), strict=True))
+        reach = torch.maximum(high - center, center - low)
+        alone = (w * reach.unsqueeze(-2) ** 2).sum(dim=-1)
+        tiny = torch.finfo(w.dtype).tiny ** 0.5  # keeps the roots' gradients finite
+        linear = (self._joint_linear(w, jacobian) + tiny).sqrt()
+        rest = ((w * remainder.unsqueeze(-2) ** 2).sum(dim=-1) + tiny).sqrt()
+        return torch.minimum(alone, (linear + rest) ** 2)
+
+    def _joint_linear(self, weights: Tensor, jacobian: Tensor) -> Tensor:
+        """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set."""
+        with torch.no_grad():
+            scale, size = self._ball_around(weights.mean(dim=-2), jacobian)
+        bound = size[:, None] * largest_eigenvalue(weights, jacobian * scale.unsqueeze(-2))
+        if self.perturbation.norm == 1.0:
+            bound = torch.minimum(bound, self._at_vertices(weights, jacobian))
+        return bound
+
+    def _ball_around(self, weight: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales s, (batch, n), and a size with  sum_j (delta_j / s_j)^2 <= size  on the perturbation set.
+
+        Balls of frames, and sides of boxes, that matter more get smaller scales; any scales would be sound.
+        """
+        perturbation, squares = self.perturbation, (weight.unsqueeze(-1) * jacobian**2).sum(dim=1)
+        if perturbation.ball == "sequence" and perturbation.norm != math.inf:
+            return torch.ones_like(squares), perturbation.eps.amax(dim=1) ** 2
+        if perturbation.norm == math.inf:
+            sides = torch.cat([perturbation.half_widths(frame.frame) for frame in self._frames], dim=-1)
+        else:
+            widths = [self._width(frame) for frame in self._frames]
+            sums = [part.sum(dim=-1, keepdim=True) for part in squares.split(widths, dim=-1)]
+            squares = torch.cat([s.expand(-1, n) for s, n in zip(sums, widths, strict=True)], dim=-1)
+            eps = torch.stack([perturbation.eps[:, frame.frame] for frame in self._frames], dim=-1)
+            sides = eps.repeat_interleave(torch.tensor(widths, device=eps.device), dim=-1)
+        floor = 1e-8 * squares.mean(dim=-1, keepdim=True) + torch.finfo(squares.dtype).tiny ** 0.5
+        root = (squares + floor).sqrt()
+        if perturbation.norm == math.inf:
+            return (sides / root).sqrt(), (sides * root).sum(dim=-1)
+        first = torch.tensor([sum(widths[:k]) for k in range(len(widths))], device=eps.device)
+        return (sides / root).sqrt(), (sides * root)[:, first].sum(dim=-1)
+
+    def _at_vertices(self, weights: Tensor, jacobian: Tensor) -> Tensor:
+        """The maximum over l_1 balls: a convex function's is at a vertex of each, and roots of frames add up."""
+        roots = []
+        for frame, part in zip(self._frames, jacobian.split([f.size for f in self._frames], dim=-1), strict=True):
+            roots.append(self.perturbation.eps[:, frame.frame, None] * (weights @ part**2).amax(dim=-1).sqrt())
+        return sum(roots) ** 2
+
+
+def largest_eigenvalue(weights: Tensor, jacobian: Tensor) -> Tensor:
+    """Upper bound of the largest eigenvalue of J^T diag(w) J, (batch, rows), for w (batch, rows, k), J (batch, k, n).
+
+    It is that of sqrt(w_k w_l) J_k J_l^T, at most that of the absolute values, at most max_k (M v)_k / v_k.
+    """
+    gram = (jacobian @ jacobian.mT).abs()
+    small = 1e-14 * weights.detach().amax(dim=-1, keepdim=True) + torch.finfo(weights.dtype).tiny ** 0.75
+    root = (weights + small).sqrt()
+    with torch.no_grad():
+        v = root
+        for _ in range(POWER_STEPS):
+            v = root * ((root * v) @ gram)
+            largest = v.amax(dim=-1, keepdim=True)
+            v = v / torch.where(largest > 0, largest, 1.0) + 1e-6
+    return (root * ((root * v) @ gram) / v).amax(dim=-1)
+
+
+# --- tuning ---------------------------------------------------------------------------------------------------------
+
+
+def tune_curves(
+    graph: Graph, perturbation: Perturbation, rows: Tensor, steps: int, start: CurveTable | None = None
+) -> tuple[CurveTable, Tensor]:
+    """Ascend every sample's worst margin in the slopes and curvatures of all nodes.
+
+    Args:
+        perturbation: the set for which they are tuned; they are sound for any other.
+        rows: the spec matrix C, (batch, n_specs, classes).
+        steps: gradient steps; each costs about three bounds.
+        start: curves to start from; ``START``'s if left out.
+
+    Returns:
+        The best curves that were met and their worst margins, (batch,).
+    """
+    with torch.no_grad():
+        first = CurvedPass(graph, perturbation, start)
+        best_margin = first.margin(rows).amin(dim=1)
+        best, ranges = first.curves(), first.ranges()
+    origin = best
+    moves = [curves and _map(lambda t: torch.zeros_like(t).requires_grad_(), curves) for curves in best]
+    slopes = [t for move in moves if move for ts in move[:2] for t in ts]
+    if not slopes:
+        return best, best_margin
+    bends = [t for move in moves if move for ts in move[2:] for t in ts]
+    groups = [{"params": group, "lr": size} for group, size in zip((slopes, bends), STEP_SIZES, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    for step in range(steps + 1):
+        with torch.enable_grad():
+            curves = [_moved(*parts) for parts in zip(origin, moves, ranges, strict=True)]
+            margin = CurvedPass(graph, perturbation, curves).margin(rows).amin(dim=1)
+            # A sample's scale of margins does not matter to Adam, but a few huge ones would to the sum.
+            loss = -(margin / (1.0 + margin.detach().abs())).nan_to_num(0.0).sum()
+        best, best_margin = _keep_better(best, best_margin, curves, margin.detach())
+        if step == steps:
+            break
+        pace = min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.475 * (1.0 + math.cos(math.pi * step / steps)))
+        for group, size in zip(optimizer.param_groups, STEP_SIZES, strict=True):
+            group["lr"] = size * pace
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return best, best_margin
+
+
+def _map(function, *tables: Curves) -> Curves:
+    """A function of corresponding tensors of several curves."""
+    return Curves(
+        *(tuple(function(*tensors) for tensors in zip(*parts, strict=True)) for parts in zip(*tables, strict=True))
+    )
+
+
+def _moved(origin: Curves | None, move: Curves | None, ranges: tuple[Tensor, ...] | None) -> Curves | None:
+    """Slopes moved by shares of their ranges, curvatures by factors."""
+    if origin is None:
+        return None
+    lower, upper = (
+        tuple(slope + reach * shift for slope, shift, reach in zip(slopes, shifts, ranges, strict=True))
+        for slopes, shifts in zip(origin[:2], move[:2], strict=True)
+    )
+    bends = (
+        tuple(bend * shift.exp() for bend, shift in zip(bends, shifts, strict=True))
+        for bends, shifts in zip(origin[2:], move[2:], strict=True)
+    )
+    return Curves(lower, upper, *bends)
+
+
+def _keep_better(
+    best: CurveTable, best_margin: Tensor, curves: CurveTable, margin: Tensor
+) -> tuple[CurveTable, Tensor]:
+    better = margin > best_margin
+    kept = [
+        old and _map(lambda o, n: torch.where(better[:, None], n.detach(), o), old, new)
+        for old, new in zip(best, curves, strict=True)
+    ]
+    return kept, torch.where(better, margin, best_margin)
