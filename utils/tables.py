@@ -114,7 +114,7 @@ def load_case(name: str, data: ImageData, args: argparse.Namespace, device: torc
     path = case_path(name)
     model, config = load_checkpoint(path, device)
     options = {"time_step": config["num_frames"], "dtype": "float64", "untargeted": False, "target": "random"}
-    options |= {"per_frame": False, "frames": None, "clip": False, "p": 2.0}
+    options |= {"per_frame": False, "frames": None, "clip": False, "p": 2.0, "save_certificate": False}
     drawing = argparse.Namespace(**(vars(copy.copy(args)) | options))
     check_arguments(drawing)
     samples = draw_samples(data, model, drawing)
