@@ -76,7 +76,7 @@ def plot_histogram(results: Results) -> Figure:
     axes.set_ylabel(f"radii, {frames} frames an image" if frames else "images")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -89,7 +89,7 @@ def plot_certified_fraction(results: Results) -> Figure:
         colors = COLORS(np.linspace(0, 1, len(frames)))
         for frame, color in zip(frames, colors, strict=True):
             radii = results.radii(frame)
-            _stairs(axes, radii, len(radii), color=color, label=f"frame {frame}")
+            stairs(axes, radii, len(radii), color=color, label=f"frame {frame}")
         if len(frames) <= LINES_IN_LEGEND:
             axes.legend(frameon=False)
         else:
@@ -99,24 +99,25 @@ def plot_certified_fraction(results: Results) -> Figure:
     else:
         counts, radii = results.record["counts"], results.radii()
         kept = f"of the {counts['kept']} correctly classified"
-        _stairs(axes, radii, counts["kept"], label=kept, color="tab:blue")
+        stairs(axes, radii, counts["kept"], label=kept, color="tab:blue")
         if counts["misclassified"]:
             drawn = counts["kept"] + counts["misclassified"]
             kind = " of another class than the target" if counts["left_out"] else ""
-            _stairs(axes, radii, drawn, label=f"of all {drawn} drawn{kind}", color="tab:gray", linestyle="--")
+            stairs(axes, radii, drawn, label=f"of all {drawn} drawn{kind}", color="tab:gray", linestyle="--")
         axes.legend(frameon=False)
         axes.set_ylabel("certified share of the images (%)")
     axes.set_xlabel(eps_label(results, r"perturbation $\epsilon$"))
     axes.set_ylim(0, 103)
     axes.set_xlim(left=0)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
-def _stairs(axes: Axes, radii: np.ndarray, total: int, **style) -> None:
-    """Line of 100 * #(radius >= eps) / total."""
+def stairs(axes: Axes, radii: np.ndarray, total: int, **style) -> None:
+    """Add the share in per cent of ``total`` samples that have at least eps as their radius, over eps."""
     ends = np.concatenate([[0.0], np.sort(radii)])
-    axes.step(ends, 100 * np.arange(len(radii), -1, -1) / total, where="post", linewidth=1.6, **style)
+    style = {"linewidth": 1.6} | style
+    axes.step(ends, 100 * np.arange(len(radii), -1, -1) / total, where="post", **style)
 
 
 def plot_heatmap(results: Results, indices: np.ndarray, images: np.ndarray) -> Figure:
@@ -163,7 +164,8 @@ def _bands(axes: Axes, values: np.ndarray, side: int, scale: Normalize) -> None:
         axes.axhline(edge, color="white", linewidth=0.5)
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Take away what frames the axes, and put a faint grid behind the lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
