@@ -298,7 +298,7 @@ def plot(groups: dict[tuple[str, float], Group]) -> Figure:
     for axes in every[:, 0]:
         axes.set_ylabel("share of images (%)", fontsize=9)
     handles, names = every[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(COLUMNS, len(names)), frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=columns + 1, frameon=False)
     return figure
 
 
@@ -314,7 +314,7 @@ def plot_panel(axes: Axes, group: Group) -> None:
     # An endless radius ends beyond the axis. Cheaper methods are thinner and on top, so that equal curves are all seen.
     stairs(axes, attack.clip(max=2 * end), len(attack), color="tab:red", linestyle="--", label="not broken by PGD")
     for number, (method, values) in enumerate(radii.items()):
-        style = {"color": COLORS.get(method, "tab:orange"), "linewidth": 1.2 + 0.9 * number, "zorder": 3 - 0.1 * number}
+        style = {"color": COLORS.get(method, "tab:orange"), "linewidth": 1.2 + 0.6 * number, "zorder": 3 - 0.1 * number}
         stairs(axes, values.clip(max=2 * end), len(values), label=f"certified by {method}", **style)
     axes.set_xlim(0, 1.02 * end)
     axes.set_ylim(0, 103)
