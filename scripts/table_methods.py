@@ -284,7 +284,7 @@ def plot(groups: dict[tuple[str, float], Group]) -> Figure:
     models = list(dict.fromkeys(model for model, _ in groups))
     columns = min(COLUMNS, len(models))
     lines = -(-len(models) // columns)
-    figure = Figure(figsize=(0.8 + 2.7 * columns, 0.9 + 2.3 * lines * len(norms)), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 0.8 + 2.7 * columns), 0.9 + 2.3 * lines * len(norms)), layout="constrained")
     every = figure.subplots(lines * len(norms), columns, squeeze=False, sharey=True)
     for axes in every.flat:
         axes.set_visible(False)
