@@ -19,8 +19,8 @@ from utils.graph import Graph
 from utils.problem import SLACK, TIME_LIMIT, MarginProblem
 from utils.search import Bracket
 
-ROUND_STEPS = 20  # gradient steps of a branch before it is looked at again
-OVERSHOOTS = (1.1, 1.04, 1.015)  # eps at which a branch is tuned, over what it has reached; one for each try in vain
+ROUND_STEPS = 40  # gradient steps of a branch before it is looked at again
+OVERSHOOTS = (1.06, 1.03, 1.01)  # eps at which a branch is tuned, over what it has reached; one for each try in vain
 ENOUGH = 1.002  # a branch that gains less than this factor gains nothing
 
 VERDICTS = ("certified", "falsified", "unknown")

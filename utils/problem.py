@@ -221,13 +221,20 @@ class MarginProblem:
         return max(1, GRAM_BYTES // (max(neurons, 1) ** 2 * dtype.itemsize))
 
     def branches(self, sample: Tensor) -> MarginProblem:
-        """A problem with a sample of its own for every spec row of one sample, (1,); it has no tuned bounds yet."""
+        """A problem with a sample of its own for every spec row of one sample, (1,), and its curves to start from."""
         count = self.rows.shape[1]
         problem = copy.copy(self)
         problem.x, problem.mask = (tensor[sample].repeat_interleave(count, dim=0) for tensor in (self.x, self.mask))
         problem.lengths = None if self.lengths is None else self.lengths[sample].repeat(count)
         problem.rows = self.rows[sample].transpose(0, 1)
-        problem.slopes = problem.curves = None
+        problem.slopes, problem.curves = (
+            None,
+            self.curves
+            and [
+                curves and Curves(*(tuple(t[sample].repeat_interleave(count, dim=0) for t in ts) for ts in curves))
+                for curves in self.curves
+            ],
+        )
         return problem
 
     def linear_radius(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
