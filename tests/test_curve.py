@@ -232,6 +232,16 @@ def test_curves_certify_more_where_many_neurons_add_their_errors():
     assert (attacked > 0).all()
 
 
+def test_bounds_that_overflow_certify_nothing():
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float32).detach()
+    perturbation = Perturbation(x.float(), torch.full(x.shape[:2], 1e12), INF)
+    margin = CurvedPass(graph, perturbation).margin(margin_rows(labels, 3))
+    assert not margin.isnan().any()
+    assert not (margin > 0).any()
+
+
 def test_radii_of_samples_of_different_lengths():
     model = network(nn.LSTM)
     x, labels = sequences(model)

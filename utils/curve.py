@@ -158,6 +158,11 @@ class CurvedPass(BoundPass):
             for node in self._curves
         ]
 
+    def margin(self, rows: Tensor) -> Tensor:
+        """As of a plain pass; minus infinity where the numbers overflow, as they may far beyond what is certified."""
+        margin = super().margin(rows)
+        return torch.where(margin.isnan(), -torch.inf, margin)
+
     # --- the most that all neurons lose together ---
 
     def _joint_loss(self, losses: list[tuple[Node, Tensor]]) -> Tensor:
