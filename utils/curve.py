@@ -7,9 +7,9 @@ d_k of the neuron's operand from the middle of its range, so that a row with coe
     sum_k w_k d_k^2,        w_k = |A_k| q_k / 2 >= 0,
 
 and this sum has a bound over the whole perturbation set. With linear bounds of the operands in the perturbation
-delta, d_k = J_k delta + rho_k and |rho_k| <= R_k, so by the triangle inequality
+delta, d_k = J_k delta + rho_k and |rho_k| <= R_k, so that for any t_k > 0
 
-    (sum_k w_k d_k^2)^(1/2)  <=  (max over delta of sum_k w_k (J_k delta)^2)^(1/2)  +  (sum_k w_k R_k^2)^(1/2),
+    sum_k w_k d_k^2  <=  max over delta of sum_k w_k (1 + t_k) (J_k delta)^2  +  sum_k w_k (1 + 1/t_k) R_k^2,
 
 and the maximum is at most the largest eigenvalue of the weighted Gram matrix of the J_k (in coordinates in which the
 perturbation set lies in a ball of radius 1), many times less than its trace, which planes pay.
@@ -35,6 +35,7 @@ WARM_UP = 3
 
 # Where tuning starts: shares of the tangent's slopes, the rest being those of the planes, and of its curvatures.
 START = {"activation": (1.0, 1.0), "product": (0.25, 0.4)}
+OWN_SHARE = 0.7  # how far a neuron's linear part is taken to be from the middle, of the most it can be; measured
 POWER_STEPS = 2  # of the power iteration that finds a v; any v is sound
 
 CurveTable = list[Curves | None]
@@ -177,10 +178,14 @@ class CurvedPass(BoundPass):
         low, high = (torch.cat(ends, dim=1) for ends in zip(*(self.interval(one) for one in weights), strict=True))
         reach = torch.maximum(high - center, center - low)
         alone = (w * reach.unsqueeze(-2) ** 2).sum(dim=-1)
-        tiny = torch.finfo(w.dtype).tiny ** 0.5  # keeps the roots' gradients finite
-        linear = (self._joint_linear(w, jacobian) + tiny).sqrt()
-        rest = ((w * remainder.unsqueeze(-2) ** 2).sum(dim=-1) + tiny).sqrt()
-        return torch.minimum(alone, (linear + rest) ** 2)
+        tiny = torch.finfo(w.dtype).tiny ** 0.5  # keeps quotients, and the roots' gradients, finite
+        # (a + b)^2 <= (1 + t) a^2 + (1 + 1/t) b^2 for every t > 0, a neuron's own or, at its best, one for all.
+        own = (remainder.clamp(min=1e-6) / (OWN_SHARE * (reach - remainder).clamp(min=1e-6))).unsqueeze(-2)
+        together, apart = (self._joint_linear(weight, jacobian) for weight in (w, w * (1.0 + own)))
+        square = w * remainder.unsqueeze(-2) ** 2
+        together = ((together + tiny).sqrt() + (square.sum(dim=-1) + tiny).sqrt()) ** 2
+        apart = apart + (square * (1.0 + 1.0 / own)).sum(dim=-1)
+        return torch.minimum(alone, torch.minimum(together, apart))
 
     def _joint_linear(self, weights: Tensor, jacobian: Tensor) -> Tensor:
         """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set."""
