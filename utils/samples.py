@@ -49,6 +49,13 @@ def draw_index(data: ImageData, args: argparse.Namespace) -> tuple[Tensor, torch
     return torch.randperm(total, generator=generator)[: args.N], generator
 
 
+def random_targets(data: ImageData, index: Tensor, generator: torch.Generator) -> Tensor:
+    """A random class besides the label for each image; ``generator`` comes from ``draw_index``."""
+    # Drawn for the whole test set, so that an image's target does not depend on how many are drawn.
+    offset = torch.randint(1, len(data.class_names), (len(data.test_y),), generator=generator)[index]
+    return (data.test_y[index] + offset) % len(data.class_names)
+
+
 def draw_samples(data: ImageData, model: SequenceClassifier, args: argparse.Namespace) -> Samples:
     """Draw test images by the seed and keep those that have a target and are classified correctly.
 
@@ -60,7 +67,6 @@ def draw_samples(data: ImageData, model: SequenceClassifier, args: argparse.Name
     """
     index, generator = draw_index(data, args)
     num_classes = len(data.class_names)
-    random_offset = torch.randint(1, num_classes, (len(data.test_y),), generator=generator)[index]
     images, labels = data.test_x[index], data.test_y[index]
     with torch.no_grad():
         exact = copy.deepcopy(model).cpu().to(getattr(torch, args.dtype))
@@ -72,7 +78,7 @@ def draw_samples(data: ImageData, model: SequenceClassifier, args: argparse.Name
             raise ValueError(f"--target {args.target} is no class: there are 0 to {num_classes - 1}")
         targets = torch.full_like(labels, args.target)
     elif args.target == "random":
-        targets = (labels + random_offset) % num_classes
+        targets = random_targets(data, index, generator)
     else:
         others = logits.clone()
         others[torch.arange(len(labels)), labels] = -INF if args.target == "runnerup" else INF

@@ -21,7 +21,7 @@ from utils.checkpoint import Config, load_checkpoint, model_name
 from utils.cli import ROOT, add_common_arguments, git_commit, norm_value, positive_int, versions
 from utils.models import SequenceClassifier
 from utils.results import replacing
-from utils.samples import draw_index, draw_samples
+from utils.samples import draw_index, draw_samples, random_targets
 
 MODELS_DIR = ROOT / "models" / "mnist_classifier"
 QUICK_MODELS = ("rnn_4_32_tanh", "rnn_7_64_tanh", "lstm_4_32", "gru_4_32")
@@ -31,7 +31,7 @@ QUICK_MODELS = ("rnn_4_32_tanh", "rnn_7_64_tanh", "lstm_4_32", "gru_4_32")
 class Case:
     """A checkpoint and the test images that a bound script draws for it: correctly classified, with random targets.
 
-    Without targets, it has all images that were drawn, the misclassified as well.
+    From ``load_all_images``, it has all images that were drawn, the misclassified as well.
     """
 
     name: str
@@ -123,13 +123,16 @@ def load_case(name: str, data: ImageData, args: argparse.Namespace, device: torc
     return Case(case_name(name, path, config), config, model, x, labels, targets, samples.index, path)
 
 
-def load_all_images(name: str, data: ImageData, args: argparse.Namespace, device: torch.device) -> Case:
-    """As ``load_case``, with all images that are drawn, and without targets."""
+def load_all_images(
+    name: str, data: ImageData, args: argparse.Namespace, device: torch.device, targeted: bool = False
+) -> Case:
+    """As ``load_case``, with all images that are drawn, and without targets unless ``targeted``."""
     path = case_path(name)
     model, config = load_checkpoint(path, device)
-    index, _ = draw_index(data, args)
+    index, generator = draw_index(data, args)
+    targets = random_targets(data, index, generator).to(device) if targeted else None
     x = as_frames(data.test_x[index], config["num_frames"]).to(device)
-    return Case(case_name(name, path, config), config, model, x, data.test_y[index].to(device), None, index, path)
+    return Case(case_name(name, path, config), config, model, x, data.test_y[index].to(device), targets, index, path)
 
 
 def case_name(name: str, path: Path, config: Config) -> str:

@@ -1,0 +1,281 @@
+"""Which test images keep their class at one eps: certified, falsified by a counter-example, or unknown in time.
+
+    python scripts/decide.py --model lstm_4_32 --p inf --eps 0.02 --N 20 --time-limit 10
+    python scripts/decide.py --model lstm_4_32 --p inf --eps 0.02 --clip --targeted --resume
+    torchrun --nproc-per-node 2 scripts/decide.py --model lstm_4_32 --p 2 --eps 0.2 --N 100
+
+Images are decided one after the other: an attack looks for a counter-example, then bounds that take longer and longer
+try to exclude one, until --time-limit is up. An image that the model misclassifies is its own counter-example, whatever
+its target. Counter-examples are saved beside verdicts.csv, and a row is written only after its file was read again and
+evaluated anew; a file that does not hold what it should stops the script with exit code 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from data.mnist import load_mnist
+from utils.attack import VERDICT, AttackProblem, AttackResult
+from utils.attack_file import replay_attack, save_attack
+from utils.bab import VERDICTS, decide
+from utils.bound_arguments import check_arguments
+from utils.certify import TIME_LIMIT
+from utils.cli import (
+    ROOT,
+    ArgumentParser,
+    ContradictionError,
+    add_common_arguments,
+    apply_common_arguments,
+    norm_value,
+    positive_float,
+    positive_int,
+    run_main,
+    utc_now,
+)
+from utils.ranks import Ranks, joined
+from utils.results import Record, exclusive, read_record
+from utils.rows import KeyedRow
+from utils.step_runs import digest
+from utils.table_run import make_record
+from utils.tables import MODELS_DIR, Case, load_all_images, norm_text
+from utils.threat_text import UNIT, describe_goal, describe_threat
+from utils.training import check_writable
+from utils.work import Job, find_rows
+
+CSV_NAME, EXAMPLES_NAME = "verdicts.csv", "counterexamples"
+DRY_SECONDS = 1.0  # at most, for the only image of a dry run
+
+
+@dataclass(frozen=True)
+class VerdictKey:
+    """A test image, its class and the model's, the class to keep away from ("all" for every other), and eps."""
+
+    index: int
+    label: int
+    prediction: int
+    target: int | str
+    eps: float
+
+    @property
+    def misclassified(self) -> bool:
+        return self.prediction != self.label
+
+
+@dataclass(frozen=True)
+class VerdictRow(VerdictKey, KeyedRow):
+    """What was found for an image.
+
+    Attributes:
+        verdict: "certified", "falsified" or "unknown".
+        margin: the worst margin (label's logit less another's): of a falsified image that of the counter-example,
+            otherwise a lower bound over all perturbations, -inf if time was up before there was one.
+        seconds: of the clock.
+    """
+
+    KEY: ClassVar[type] = VerdictKey
+
+    verdict: str
+    margin: float
+    seconds: float
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", required=True, help=f"folder in {MODELS_DIR.relative_to(ROOT)}, or the path of a checkpoint"
+    )
+    group = parser.add_argument_group("what is decided")
+    group.add_argument(
+        "--eps", type=positive_float, required=True, help="how far every frame may move, in pixel values in [0, 1]"
+    )
+    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball around every frame: 1, 2 or inf")
+    group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
+    kind = group.add_mutually_exclusive_group()
+    kind.add_argument("--targeted", action="store_true", help="against one random other class an image")
+    kind.add_argument(
+        "--untargeted", dest="targeted", action="store_false", help="against all other classes (this is the default)"
+    )
+    parser.set_defaults(targeted=False)
+    group.add_argument("--N", type=positive_int, default=20, help="test images drawn, the misclassified among them")
+    group = parser.add_argument_group("how")
+    group.add_argument(
+        "--time-limit", type=positive_float, default=TIME_LIMIT, help="seconds an image; a step begun is finished"
+    )
+    group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
+    group.add_argument(
+        "--out-dir", type=Path, help="folder of the results (default: P_norm_verdicts beside the checkpoint)"
+    )
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def described(args: argparse.Namespace, num_frames: int) -> argparse.Namespace:
+    """The flags as those of a bound script, for its checks and words. Raises ValueError if they contradict."""
+    flags = {"per_frame": False, "frames": None, "ball": "frame", "method": "bab", "save_certificate": False}
+    flags |= {"untargeted": not args.targeted, "target": None, "p": args.p, "clip": args.clip}
+    threat = argparse.Namespace(**flags, time_step=num_frames)
+    check_arguments(threat)
+    return threat
+
+
+def result_folder(case: Case, args: argparse.Namespace) -> Path:
+    """--out-dir, or beside the checkpoint inf_norm_verdicts, inf_norm_verdicts_targeted_clip ..."""
+    words = [f"{args.p:g}_norm_verdicts", *["targeted"] * args.targeted, *["clip"] * args.clip]
+    return args.out_dir or case.path.parent / "_".join(words)
+
+
+class Run:
+    """The rows of a run, how they are found, and the counter-examples that belong to them."""
+
+    def __init__(self, case: Case, args: argparse.Namespace):
+        self.case, self.args = case, args
+        self.threat: dict[str, Any] = {"norm": args.p, "clip": (0.0, 1.0) if args.clip else None}
+        self.replica = copy.deepcopy(case.model).cpu()  # files hold CPU tensors, so that they can be read anywhere
+        self.examples: dict[int, AttackResult] = {}  # found and not saved yet, by sample
+        exact = AttackProblem(case.model, case.x, case.labels).model(VERDICT)
+        predictions = exact(case.x.to(VERDICT)).argmax(dim=1).tolist()
+        targets = ["all"] * len(case) if case.targets is None else case.targets.tolist()
+        facts = zip(case.index.tolist(), case.labels.tolist(), predictions, targets, strict=True)
+        self.keys = [VerdictKey(*values, args.eps) for values in facts]
+
+    def jobs(self) -> list[Job]:
+        return [Job([key], partial(self.rows, sample)) for sample, key in enumerate(self.keys)]
+
+    def targets(self, sample: int) -> Tensor | None:
+        """Against whom a sample is decided: a misclassified one has failed against some class, if not its target."""
+        untargeted = self.case.targets is None or self.keys[sample].misclassified
+        return None if untargeted else self.case.targets[sample : sample + 1]
+
+    def rows(self, sample: int, most_seconds: float = math.inf) -> list[VerdictRow]:
+        """The row of one sample; its counter-example waits in ``examples``."""
+        started = time.perf_counter()
+        key, own = self.keys[sample], slice(sample, sample + 1)
+        inputs, targets = (self.case.model, self.case.x[own], self.case.labels[own]), self.targets(sample)
+        verdict, margin, example = "falsified", math.nan, self.case.x[sample]
+        if not key.misclassified:
+            effort = {"time_limit": min(self.args.time_limit, most_seconds), "seed": self.args.seed}
+            (found,) = decide(*inputs, self.args.eps, targets=targets, **effort, **self.threat)
+            verdict, margin, example = found.verdict, float(found.margins.min()), found.counterexample
+        if example is not None:
+            example = example[None].to(VERDICT)
+            worst = AttackProblem(*inputs, targets=targets).worst_margin(example)
+            self.examples[sample] = AttackResult(example.cpu(), worst.cpu())
+            margin = worst.item()
+        return [VerdictRow(**vars(key), verdict=verdict, margin=margin, seconds=time.perf_counter() - started)]
+
+    def save_examples(self, rows: Sequence[VerdictRow], folder: Path) -> None:
+        """Write the rows' counter-examples to a folder and check the files. Raises ContradictionError."""
+        for row in rows:
+            sample = self.keys.index(row.key)
+            if row.verdict == "falsified":
+                folder.mkdir(exist_ok=True)
+                path = folder / f"{row.index:05d}.pt"
+                x, labels = (values[sample : sample + 1].cpu() for values in (self.case.x, self.case.labels))
+                targets = self.targets(sample)
+                targets = None if targets is None else targets.cpu()
+                save_attack(path, self.examples.pop(sample), x, labels, targets=targets, **self.threat)
+                self.check_example(path)
+
+    def check_example(self, path: Path) -> None:
+        """Replay a saved counter-example. Raises ContradictionError if it does not break its image."""
+        replay = replay_attack(path, self.replica)
+        margin, size = replay.margin.item(), replay.size.item()
+        if not (margin <= 0 and size <= self.args.eps and replay.valid.item()):
+            facts = f"margin {margin:.6g}, size {size:.6g} at eps {self.args.eps:g}, valid: {replay.valid.item()}"
+            raise ContradictionError(f"the counter-example {path} does not hold when it is replayed ({facts})")
+
+
+def describe_run(args: argparse.Namespace, case: Case, source: str) -> Record:
+    """What run.json says about the run."""
+    threat = described(args, case.x.shape[1])
+    pixels = (255 * case.x).round().to(torch.uint8).cpu().numpy()
+    record = make_record(args, [case], source, case.x.device)
+    record["data"]["drawn_sha256"] = digest([pixels.tobytes(), case.labels.cpu().numpy().tobytes()])
+    return {"threat_model": describe_threat(threat), "goal": describe_goal(threat), "unit": UNIT} | record
+
+
+def summarize(rows: Sequence[VerdictRow]) -> Record:
+    """How many images have each verdict; the misclassified are among the falsified."""
+    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in VERDICTS}
+    misclassified = sum(row.misclassified for row in rows)
+    seconds = math.fsum(row.seconds for row in rows) / len(rows)
+    return {"images": len(rows)} | counts | {"misclassified": misclassified, "seconds_per_image": seconds}
+
+
+def result_lines(rows: Sequence[VerdictRow], args: argparse.Namespace) -> list[str]:
+    """A table of all images, and the verdicts counted."""
+    line = "{:>6}{:>7}{:>12}{:>8}  {:<11}{:>13}{:>10}  {}"
+    lines = [line.format("image", "label", "prediction", "target", "verdict", "worst margin", "seconds", "").rstrip()]
+    for row in rows:
+        note = "misclassified without any perturbation" if row.misclassified else ""
+        cells = (row.index, row.label, row.prediction, row.target, row.verdict)
+        lines.append(line.format(*cells, f"{row.margin:.4g}", f"{row.seconds:.2f}", note).rstrip())
+    return [*lines, summary_line(summarize(rows), args)]
+
+
+def summary_line(summary: Record, args: argparse.Namespace) -> str:
+    own = f" ({summary['misclassified']} of them misclassified as they are)" if summary["misclassified"] else ""
+    return (
+        f"{summary['certified']} certified, {summary['falsified']} falsified{own}, {summary['unknown']} unknown of "
+        f"{summary['images']} test images at eps {args.eps:g} (pixel values in [0, 1], a ball of this radius in "
+        f"{norm_text(args.p)} around every frame); {summary['seconds_per_image']:.2g} s per image, limit "
+        f"{args.time_limit:g} s"
+    )
+
+
+def print_introduction(record: Record, case: Case, args: argparse.Namespace) -> None:
+    print(f"{case.name} on test images of {record['data']['source']}: {len(case)} drawn with seed {args.seed}")
+    print(f"perturbation: {record['threat_model']}")
+    print(f"certified: {record['goal']}; eps is {args.eps:g} in {record['unit']}", flush=True)
+
+
+def main() -> None:
+    args = get_args()
+    device = apply_common_arguments(args)
+    with joined(device) as ranks:
+        data = load_mnist(args.data_dir)
+        case = load_all_images(args.model, data, args, device, targeted=args.targeted)
+        record = describe_run(args, case, data.source)
+        run = Run(case, args)
+        print_introduction(record, case, args)
+        if args.dry_run:
+            (row,) = run.rows(0, DRY_SECONDS)
+            print(f"dry run: image {row.index} is {row.verdict} within {DRY_SECONDS:g} s, nothing written")
+            return
+        folder = result_folder(case, args)
+        check_writable(folder)
+        with exclusive(folder, ranks):
+            run_and_write(run, folder, record, ranks)
+
+
+def run_and_write(run: Run, folder: Path, record: Record, ranks: Ranks) -> None:
+    """Decide image by image, then count."""
+    layout = {"csv_name": CSV_NAME, "derived": (), "attached": (EXAMPLES_NAME,), "ranks": ranks}
+    save = partial(run.save_examples, folder=folder / EXAMPLES_NAME)
+    results = find_rows(
+        folder, record, run.jobs(), kind=VerdictRow, resume=run.args.resume, before_writing=save, **layout
+    )
+    if ranks.first:
+        results.finish(summarize(results.rows), utc_now())
+        print("\n".join(result_lines(results.rows, run.args)))
+        summary = read_record(folder)["summary"]
+        also = f", {EXAMPLES_NAME}/ (replayed from their files)" if summary["falsified"] else ""
+        print(f"results in {folder}: {CSV_NAME}, run.json{also}")
+
+
+if __name__ == "__main__":
+    run_main(main)
