@@ -142,7 +142,9 @@ def test_interruption_leaves_the_earlier_checkpoint(tmp_path, data):
     command = [sys.executable, str(ROOT / RNN), *flags, "--data-dir", str(data)]
     # A marker in place of the first evaluation tells that the training goes on.
     code = (
-        "import runpy, sys, torch; sys.argv = sys.argv[1:]; "
+        "import runpy, signal, sys, torch; sys.argv = sys.argv[1:]; "
+        # A shell's background jobs, and their children, ignore the signal.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"sys.path.insert(0, {str(ROOT)!r}); import utils.training as t; stock = t.accuracy; "
         "t.accuracy = lambda *a: (print('training', flush=True), stock(*a))[1]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -151,7 +151,8 @@ class BoundPass:
 
     def _bound_by_rows(self, node: Node) -> Interval:
         """Bounds of a node's elements as those of the rows [I; -I]."""
-        rows = torch.eye(node.size, dtype=self.perturbation.x.dtype, device=self.perturbation.x.device)
+        low, _ = self.interval(node)
+        rows = torch.eye(node.size, dtype=low.dtype, device=low.device)
         lower, minus_upper = self.lower_bound(node, torch.cat((rows, -rows))[None]).split(node.size, dim=-1)
         return lower, -minus_upper
 
