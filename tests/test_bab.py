@@ -78,7 +78,7 @@ def test_branches_are_the_rows_of_one_sample():
     model = network(nn.LSTM)
     x, labels = sequences(model)
     problem = MarginProblem(model, x, labels, method="bab")
-    branches = problem.branches(torch.tensor([2]))
+    branches = problem.part(torch.tensor([2])).branches()
     eps = torch.full((2,), 0.1, dtype=torch.float64)
     whole = problem.margins(eps[:1], torch.float64, torch.tensor([2]))
     assert torch.allclose(branches.margins(eps, torch.float64)[:, 0], whole[0], atol=1e-12)

@@ -1,8 +1,9 @@
-"""As far as a time limit goes: every target class is a branch with curved bounds of its own, the worst one goes first.
+"""As far as a time limit goes: curved bounds tuned further, then a branch with bounds of its own for every target.
 
-Bounds that are tuned for all targets together are a compromise. Here each row of the spec matrix C becomes a problem
-of its own. A sample's radius is the least of its branches', so the branch with the least is tuned further, at an eps a
-little above what it has reached, until time is up or that branch gains no more.
+All targets share most of the work, so their common bounds are tuned as long as that gains. But such bounds are a
+compromise: then each row of the spec matrix C becomes a problem of its own. A sample's radius is the least of its
+branches', so the branch with the least is tuned further, at an eps a little above what it has reached, until time is up
+or that branch gains no more.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from utils.graph import Graph
 from utils.problem import SLACK, TIME_LIMIT, MarginProblem
 from utils.search import Bracket
 
-ROUND_STEPS = 40  # gradient steps of a branch before it is looked at again
+ROUND_STEPS = 40  # gradient steps of a branch before it is looked at again; twice as many after each try in vain
 OVERSHOOTS = (1.06, 1.03, 1.01)  # eps at which a branch is tuned, over what it has reached; one for each try in vain
 ENOUGH = 1.002  # a branch that gains less than this factor gains nothing
 
@@ -39,23 +40,31 @@ def refine_radii(problem: MarginProblem, rows: Tensor, found: Bracket, search: S
     """Raise the certified radii of some samples, ``found``'s, in place, within some seconds each."""
     for n, sample in enumerate(rows.split(1)):
         if 0 < float(found.low[n]) < torch.inf:
-            _refine_radius(problem.branches(sample), found, n, search, time.perf_counter() + seconds)
+            deadline = time.perf_counter() + seconds
+            together = problem.part(sample)
+            _refine_radius(together, found, n, search, deadline)
+            _refine_radius(together.branches(), found, n, search, deadline)
 
 
 def _refine_radius(branches: MarginProblem, found: Bracket, n: int, search: Search, deadline: float) -> None:
+    """Raise a sample's radius, the least of some branches', as long as there is time and the worst of them gains."""
     low, high, margin = (getattr(found, name)[n].repeat(len(branches.x)) for name in ("low", "high", "margin"))
     in_vain = [0] * len(low)
+    tuned = [len(low) == 1] * len(low)  # by itself; before that, a branch may have more room than all together
     while time.perf_counter() < deadline:
         worst = int(low.argmin())
         if in_vain[worst] == len(OVERSHOOTS):
             break
         own = torch.tensor([worst], device=low.device)
         aim = low[own] * OVERSHOOTS[in_vain[worst]]
-        branches.tune_curves(aim, search.search_dtype, ROUND_STEPS, own)
+        if tuned[worst]:
+            steps = ROUND_STEPS << in_vain[worst]
+            branches.tune_curves(aim, search.search_dtype, steps, own, deadline=deadline)
         bracket = search(branches, own, aim, OVERSHOOTS[in_vain[worst]])
         found.evaluations[n] += int(bracket.evaluations)
         grown = bool(bracket.low > ENOUGH * low[own])
-        in_vain[worst] = 0 if grown else in_vain[worst] + 1
+        in_vain[worst] = 0 if grown or not tuned[worst] else in_vain[worst] + 1
+        tuned[worst] = True
         if bracket.low > low[own]:
             low[own], high[own], margin[own] = bracket.low, bracket.high, bracket.margin
     worst = int(low.argmin())
@@ -69,23 +78,27 @@ def refine_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype, marg
     margins = margins.detach().clone()
     for n in range(len(margins)):
         sample = torch.tensor([n], device=margins.device)
-        _refine_margins(problem, sample, eps[sample], dtype, margins[n], time.perf_counter() + problem.time_limit)
+        _refine_margins(problem.part(sample), eps[sample], dtype, margins[n], time.perf_counter() + problem.time_limit)
     return margins
 
 
-def _refine_margins(problem, sample: Tensor, eps: Tensor, dtype, best: Tensor, deadline: float, aim: float = torch.inf):
-    """Raise one sample's ``best`` margins in place, the least first, until all are above ``aim`` or time is up."""
-    branches, in_vain = problem.branches(sample), [0] * len(best)
-    while time.perf_counter() < deadline and float(best.min()) <= aim:
-        worst = int(best.argmin())
-        if in_vain[worst] == len(OVERSHOOTS):
-            break
-        own = torch.tensor([worst], device=best.device)
-        branches.tune_curves(eps, dtype, ROUND_STEPS, own)
-        margin = branches.margins(eps, dtype, own)[0, 0]
-        grown = bool(margin > best[worst] + (ENOUGH - 1.0) * (1.0 + best[worst].abs()))
-        in_vain[worst] = 0 if grown else in_vain[worst] + 1
-        best[worst] = torch.maximum(best[worst], margin)
+def _refine_margins(together: MarginProblem, eps: Tensor, dtype, best: Tensor, deadline: float, aim: float = torch.inf):
+    """Raise one sample's ``best`` margins in place until all are above ``aim``, time is up or nothing gains.
+
+    All of them together first, then each by itself, the least first.
+    """
+    for branches, targets in ((together, [slice(None)]), (together.branches(), range(len(best)))):
+        in_vain = [0] * len(targets)
+        while time.perf_counter() < deadline and float(best.min()) <= aim:
+            worst = min(range(len(targets)), key=lambda k: float(best[targets[k]].min()))
+            if in_vain[worst] == len(OVERSHOOTS):
+                break
+            own, before = torch.tensor([worst], device=best.device), float(best[targets[worst]].min())
+            branches.tune_curves(eps, dtype, ROUND_STEPS << in_vain[worst], own, aim=aim, deadline=deadline)
+            found = branches.margins(eps, dtype, own)[0]
+            best[targets[worst]] = torch.maximum(best[targets[worst]], found if len(targets) == 1 else found[0])
+            gain = float(best[targets[worst]].min()) - before
+            in_vain[worst] = 0 if gain > (ENOUGH - 1.0) * (1.0 + abs(before)) else in_vain[worst] + 1
 
 
 @dataclass
@@ -126,7 +139,7 @@ def decide(
 
     Args:
         eps: a number or (batch,).
-        time_limit: seconds a sample; a step that was begun is finished.
+        time_limit: seconds a sample; a gradient step that was begun is finished.
         dtype: precision of the bounds.
         seed: of PGD's random starts.
         threat: norm, frames, clip and ball.
@@ -157,12 +170,11 @@ def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Te
     stages = (
         lambda: None,
         lambda: problem.tune(eps, dtype, problem.alpha_steps),
-        lambda: problem.tune_curves(eps, dtype, ROUND_STEPS),
+        lambda: problem.tune_curves(eps, dtype, ROUND_STEPS, aim=enough, deadline=deadline),
     )
     for tune in stages:
         if float(best.min()) <= enough and time.perf_counter() < deadline:
             tune()
             best = torch.maximum(best, problem.margins(eps, dtype)[0])
-    sample = torch.zeros(1, dtype=torch.long, device=best.device)
-    _refine_margins(problem, sample, eps, dtype, best, deadline, enough)
+    _refine_margins(problem, eps, dtype, best, deadline, enough)
     return ("certified" if float(best.min()) > enough else "unknown"), best

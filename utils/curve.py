@@ -12,13 +12,15 @@ delta, d_k = J_k delta + rho_k and |rho_k| <= R_k, so that for any t_k > 0
     sum_k w_k d_k^2  <=  max over delta of sum_k w_k (1 + t_k) (J_k delta)^2  +  sum_k w_k (1 + 1/t_k) R_k^2,
 
 and the maximum is at most the largest eigenvalue of the weighted Gram matrix of the J_k (in coordinates in which the
-perturbation set lies in a ball of radius 1), many times less than its trace, which planes pay.
-The eigenvalue is bounded by the largest quotient (|K| v)_k / v_k for any positive v (Collatz and Wielandt).
+perturbation set lies in a ball of radius 1), many times less than its trace, which planes pay. Of the output's rows,
+line and squares are bounded together: they seldom are at their worst at the same point (``utils.quadratic``; but
+for p = 1, as lines lose more in a ball of l_2 around an l_1 ball than is won).
 """
 
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 from torch import Tensor
@@ -27,16 +29,17 @@ from utils.bounds import BoundPass
 from utils.curvature import Curves, curved_relaxation, is_smooth, tangent_curves
 from utils.graph import Frame, Graph, Interval, Negative, Node, NonLinear, Product, Slice
 from utils.perturbation import Perturbation
+from utils.quadratic import largest_eigenvalue, line_and_squares
 from utils.relaxations import Relaxation
 
 CURVE_STEPS = 40  # gradient steps, unless told otherwise
-STEP_SIZES = (0.02, 0.1)  # of slopes in units of their range, and of log curvatures; measured
+STEP_SIZES = (0.02, 0.2)  # of slopes in units of their range, and of log curvatures; measured
 WARM_UP = 3
 
 # Where tuning starts: shares of the tangent's slopes, the rest being those of the planes, and of its curvatures.
 START = {"activation": (1.0, 1.0), "product": (0.25, 0.4)}
 OWN_SHARE = 0.7  # how far a neuron's linear part is taken to be from the middle, of the most it can be; measured
-POWER_STEPS = 2  # of the power iteration that finds a v; any v is sound
+LINE_SHARE = 2.0  # how much a row's line counts beside its squares where scales are chosen
 
 CurveTable = list[Curves | None]
 
@@ -73,7 +76,11 @@ class CurvedPass(BoundPass):
         self._met = ({}, [])
         without_curvature = super()._pass_back(node, rows)
         losses = self._met[1]
-        return without_curvature - self._joint_loss(losses) if losses else without_curvature
+        if not losses:
+            return without_curvature
+        together = node is self.graph.output and self.perturbation.norm != 1.0
+        lines = self._at_input(rows.shape[-2]) if together else None
+        return without_curvature - self._joint_loss(losses, lines)
 
     def _at_input(self, num_rows: int) -> list[Tensor]:
         """Coefficients of the last pass's rows at every perturbed frame, (batch, rows, n) each."""
@@ -166,8 +173,12 @@ class CurvedPass(BoundPass):
 
     # --- the most that all neurons lose together ---
 
-    def _joint_loss(self, losses: list[tuple[Node, Tensor]]) -> Tensor:
-        """Upper bound of sum_k w_k d_k^2, (batch, rows), for weights (batch, rows, size) of operands."""
+    def _joint_loss(self, losses: list[tuple[Node, Tensor]], lines: list[Tensor] | None = None) -> Tensor:
+        """Upper bound of sum_k w_k d_k^2, (batch, rows), for weights (batch, rows, size) of operands.
+
+        With ``lines``, the rows' coefficients at the input, it is what the squares add to the deviation of the lines,
+        less if both cannot be at their worst at once.
+        """
         weights: dict[Node, Tensor] = {}
         for operand, weight in losses:
             weights[operand] = weights[operand] + weight if operand in weights else weight
@@ -178,30 +189,36 @@ class CurvedPass(BoundPass):
         low, high = (torch.cat(ends, dim=1) for ends in zip(*(self.interval(one) for one in weights), strict=True))
         reach = torch.maximum(high - center, center - low)
         alone = (w * reach.unsqueeze(-2) ** 2).sum(dim=-1)
-        tiny = torch.finfo(w.dtype).tiny ** 0.5  # keeps quotients, and the roots' gradients, finite
-        # (a + b)^2 <= (1 + t) a^2 + (1 + 1/t) b^2 for every t > 0, a neuron's own or, at its best, one for all.
-        own = (remainder.clamp(min=1e-6) / (OWN_SHARE * (reach - remainder).clamp(min=1e-6))).unsqueeze(-2)
-        together, apart = (self._joint_linear(weight, jacobian) for weight in (w, w * (1.0 + own)))
-        square = w * remainder.unsqueeze(-2) ** 2
-        together = ((together + tiny).sqrt() + (square.sum(dim=-1) + tiny).sqrt()) ** 2
-        apart = apart + (square * (1.0 + 1.0 / own)).sum(dim=-1)
-        return torch.minimum(alone, torch.minimum(together, apart))
+        # (a + b)^2 <= (1 + t) a^2 + (1 + 1/t) b^2 for every t > 0.
+        t = (remainder.clamp(min=1e-6) / (OWN_SHARE * (reach - remainder).clamp(min=1e-6))).unsqueeze(-2)
+        linear = self._joint_linear(w * (1.0 + t), jacobian, lines)
+        return torch.minimum(alone, linear + (w * (1.0 + 1.0 / t) * remainder.unsqueeze(-2) ** 2).sum(dim=-1))
 
-    def _joint_linear(self, weights: Tensor, jacobian: Tensor) -> Tensor:
-        """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set."""
-        with torch.no_grad():
-            scale, size = self._ball_around(weights.mean(dim=-2), jacobian)
-        bound = size[:, None] * largest_eigenvalue(weights, jacobian * scale.unsqueeze(-2))
+    def _joint_linear(self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None = None) -> Tensor:
+        """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""
+        squares = (weights.detach().mean(dim=-2).unsqueeze(-1) * jacobian.detach() ** 2).sum(dim=1)
+        if lines is None:
+            scale, size = self._ball_around(squares)
+            bound = size[:, None] * largest_eigenvalue(weights, jacobian * scale.unsqueeze(-2))
+        else:
+            line, deviation = torch.cat(lines, dim=-1), self._deviation(lines)
+            # A line is worth (g delta)^2 / (2 deviation) + deviation / 2, with equality at its worst point.
+            tiny = torch.finfo(line.dtype).tiny ** 0.5
+            shares = LINE_SHARE * line.detach() ** 2 / (2.0 * deviation.detach() + tiny).unsqueeze(-1)
+            scale, size = self._ball_around(squares + shares.mean(dim=-2))
+            scaled = (line * scale.unsqueeze(-2), weights, jacobian * scale.unsqueeze(-2))
+            bound = line_and_squares(*scaled, size) - deviation
         if self.perturbation.norm == 1.0:
             bound = torch.minimum(bound, self._at_vertices(weights, jacobian))
         return bound
 
-    def _ball_around(self, weight: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+    def _ball_around(self, squares: Tensor) -> tuple[Tensor, Tensor]:
         """Scales s, (batch, n), and a size with  sum_j (delta_j / s_j)^2 <= size  on the perturbation set.
 
-        Balls of frames, and sides of boxes, that matter more get smaller scales; any scales would be sound.
+        Balls of frames, and sides of boxes, that matter more by their ``squares`` of coefficients, (batch, n), get
+        smaller scales; any scales would be sound.
         """
-        perturbation, squares = self.perturbation, (weight.unsqueeze(-1) * jacobian**2).sum(dim=1)
+        perturbation = self.perturbation
         if perturbation.ball == "sequence" and perturbation.norm != math.inf:
             return torch.ones_like(squares), perturbation.eps.amax(dim=1) ** 2
         if perturbation.norm == math.inf:
@@ -227,28 +244,17 @@ class CurvedPass(BoundPass):
         return sum(roots) ** 2
 
 
-def largest_eigenvalue(weights: Tensor, jacobian: Tensor) -> Tensor:
-    """Upper bound of the largest eigenvalue of J^T diag(w) J, (batch, rows), for w (batch, rows, k), J (batch, k, n).
-
-    It is that of sqrt(w_k w_l) J_k J_l^T, at most that of the absolute values, at most max_k (M v)_k / v_k.
-    """
-    gram = (jacobian @ jacobian.mT).abs()
-    small = 1e-14 * weights.detach().amax(dim=-1, keepdim=True) + torch.finfo(weights.dtype).tiny ** 0.75
-    root = (weights + small).sqrt()
-    with torch.no_grad():
-        v = root
-        for _ in range(POWER_STEPS):
-            v = root * ((root * v) @ gram)
-            largest = v.amax(dim=-1, keepdim=True)
-            v = v / torch.where(largest > 0, largest, 1.0) + 1e-6
-    return (root * ((root * v) @ gram) / v).amax(dim=-1)
-
-
 # --- tuning ---------------------------------------------------------------------------------------------------------
 
 
 def tune_curves(
-    graph: Graph, perturbation: Perturbation, rows: Tensor, steps: int, start: CurveTable | None = None
+    graph: Graph,
+    perturbation: Perturbation,
+    rows: Tensor,
+    steps: int,
+    start: CurveTable | None = None,
+    aim: float = math.inf,
+    deadline: float = math.inf,
 ) -> tuple[CurveTable, Tensor]:
     """Ascend every sample's worst margin in the slopes and curvatures of all nodes.
 
@@ -257,6 +263,8 @@ def tune_curves(
         rows: the spec matrix C, (batch, n_specs, classes).
         steps: gradient steps; each costs about three bounds.
         start: curves to start from; ``START``'s if left out.
+        aim: no more steps are taken once every sample's worst margin is above it,
+        deadline: or once ``time.perf_counter()`` is beyond this.
 
     Returns:
         The best curves that were met and their worst margins, (batch,).
@@ -280,13 +288,15 @@ def tune_curves(
             # A sample's scale of margins does not matter to Adam, but a few huge ones would to the sum.
             loss = -(margin / (1.0 + margin.detach().abs())).nan_to_num(0.0).sum()
         best, best_margin = _keep_better(best, best_margin, curves, margin.detach())
-        if step == steps:
+        if step == steps or bool((best_margin > aim).all()) or time.perf_counter() > deadline:
             break
         pace = min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.475 * (1.0 + math.cos(math.pi * step / steps)))
         for group, size in zip(optimizer.param_groups, STEP_SIZES, strict=True):
             group["lr"] = size * pace
         optimizer.zero_grad()
         loss.backward()
+        for move in (*slopes, *bends):
+            move.grad.nan_to_num_(0.0, 0.0, 0.0)  # of bounds that overflow
         optimizer.step()
     return best, best_margin
 

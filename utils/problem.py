@@ -197,17 +197,20 @@ class MarginProblem:
         self.slopes = table
 
     @torch.no_grad()
-    def tune_curves(self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None)) -> None:
+    def tune_curves(
+        self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None), **until: float
+    ) -> None:
         """Tune the curved bounds of the chosen samples at eps, (m,) or (m, T), from those they have.
 
-        From then on ``margins`` uses them in place of planes, until ``curves`` is set to None.
+        From then on ``margins`` uses them in place of planes, until ``curves`` is set to None. ``until``: see
+        ``utils.curve.tune_curves``.
         """
         samples, size = torch.arange(len(self.x), device=self.x.device)[chosen], self._curved_at_once(dtype)
         table = self.curves
         for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
             start = None if self.curves is None else select_curves(self.curves, part, dtype)
             perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
-            tuned, _ = tune_curves(self.graph(dtype, part), perturbation, rows, steps, start)
+            tuned, _ = tune_curves(self.graph(dtype, part), perturbation, rows, steps, start, **until)
             table = [None] * len(tuned) if table is None else table
             store(table, part, tuned, len(self.x))
         self.curves = table
@@ -220,22 +223,22 @@ class MarginProblem:
         neurons = sum(operand.size for operand in {one for node in nodes for one in node.relaxed_operands})
         return max(1, GRAM_BYTES // (max(neurons, 1) ** 2 * dtype.itemsize))
 
-    def branches(self, sample: Tensor) -> MarginProblem:
-        """A problem with a sample of its own for every spec row of one sample, (1,), and its curves to start from."""
-        count = self.rows.shape[1]
-        problem = copy.copy(self)
-        problem.x, problem.mask = (tensor[sample].repeat_interleave(count, dim=0) for tensor in (self.x, self.mask))
-        problem.lengths = None if self.lengths is None else self.lengths[sample].repeat(count)
-        problem.rows = self.rows[sample].transpose(0, 1)
-        problem.slopes, problem.curves = (
-            None,
-            self.curves
-            and [
-                curves and Curves(*(tuple(t[sample].repeat_interleave(count, dim=0) for t in ts) for ts in curves))
-                for curves in self.curves
-            ],
-        )
-        return problem
+    def part(self, samples: Tensor) -> MarginProblem:
+        """The problem of some samples, with copies of what is tuned."""
+        part = copy.copy(self)
+        part.x, part.mask, part.rows = (tensor[samples] for tensor in (self.x, self.mask, self.rows))
+        part.lengths = None if self.lengths is None else self.lengths[samples]
+        part.slopes = None
+        part.curves = self.curves and [
+            curves and Curves(*(tuple(t[samples] for t in ts) for ts in curves)) for curves in self.curves
+        ]
+        return part
+
+    def branches(self) -> MarginProblem:
+        """A problem with a sample of its own for every spec row of the only sample, and its curves to start from."""
+        branches = self.part(torch.zeros(self.rows.shape[1], dtype=torch.long, device=self.x.device))
+        branches.rows = self.rows[0].unsqueeze(1)
+        return branches
 
     def linear_radius(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """eps at which the worst margin's linearisation at x vanishes, (m,): above the true radius as a rule."""
