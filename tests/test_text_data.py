@@ -1,5 +1,6 @@
 """Loaders of questions and titles, tokens, vocabulary, word vectors."""
 
+import gzip
 import hashlib
 
 import pytest
@@ -108,6 +109,29 @@ def test_download_needs_the_published_checksum(tmp_path, monkeypatch):
     with pytest.raises(DownloadError, match="not the file"):
         questions.download_questions(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_news_are_downloaded_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    def item(n: int) -> str:
+        return f"title {n}\ndescription\nlink\n{n}\ndate\nsource\n{news.PUBLISHED_NAMES[n % 7]}\n"
+
+    whole = "\n".join(item(n) for n in range(40)).encode()
+    monkeypatch.setattr(news, "DATA_FOLDER", tmp_path / "news")
+    monkeypatch.setattr(news, "LEAST_ITEMS", 40)
+    for content in (b"no gzip", gzip.compress(whole)[:-9], gzip.compress(whole[:900]), gzip.compress(item(0).encode())):
+        monkeypatch.setattr(news, "download", lambda *_, content=content: content)
+        assert load_news().source.startswith("built-in-")
+        assert "built-in" in capsys.readouterr().out
+        assert not (tmp_path / "news" / "news").exists()
+    monkeypatch.setattr(news, "download", lambda *_: gzip.compress(whole))
+    data = load_news()
+    assert data.source == "tagmynews-40" and len(data.train_texts) == 32
+    assert data.sha256["news"] in capsys.readouterr().out
+    monkeypatch.setattr(news, "download", lambda *_: pytest.fail("it is there"))
+    assert load_news().train_texts == data.train_texts
+    (tmp_path / "news" / "news").write_bytes(whole[:-8])
+    with pytest.raises(DataError, match="not what was downloaded"):
+        load_news()
 
 
 def test_without_network_the_sample_is_used(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 POWER_STEPS = 3  # of the power iteration that finds a v; any v is sound; measured against 1, 2
 LEADING = 32  # directions in which a quadratic form is taken as it is, the rest by its Frobenius norm
-GUARD_ULPS = 256.0
+GUARD_ULPS = 64.0  # of rounding, of sums as large as the form's trace
 LEVELS = 24  # multipliers that are tried at once, twice
 
 
@@ -56,10 +56,13 @@ def line_and_squares(lines: Tensor, weights: Tensor, jacobian: Tensor, size: Ten
     inside = head @ head.mT
     outside = jacobian @ jacobian.mT - inside
     form = (weights @ (head[..., :, None] * head[..., None, :]).flatten(-2)).unflatten(-1, (head.shape[-1],) * 2)
-    beside = ((weights @ (inside * outside)) * weights).sum(dim=-1).clamp(min=0.0)
-    square = ((weights @ (outside * outside)) * weights).sum(dim=-1).clamp(min=0.0)
-    rest = (square + 1e-12 * square.detach() + torch.finfo(square.dtype).tiny ** 0.75).sqrt()
-    guard = GUARD_ULPS * torch.finfo(form.dtype).eps * form.detach().diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    trace = (weights.detach() @ (jacobian.detach() ** 2).sum(dim=-1, keepdim=True)).squeeze(-1)
+    guard = GUARD_ULPS * torch.finfo(form.dtype).eps * trace
+    # ``outside`` is a difference, so the norms are wrong by rounding of sums as large as the trace.
+    beside, square = (
+        ((weights @ (one * outside)) * weights).sum(dim=-1).clamp(min=0.0) + guard * trace for one in (inside, outside)
+    )
+    rest = (square + torch.finfo(square.dtype).tiny ** 0.75).sqrt()
     with torch.no_grad():
         multiplier = _best_multiplier(line, form, beside, rest, size) + 2.0 * guard
     shift = multiplier - beside / (multiplier - rest)
