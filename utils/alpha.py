@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from utils.bounds import BoundPass
+from utils.curvature import is_smooth
 from utils.graph import Graph, NonLinear
 from utils.perturbation import Perturbation
 from utils.relaxations import Relaxation
 
 ALPHA_STEPS = 20  # gradient steps, unless told otherwise
 STEP_SIZE = 0.02  # first step of a slope, in units of its range; measured against .005 ... .05
+# Of the lower and upper lines of piecewise-linear functions, over that step; measured for relu. Lower lines start at an
+# end of their range, upper ones at a chord, from which every move costs at first.
+KINKED_PACE = (10.0, 0.3)
 WARM_UP = 3  # steps over which it grows to that: all slopes move at once, and some should not
 
 # Per non-linear node in graph order: slopes of its lower and of its upper plane, one tensor (batch, size) an operand.
@@ -56,8 +60,12 @@ def _slopes(relaxation: Relaxation | None):
     return relaxation and (relaxation.lower.slopes, relaxation.upper.slopes)
 
 
-def _ranges(bounds: BoundPass, node: NonLinear) -> tuple[Tensor, ...]:
-    return node.slope_ranges(*(bounds.interval(operand) for operand in node.parents))
+def _ranges(bounds: BoundPass, node: NonLinear) -> list[tuple[tuple[Tensor, Tensor, Tensor], ...]]:
+    """For each plane and operand: the unit in which the slope moves, and the ends between which it stays."""
+    ends = node.slope_ends(*(bounds.interval(operand) for operand in node.parents))
+    if is_smooth(node):
+        return [tuple((high - low, low - torch.inf, high + torch.inf) for low, high in ends)] * 2
+    return [tuple((pace * (high - low), low, high) for low, high in ends) for pace in KINKED_PACE]
 
 
 def tune_slopes(
@@ -106,8 +114,11 @@ def _shifted(origin: SlopeTable, ranges: list, shifts: list) -> SlopeTable:
     return [
         entry
         and tuple(
-            tuple(slope + reach * shift for slope, reach, shift in zip(plane, reaches, moved, strict=True))
-            for plane, moved in zip(entry, moves, strict=True)
+            tuple(
+                torch.minimum(torch.maximum(slope + unit * shift, low), high)
+                for slope, (unit, low, high), shift in zip(plane, ranges, moved, strict=True)
+            )
+            for plane, ranges, moved in zip(entry, reaches, moves, strict=True)
         )
         for entry, reaches, moves in zip(origin, ranges, shifts, strict=True)
     ]

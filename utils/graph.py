@@ -286,13 +286,17 @@ class NonLinear(Node):
 
     def slope_ranges(self, *operands: Interval) -> tuple[Tensor, ...]:
         """How far the derivative in each operand varies over the box: the scale on which slopes differ."""
+        return tuple(high - low for low, high in self.slope_ends(*operands))
+
+    def slope_ends(self, *operands: Interval) -> tuple[Interval, ...]:
+        """Least and greatest derivative in each operand among corners and middles of the box."""
         derivatives = []
         for point in itertools.product(*((low, 0.5 * (low + high), high) for low, high in operands)):
             with torch.enable_grad():
                 variables = [coordinate.detach().requires_grad_() for coordinate in point]
                 derivatives.append(torch.autograd.grad(self.value(*variables).sum(), variables))
         stacked = [torch.stack(values) for values in zip(*derivatives, strict=True)]
-        return tuple(values.amax(dim=0) - values.amin(dim=0) for values in stacked)
+        return tuple((values.amin(dim=0), values.amax(dim=0)) for values in stacked)
 
     def backward(self, coefficients: Tensor, bounds: BoundPass) -> Tensor:
         lower, upper = bounds.relaxation(self)
