@@ -260,6 +260,37 @@ def test_tuning_keeps_the_best_and_leaves_the_model_alone():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_tuning_stops_at_its_aim_and_at_its_deadline():
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float64).detach()
+    perturbation = Perturbation(x, torch.full(x.shape[:2], 0.2, dtype=torch.float64))
+    rows = margin_rows(labels, 3).double()
+    start = CurvedPass(graph, perturbation).margin(rows).amin(dim=1)
+    _, margin = tune_curves(graph, perturbation, rows, 8, deadline=0.0)
+    assert torch.equal(margin, start)
+    _, reached = tune_curves(graph, perturbation, rows, 8)
+    aim = float(0.5 * (start + reached).min())
+    _, margin = tune_curves(graph, perturbation, rows, 1000, aim=min(aim, float(reached.min()) - 1e-9))
+    assert float(margin.min()) > aim
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0, INF])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("scale", "eps"), [(30.0, 0.05), (1.0, 1e-9), (30.0, 1e-9)])
+def test_curved_bounds_hold_where_gates_saturate_and_boxes_are_points(norm, dtype, scale, eps):
+    model = network(nn.LSTM, num_layers=2)
+    for parameter in model.rnn.parameters():
+        parameter.data *= scale
+    x, labels = sequences(model)
+    least = sampled_margins(model, x, labels, eps, norm)
+    margin = certified_margin(model, x.to(dtype), labels, eps, norm=norm, method="curve", curve_steps=2, dtype=dtype)
+    crown = certified_margin(model, x.to(dtype), labels, eps, norm=norm, dtype=dtype)
+    assert (margin >= crown).all()
+    slack = 1e-9 if dtype == torch.float64 else 1e-3
+    assert (margin <= least + slack * (1.0 + least.abs())).all()
+
+
 def test_relu_has_planes_and_no_curves():
     model = network(nn.RNN, nonlinearity="relu")
     x, labels = sequences(model)

@@ -76,6 +76,18 @@ def test_the_test_catches_a_form_without_its_rest(monkeypatch):
             test_line_and_squares_is_above_the_maximum_and_near(shape, torch.float64)
 
 
+@pytest.mark.parametrize("share", [-1.0, 0.0, 0.3, 0.7, 0.9, 1.0, 1.5, 100.0])
+@pytest.mark.parametrize("leading", [1, 4, 32])
+def test_no_multiplier_gives_a_wrong_bound(monkeypatch, share, leading):
+    """The best multiplier is only sought for tightness: of a wrong one there is no bound, or a sound one."""
+    best = quadratic._best_multiplier
+    monkeypatch.setattr(quadratic, "LEADING", leading)
+    monkeypatch.setattr(quadratic, "_best_multiplier", lambda *parts: share * best(*parts))
+    for shape in SHAPES:
+        asked = problem(*shape)
+        assert (line_and_squares(*asked) >= exact_maximum(*asked) * (1.0 - 1e-9)).all()
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e200])
 def test_numbers_that_overflow_have_no_bound(broken):
     lines, weights, jacobian, size = problem(5, 8)

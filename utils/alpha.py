@@ -30,9 +30,12 @@ WARM_UP = 3  # steps over which it grows to that: all slopes move at once, and s
 SlopeTable = list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None]
 
 
-def select(table: SlopeTable, rows: Tensor, dtype: torch.dtype) -> SlopeTable:
-    """The slopes of some samples, in a precision."""
-    return [entry and tuple(tuple(slope[rows].to(dtype) for slope in plane) for plane in entry) for entry in table]
+def select(table: SlopeTable, rows: Tensor, dtype: torch.dtype | None = None) -> SlopeTable:
+    """The slopes of some samples, in a precision, or the one that they have."""
+    return [
+        entry and tuple(tuple(slope[rows].to(dtype or slope.dtype) for slope in plane) for plane in entry)
+        for entry in table
+    ]
 
 
 def store(table: SlopeTable, rows: Tensor, new: SlopeTable, batch: int) -> None:

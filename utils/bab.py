@@ -9,6 +9,7 @@ or that branch gains no more.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,9 +42,15 @@ def refine_radii(problem: MarginProblem, rows: Tensor, found: Bracket, search: S
     for n, sample in enumerate(rows.split(1)):
         if 0 < float(found.low[n]) < torch.inf:
             deadline = time.perf_counter() + seconds
-            together = problem.part(sample)
-            _refine_radius(together, found, n, search, deadline)
-            _refine_radius(together.branches(), found, n, search, deadline)
+            for branches in _together_and_apart(problem.part(sample)):
+                _refine_radius(branches, found, n, search, deadline)
+
+
+def _together_and_apart(together: MarginProblem) -> Iterator[MarginProblem]:
+    """The problem of one sample, and after that, with all that was tuned, its branches if it has several targets."""
+    yield together
+    if together.rows.shape[1] > 1:
+        yield together.branches()
 
 
 def _refine_radius(branches: MarginProblem, found: Bracket, n: int, search: Search, deadline: float) -> None:
@@ -87,7 +94,8 @@ def _refine_margins(together: MarginProblem, eps: Tensor, dtype, best: Tensor, d
 
     All of them together first, then each by itself, the least first.
     """
-    for branches, targets in ((together, [slice(None)]), (together.branches(), range(len(best)))):
+    for branches in _together_and_apart(together):
+        targets = [slice(None)] if branches is together else range(len(best))
         in_vain = [0] * len(targets)
         while time.perf_counter() < deadline and float(best.min()) <= aim:
             worst = min(range(len(targets)), key=lambda k: float(best[targets[k]].min()))
@@ -96,7 +104,7 @@ def _refine_margins(together: MarginProblem, eps: Tensor, dtype, best: Tensor, d
             own, before = torch.tensor([worst], device=best.device), float(best[targets[worst]].min())
             branches.tune_curves(eps, dtype, ROUND_STEPS << in_vain[worst], own, aim=aim, deadline=deadline)
             found = branches.margins(eps, dtype, own)[0]
-            best[targets[worst]] = torch.maximum(best[targets[worst]], found if len(targets) == 1 else found[0])
+            best[targets[worst]] = torch.maximum(best[targets[worst]], found if branches is together else found[0])
             gain = float(best[targets[worst]].min()) - before
             in_vain[worst] = 0 if gain > (ENOUGH - 1.0) * (1.0 + abs(before)) else in_vain[worst] + 1
 

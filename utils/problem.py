@@ -229,9 +229,7 @@ class MarginProblem:
         part.x, part.mask, part.rows = (tensor[samples] for tensor in (self.x, self.mask, self.rows))
         part.lengths = None if self.lengths is None else self.lengths[samples]
         part.slopes = None
-        part.curves = self.curves and [
-            curves and Curves(*(tuple(t[samples] for t in ts) for ts in curves)) for curves in self.curves
-        ]
+        part.curves = self.curves and select_curves(self.curves, samples)
         return part
 
     def branches(self) -> MarginProblem:
@@ -253,8 +251,8 @@ class MarginProblem:
         return torch.where(radius.isfinite() & (radius > 0), radius, torch.ones_like(radius))
 
 
-def select_curves(table: CurveTable, rows: Tensor, dtype: torch.dtype) -> CurveTable:
-    """The curves of some samples, in a precision."""
+def select_curves(table: CurveTable, rows: Tensor, dtype: torch.dtype | None = None) -> CurveTable:
+    """The curves of some samples, in a precision, or the one that they have."""
     return [entry and Curves(*entry) for entry in select(table, rows, dtype)]
 
 

@@ -68,13 +68,14 @@ def line_and_squares(lines: Tensor, weights: Tensor, jacobian: Tensor, size: Ten
     shift = multiplier - beside / (multiplier - rest)
     eye = torch.eye(form.shape[-1], dtype=form.dtype, device=form.device)
     factor, failed = torch.linalg.cholesky_ex((shift - guard)[..., None, None] * eye - form)
-    factor = torch.where((failed == 0)[..., None, None], factor, eye)
+    sound = (failed == 0) & (multiplier > rest)
+    factor = torch.where(sound[..., None, None], factor, eye)
     solved = torch.linalg.solve_triangular(factor, line.unsqueeze(-1), upper=False).squeeze(-1)
     bound = size[:, None] * multiplier + 0.25 * (solved**2).sum(dim=-1)
     # What rounding has left of the lines outside of the basis.
     lost = (lines.detach() - line.detach() @ basis.mT).norm(dim=-1)
     bound = bound + lost * size.sqrt()[:, None]
-    return torch.where((failed == 0) & bound.isfinite(), bound, torch.inf)
+    return torch.where(sound & bound.isfinite(), bound, torch.inf)
 
 
 def _leading_basis(lines: Tensor, weights: Tensor, jacobian: Tensor) -> Tensor:
