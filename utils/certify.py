@@ -13,7 +13,7 @@ from utils.bab import refine_margins, refine_radii
 from utils.curve import CURVE_STEPS
 from utils.graph import Graph
 from utils.problem import METHODS, SLACK, TIME_LIMIT, Frames, MarginProblem, check_inputs, frame_mask, margin_rows
-from utils.search import SPREAD, Bracket, largest_certified
+from utils.search import SPREAD, Bracket, MarginOf, foretold_radius, largest_certified
 
 __all__ = [
     "ALPHA_STEPS",
@@ -45,6 +45,10 @@ ALPHA_OVERSHOOT = 1.03
 # Curved bounds are tuned in this many rounds, at these multiples of the radius reached: they gain more, and at first
 # less is known of how much.
 CURVE_OVERSHOOTS = (1.2, 1.1, 1.03)
+
+# In between, radii are foretold to this relative tolerance; a search begins with that eps and one a little below.
+FORETOLD_TOL = 5e-3
+CURVE_SPREAD = 1.04
 
 # No larger eps is tried unless asked for: a sample of a saturating network can be certified at any.
 MAX_EPS = 1e6
@@ -185,23 +189,38 @@ class _Searcher:
         linear = problem.linear_radius(self.search_dtype, rows).to(self.dtype)
         return FIRST_SHARE * linear if self.eps0 is None else torch.full_like(linear, self.eps0)
 
+    def margin_of(self, problem: MarginProblem, rows: Tensor, precision: torch.dtype, sound: bool = True) -> MarginOf:
+        """Worst margins less the slack for rounding."""
+        slack = SLACK[self.dtype] * (1.0 + problem.clean_margins(self.dtype, rows).amin(dim=1).abs())
+
+        def margin_of(chosen: Tensor, eps: Tensor) -> Tensor:
+            margins = problem.margins(eps, precision, rows[chosen], sound=sound)
+            return margins.amin(dim=1).to(self.dtype) - slack[chosen]
+
+        return margin_of
+
+    def foretell(self, problem: MarginProblem, rows: Tensor, first: Tensor, spread: float) -> Tensor:
+        """Roughly the radii, by estimates of the margins; 0 where none is in sight."""
+        scout = self.margin_of(problem, rows, self.search_dtype, sound=False)
+        clean = problem.clean_margins(self.dtype, rows).amin(dim=1)
+        linear = problem.linear_radius(self.search_dtype, rows).to(self.dtype)
+        return foretold_radius(scout, clean, first, FORETOLD_TOL, self.max_eps, linear=linear, spread=spread)
+
     def __call__(self, problem: MarginProblem, rows: Tensor, first: Tensor, spread: float = SPREAD) -> Bracket:
         """Search some samples of a problem, with the bounds it has by now, from their first eps on."""
+        scout = None
+        if problem.curves is not None:
+            foretold = self.foretell(problem, rows, first, spread)
+            first, spread = torch.where(foretold > 0, foretold, first) / CURVE_SPREAD, CURVE_SPREAD
+        elif self.search_dtype != self.dtype:
+            scout = self.margin_of(problem, rows, self.search_dtype)
+        verdict = self.margin_of(problem, rows, self.dtype)
         clean = problem.clean_margins(self.dtype, rows).amin(dim=1)
-        slack = SLACK[self.dtype] * (1.0 + clean.abs())
-
-        def margin_in(precision: torch.dtype):
-            def margin_of(chosen: Tensor, eps: Tensor) -> Tensor:
-                margins = problem.margins(eps, precision, rows[chosen])
-                return margins.amin(dim=1).to(self.dtype) - slack[chosen]
-
-            return margin_of
-
-        scout = None if self.search_dtype == self.dtype else margin_in(self.search_dtype)
+        clean = clean - SLACK[self.dtype] * (1.0 + clean.abs())
         linear = problem.linear_radius(self.search_dtype, rows).to(self.dtype)
         aims = {"scout": scout, "linear": linear, "spread": spread}
-        found = largest_certified(margin_in(self.dtype), clean - slack, first, self.tol, self.max_eps, **aims)
-        found.high = torch.where(clean > slack, found.high, 0.0)
+        found = largest_certified(verdict, clean, first, self.tol, self.max_eps, **aims)
+        found.high = torch.where(clean > 0, found.high, 0.0)
         return found
 
 
@@ -217,10 +236,12 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
             problem.tune(aim, search.search_dtype, -(-problem.alpha_steps // ALPHA_ROUNDS), rows)
             found = _better(found, search(problem, rows, aim, ALPHA_OVERSHOOT))
     if problem.method in CURVED_METHODS:
+        steps, reached = -(-problem.curve_steps // len(CURVE_OVERSHOOTS)), found.low
         for overshoot in CURVE_OVERSHOOTS:
-            aim = torch.where(found.low > 0, overshoot * found.low, first)
-            problem.tune_curves(aim, search.search_dtype, -(-problem.curve_steps // len(CURVE_OVERSHOOTS)), rows)
-            found = _better(found, search(problem, rows, aim, overshoot))
+            aim = torch.where(reached > 0, overshoot * reached, first)
+            problem.tune_curves(aim, search.search_dtype, steps, rows)
+            reached = torch.maximum(reached, search.foretell(problem, rows, aim, overshoot))
+        found = _better(found, search(problem, rows, torch.where(reached > 0, reached, first), CURVE_SPREAD))
     if problem.method == "bab":
         left = problem.time_limit - (time.perf_counter() - started) / len(rows)
         refine_radii(problem, rows, found, search, left)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,20 +39,36 @@ WARM_UP = 3
 
 # Where tuning starts: shares of the tangent's slopes, the rest being those of the planes, and of its curvatures.
 START = {"activation": (1.0, 1.0), "product": (0.25, 0.4)}
-OWN_SHARE = 0.7  # how far a neuron's linear part is taken to be from the middle, of the most it can be; measured
+OWN_SHARE = 0.5  # how far a neuron's linear part is taken to be from the middle, of the most it can be; measured
 LINE_SHARE = 2.0  # how much a row's line counts beside its squares where scales are chosen
 
 CurveTable = list[Curves | None]
 
 
+class Operand(NamedTuple):
+    """An operand z of a neuron is in  centre + J delta -+ R,  and J delta is in  -+ width.
+
+    J is (batch, size, n), width, R and the centre are (batch, size).
+    """
+
+    slopes: Tensor
+    width: Tensor
+    remainder: Tensor
+    center: Tensor
+
+
 class CurvedPass(BoundPass):
     """A "crown" pass whose smooth nodes have curved bounds, with given curves or those that tuning starts from."""
 
-    def __init__(self, graph: Graph, perturbation: Perturbation, curves: CurveTable | None = None):
+    def __init__(
+        self, graph: Graph, perturbation: Perturbation, curves: CurveTable | None = None, sound: bool = True
+    ):
+        """With ``sound=False``, what neurons lose together is estimated: no bound, but good enough to tune by."""
+        self._sound = sound
         nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
         self._curves = dict(zip(nonlinear, curves or [None] * len(nonlinear), strict=True))
         self._chosen: dict[Node, Curves] = {}
-        self._linear: dict[Node, tuple[Tensor, Tensor, Tensor]] = {}  # J, R and centre of bounded operands
+        self._linear: dict[Node, Operand] = {}
         self._met: tuple[dict[Frame, Tensor], list[tuple[Node, Tensor]]] = ({}, [])
         self._frames = [frame for frame in graph.frames if not perturbation.is_exact(frame.frame)]
         super().__init__(graph, perturbation, "crown")
@@ -112,21 +129,20 @@ class CurvedPass(BoundPass):
         remainder = (0.5 * (most - least)).clamp(min=0.0) + apart
         center = 0.5 * (least + most)
         inside = torch.minimum(torch.maximum(center, low), torch.maximum(low, high))
-        self._linear[node] = (slopes, remainder + (inside - center).abs(), inside)
+        width = self._deviation(list(slopes.split([self._width(frame) for frame in self._frames], dim=-1)))
+        self._linear[node] = Operand(slopes, width, remainder + (inside - center).abs(), inside)
         return low, high
 
-    def _operand(self, node: Node) -> tuple[Tensor, Tensor, Tensor] | None:
-        """J, (batch, size, n), R and the centre, (batch, size), of an operand; None if no rows were bounded for it."""
+    def _operand(self, node: Node) -> Operand | None:
+        """What is known of an operand; None if no rows were bounded for it."""
         if node in self._linear or not isinstance(node, (Slice, Negative)):
             return self._linear.get(node)
         known = self._operand(node.parents[0])
         if known is None:
             return None
-        slopes, remainder, center = known
         if isinstance(node, Negative):
-            return -slopes, remainder, -center
-        part = slice(node.start, node.start + node.size)
-        return slopes[:, part], remainder[:, part], center[:, part]
+            return known._replace(slopes=-known.slopes, center=-known.center)
+        return Operand(*(part[:, node.start : node.start + node.size] for part in known))
 
     # --- relaxations ---
 
@@ -136,11 +152,11 @@ class CurvedPass(BoundPass):
             return super().relaxation(node)
         box = tuple(self.interval(operand) for operand in node.parents)
         centers = tuple(
-            torch.minimum(torch.maximum(one[2], low), high) for one, (low, high) in zip(known, box, strict=True)
+            torch.minimum(torch.maximum(one.center, low), high) for one, (low, high) in zip(known, box, strict=True)
         )
         curves = self._curves.get(node) or self._first_curves(node, centers, box)
         self._chosen[node] = curves
-        self._relaxations[node] = curved_relaxation(node, tuple(one[2] for one in known), box, curves)
+        self._relaxations[node] = curved_relaxation(node, tuple(one.center for one in known), box, curves)
         return self._relaxations[node]
 
     def _first_curves(self, node: NonLinear, centers: tuple[Tensor, ...], box: tuple[Interval, ...]) -> Curves:
@@ -183,23 +199,25 @@ class CurvedPass(BoundPass):
         for operand, weight in losses:
             weights[operand] = weights[operand] + weight if operand in weights else weight
         w = torch.cat(list(weights.values()), dim=-1)
-        jacobian, remainder, center = (
-            torch.cat(parts, dim=1) for parts in zip(*(self._operand(operand) for operand in weights), strict=True)
-        )
+        known = Operand(*(torch.cat(parts, dim=1) for parts in zip(*map(self._operand, weights), strict=True)))
         low, high = (torch.cat(ends, dim=1) for ends in zip(*(self.interval(one) for one in weights), strict=True))
-        reach = torch.maximum(high - center, center - low)
+        reach = torch.maximum(high - known.center, known.center - low)
+        # (a + b)^2 <= (1 + t) a^2 + (1 + 1/t) b^2 for every t > 0; equal where a / b = 1 / t.
+        remainder, likely = known.remainder.clamp(min=1e-6), OWN_SHARE * known.width.clamp(min=1e-6)
+        t = remainder / likely
+        # Bounds may be tighter than the linear ones: then a neuron is better left out of what is bounded together.
+        joint = remainder + likely < reach
+        apart = torch.where(joint, (1.0 + 1.0 / t) * known.remainder**2, reach**2).unsqueeze(-2)
+        linear = self._joint_linear(w * torch.where(joint, 1.0 + t, 0.0).unsqueeze(-2), known.slopes, lines)
         alone = (w * reach.unsqueeze(-2) ** 2).sum(dim=-1)
-        # (a + b)^2 <= (1 + t) a^2 + (1 + 1/t) b^2 for every t > 0.
-        t = (remainder.clamp(min=1e-6) / (OWN_SHARE * (reach - remainder).clamp(min=1e-6))).unsqueeze(-2)
-        linear = self._joint_linear(w * (1.0 + t), jacobian, lines)
-        return torch.minimum(alone, linear + (w * (1.0 + 1.0 / t) * remainder.unsqueeze(-2) ** 2).sum(dim=-1))
+        return torch.minimum(alone, linear + (w * apart).sum(dim=-1))
 
     def _joint_linear(self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None = None) -> Tensor:
         """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""
         squares = (weights.detach().mean(dim=-2).unsqueeze(-1) * jacobian.detach() ** 2).sum(dim=1)
         if lines is None:
             scale, size = self._ball_around(squares)
-            bound = size[:, None] * largest_eigenvalue(weights, jacobian * scale.unsqueeze(-2))
+            bound = size[:, None] * largest_eigenvalue(weights, jacobian * scale.unsqueeze(-2), self._sound)
         else:
             line, deviation = torch.cat(lines, dim=-1), self._deviation(lines)
             # A line is worth (g delta)^2 / (2 deviation) + deviation / 2, with equality at its worst point.
@@ -207,7 +225,7 @@ class CurvedPass(BoundPass):
             shares = LINE_SHARE * line.detach() ** 2 / (2.0 * deviation.detach() + tiny).unsqueeze(-1)
             scale, size = self._ball_around(squares + shares.mean(dim=-2))
             scaled = (line * scale.unsqueeze(-2), weights, jacobian * scale.unsqueeze(-2))
-            bound = line_and_squares(*scaled, size) - deviation
+            bound = line_and_squares(*scaled, size, self._sound) - deviation
         if self.perturbation.norm == 1.0:
             bound = torch.minimum(bound, self._at_vertices(weights, jacobian))
         return bound
@@ -247,6 +265,7 @@ class CurvedPass(BoundPass):
 # --- tuning ---------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def tune_curves(
     graph: Graph,
     perturbation: Perturbation,
@@ -255,50 +274,55 @@ def tune_curves(
     start: CurveTable | None = None,
     aim: float = math.inf,
     deadline: float = math.inf,
-) -> tuple[CurveTable, Tensor]:
-    """Ascend every sample's worst margin in the slopes and curvatures of all nodes.
+) -> CurveTable:
+    """Ascend every sample's worst margin, by estimates, in the slopes and curvatures of all nodes.
 
     Args:
         perturbation: the set for which they are tuned; they are sound for any other.
         rows: the spec matrix C, (batch, n_specs, classes).
-        steps: gradient steps; each costs about three bounds.
+        steps: gradient steps.
         start: curves to start from; ``START``'s if left out.
-        aim: no more steps are taken once every sample's worst margin is above it,
+        aim: no more steps are taken once every sample's worst margin is certified to be above it,
         deadline: or once ``time.perf_counter()`` is beyond this.
 
     Returns:
-        The best curves that were met and their worst margins, (batch,).
+        The best curves that were met, by estimates.
     """
-    with torch.no_grad():
-        first = CurvedPass(graph, perturbation, start)
-        best_margin = first.margin(rows).amin(dim=1)
-        best, ranges = first.curves(), first.ranges()
-    origin = best
-    moves = [curves and _map(lambda t: torch.zeros_like(t).requires_grad_(), curves) for curves in best]
+    first = CurvedPass(graph, perturbation, start, sound=False)
+    estimates = first.margin(rows).amin(dim=1)
+    origin, ranges = first.curves(), first.ranges()
+    moves = [curves and _map(lambda t: torch.zeros_like(t).requires_grad_(), curves) for curves in origin]
     slopes = [t for move in moves if move for ts in move[:2] for t in ts]
     if not slopes:
-        return best, best_margin
+        return origin
     bends = [t for move in moves if move for ts in move[2:] for t in ts]
     groups = [{"params": group, "lr": size} for group, size in zip((slopes, bends), STEP_SIZES, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    best, excess = origin, torch.zeros_like(estimates)
     for step in range(steps + 1):
+        if time.perf_counter() > deadline:
+            break
+        if bool((estimates - excess > aim).all()):
+            certified = CurvedPass(graph, perturbation, best).margin(rows).amin(dim=1)
+            if bool((certified > aim).all()):
+                break
+            excess = estimates - certified
         with torch.enable_grad():
             curves = [_moved(*parts) for parts in zip(origin, moves, ranges, strict=True)]
-            margin = CurvedPass(graph, perturbation, curves).margin(rows).amin(dim=1)
+            margin = CurvedPass(graph, perturbation, curves, sound=False).margin(rows).amin(dim=1)
             # A sample's scale of margins does not matter to Adam, but a few huge ones would to the sum.
             loss = -(margin / (1.0 + margin.detach().abs())).nan_to_num(0.0).sum()
-        best, best_margin = _keep_better(best, best_margin, curves, margin.detach())
-        if step == steps or bool((best_margin > aim).all()) or time.perf_counter() > deadline:
-            break
-        pace = min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.475 * (1.0 + math.cos(math.pi * step / steps)))
-        for group, size in zip(optimizer.param_groups, STEP_SIZES, strict=True):
-            group["lr"] = size * pace
-        optimizer.zero_grad()
-        loss.backward()
-        for move in (*slopes, *bends):
-            move.grad.nan_to_num_(0.0, 0.0, 0.0)  # of bounds that overflow
-        optimizer.step()
-    return best, best_margin
+        best, estimates = _keep_better(best, estimates, curves, margin.detach())
+        if step < steps:
+            pace = min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.475 * (1.0 + math.cos(math.pi * step / steps)))
+            for group, size in zip(optimizer.param_groups, STEP_SIZES, strict=True):
+                group["lr"] = size * pace
+            optimizer.zero_grad()
+            loss.backward()
+            for move in (*slopes, *bends):
+                move.grad.nan_to_num_(0.0, 0.0, 0.0)  # of bounds that overflow
+            optimizer.step()
+    return best
 
 
 def _map(function, *tables: Curves) -> Curves:

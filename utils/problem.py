@@ -152,11 +152,16 @@ class MarginProblem:
         logits = self.graph(dtype, chosen).evaluate(x)
         return (self.rows[chosen].to(dtype) @ logits[..., None]).squeeze(-1)
 
-    def margins(self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
-        """Lower bounds of the margins, (m, n_specs), of the chosen samples at eps, (m,) or (m, T)."""
+    def margins(
+        self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None), sound: bool = True
+    ) -> Tensor:
+        """Lower bounds of the margins, (m, n_specs), of the chosen samples at eps, (m,) or (m, T).
+
+        With ``sound=False`` estimates, if bounds are curved: cheaper, and mostly a little too high.
+        """
         samples = torch.arange(len(self.x), device=self.x.device)[chosen]
         size = self._samples_at_once(dtype) if self.curves is None else self._curved_at_once(dtype)
-        return self._parts(lambda *part: self._margins(*part, dtype), size, eps, samples)
+        return self._parts(lambda *part: self._margins(*part, dtype, sound), size, eps, samples)
 
     def _samples_at_once(self, dtype: torch.dtype) -> int:
         """As many as a processor's cache takes, more at once would be slower, or as many as a GPU's memory takes."""
@@ -170,10 +175,10 @@ class MarginProblem:
         # An operand of n neurons has 2 n rows of coefficients, of about n columns.
         return max(4, CACHE_BYTES // (2 * self._widest**2 * dtype.itemsize))
 
-    def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
+    def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool) -> Tensor:
         graph, perturbation = self.graph(dtype, chosen), self._perturbation(eps, chosen, dtype)
         if self.curves is not None:
-            bounds = CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype))
+            bounds = CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype), sound)
         else:
             slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
             bounds = BoundPass(graph, perturbation, self.method if self.method in PASS_METHODS else "crown", slopes)
@@ -210,7 +215,7 @@ class MarginProblem:
         for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
             start = None if self.curves is None else select_curves(self.curves, part, dtype)
             perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
-            tuned, _ = tune_curves(self.graph(dtype, part), perturbation, rows, steps, start, **until)
+            tuned = tune_curves(self.graph(dtype, part), perturbation, rows, steps, start, **until)
             table = [None] * len(tuned) if table is None else table
             store(table, part, tuned, len(self.x))
         self.curves = table

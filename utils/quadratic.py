@@ -1,112 +1,186 @@
 """Upper bounds, over a ball, of weighted sums of squares, with and without a line beside them.
 
 All rows share the directions J of the squares, (J_k y)^2 for ||y|| <= 1 or another radius, and differ in their
-weights, so that work on the Gram matrix J J^T is done once for all of them.
+weights w, so that work on J is done once for all of them. Of a row's form A = J^T diag(w) J, only the block V^T A V is
+taken as it is, for an orthonormal basis V of a few leading directions. Of the others, the Frobenius norms c (beside it)
+and f are enough: lambda I - A is positive definite if lambda > f and nu I - V^T A V is, with
+nu = lambda - c^2 / (lambda - f).
+
+With ``sound=False`` the other blocks are left out: no bound but an estimate, with nearly the same gradient, at a
+fraction of the cost. It is for tuning.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-POWER_STEPS = 3  # of the power iteration that finds a v; any v is sound; measured against 1, 2
-LEADING = 32  # directions in which a quadratic form is taken as it is, the rest by its Frobenius norm
+LEADING = 64  # directions in the basis, for squares alone; measured against 32, 128
+LEADING_BESIDE_LINES = 32  # and for squares with lines, which lie in the basis as well
+POWER_STEPS = 8  # of the power iteration, in estimates
 GUARD_ULPS = 64.0  # of rounding, of sums as large as the form's trace
 LEVELS = 24  # multipliers that are tried at once, twice
 
 
-def largest_eigenvalue(weights: Tensor, jacobian: Tensor) -> Tensor:
-    """Upper bound of the largest eigenvalue of J^T diag(w) J, (batch, rows), for w (batch, rows, k), J (batch, k, n).
+class Rest(NamedTuple):
+    """What the basis leaves of a form A, (batch, rows) each: c^2 and f, and the rounding of V^T A V.
 
-    It is that of sqrt(w_k w_l) J_k J_l^T, at most that of the absolute values, at most max_k (M v)_k / v_k for any
-    positive v (Collatz and Wielandt).
+    ``least`` is the smallest lambda, nearly, for which lambda I - A is known to be positive definite.
     """
-    gram = (jacobian @ jacobian.mT).abs()
-    small = 1e-14 * weights.detach().amax(dim=-1, keepdim=True) + torch.finfo(weights.dtype).tiny ** 0.75
-    root = (weights + small).sqrt()
-    with torch.no_grad():
-        v = root
-        for _ in range(POWER_STEPS):
-            v = root * ((root * v) @ gram)
-            largest = v.amax(dim=-1, keepdim=True)
-            v = v / torch.where(largest > 0, largest, 1.0) + 1e-6
-    return (root * ((root * v) @ gram) / v).amax(dim=-1)
+
+    beside: Tensor
+    norm: Tensor
+    guard: Tensor
+
+    def least(self, largest: Tensor) -> Tensor:
+        """The root above f of  nu = ``largest``, the greatest eigenvalue of V^T A V, or more."""
+        return 0.5 * (largest + self.norm) + (0.25 * (largest - self.norm) ** 2 + self.beside).sqrt()
 
 
-def line_and_squares(lines: Tensor, weights: Tensor, jacobian: Tensor, size: Tensor) -> Tensor:
+def largest_eigenvalue(weights: Tensor, jacobian: Tensor, sound: bool = True) -> Tensor:
+    """Upper bound of the largest eigenvalue of J^T diag(w) J, (batch, rows), for w (batch, rows, k) and J."""
+    head = jacobian @ _leading_directions(weights, jacobian, LEADING)
+    if not sound:
+        # At its eigenvector, the form has the eigenvalue's gradient too.
+        return (weights * (_leading_vectors(weights, head) @ head.mT) ** 2).sum(dim=-1)
+    form, rest = _form(weights, head), _rest(weights, head, jacobian)
+    usable = form.isfinite().all(dim=-1).all(dim=-1)
+    largest = torch.linalg.eigvalsh(torch.where(usable[..., None, None], form, 0.0))[..., -1]
+    bound = rest.least(largest + rest.guard)
+    return torch.where(usable & bound.isfinite(), bound, torch.inf)
+
+
+@torch.no_grad()
+def _leading_vectors(weights: Tensor, head: Tensor) -> Tensor:
+    """Nearly the rows' leading eigenvectors, (batch, rows, m), for J V, (batch, k, m)."""
+    vectors = torch.ones_like(weights[..., :1]).expand(-1, -1, head.shape[-1])
+    for _ in range(POWER_STEPS):
+        vectors = (weights * (vectors @ head.mT)) @ head
+        vectors = vectors / (vectors.norm(dim=-1, keepdim=True) + torch.finfo(vectors.dtype).tiny ** 0.5)
+    return vectors
+
+
+def line_and_squares(lines: Tensor, weights: Tensor, jacobian: Tensor, size: Tensor, sound: bool = True) -> Tensor:
     """Upper bound of the maximum of g.y + sum_k w_k (J_k y)^2 over ||y||^2 <= size, (batch, rows).
 
-    Bounded apart, line and squares are each at their worst point. Together, for A = J^T diag(w) J and any lambda with
-    lambda I - A positive definite (the S-lemma),
+    Bounded apart, line and squares are each at their worst point. Together, for any lambda with lambda I - A positive
+    definite (the S-lemma),
 
-        g.y + y.A y  <=  size lambda + g.(lambda I - A)^-1 g / 4.
+        g.y + y.A y  <=  size lambda + g.(lambda I - A)^-1 g / 4,
 
-    An orthonormal basis V of the lines and the leading directions of the squares cuts A into blocks. Only V^T A V is
-    taken as it is; of the others, the Frobenius norms c (beside it) and f are enough: lambda I - A is positive definite
-    if nu I - V^T A V is, with nu = lambda - c^2 / (lambda - f) and lambda > f; g.(nu I - V^T A V)^-1 g is no less.
+    and with the lines in the basis, g.(nu I - V^T A V)^-1 g is no less than the last term's.
 
     Args:
         lines: g, (batch, rows, n).
         weights: w >= 0, (batch, rows, k).
         jacobian: J, (batch, k, n).
         size: squared radius, (batch,).
+        sound: see above.
     """
-    basis = _leading_basis(lines.detach(), weights.detach(), jacobian.detach())
+    basis = _basis_of_lines(lines.detach(), _leading_directions(weights, jacobian, LEADING_BESIDE_LINES))
     head, line = jacobian @ basis, lines @ basis
-    inside = head @ head.mT
-    outside = jacobian @ jacobian.mT - inside
-    form = (weights @ (head[..., :, None] * head[..., None, :]).flatten(-2)).unflatten(-1, (head.shape[-1],) * 2)
-    trace = (weights.detach() @ (jacobian.detach() ** 2).sum(dim=-1, keepdim=True)).squeeze(-1)
-    guard = GUARD_ULPS * torch.finfo(form.dtype).eps * trace
-    # ``outside`` is a difference, so the norms are wrong by rounding of sums as large as the trace.
-    beside, square = (
-        ((weights @ (one * outside)) * weights).sum(dim=-1).clamp(min=0.0) + guard * trace for one in (inside, outside)
-    )
-    rest = (square + torch.finfo(square.dtype).tiny ** 0.75).sqrt()
+    form = _form(weights, head)
+    rest = _rest(weights, head, jacobian) if sound else _no_rest(weights, head)
     with torch.no_grad():
-        multiplier = _best_multiplier(line, form, beside, rest, size) + 2.0 * guard
-    shift = multiplier - beside / (multiplier - rest)
+        multiplier = _best_multiplier(line, form, rest, size) + 2.0 * rest.guard
+    shift = multiplier - rest.beside / (multiplier - rest.norm)
     eye = torch.eye(form.shape[-1], dtype=form.dtype, device=form.device)
-    factor, failed = torch.linalg.cholesky_ex((shift - guard)[..., None, None] * eye - form)
-    sound = (failed == 0) & (multiplier > rest)
-    factor = torch.where(sound[..., None, None], factor, eye)
+    factor, failed = torch.linalg.cholesky_ex((shift - rest.guard)[..., None, None] * eye - form)
+    proved = (failed == 0) & (multiplier > rest.norm)
+    factor = torch.where(proved[..., None, None], factor, eye)
     solved = torch.linalg.solve_triangular(factor, line.unsqueeze(-1), upper=False).squeeze(-1)
     bound = size[:, None] * multiplier + 0.25 * (solved**2).sum(dim=-1)
     # What rounding has left of the lines outside of the basis.
     lost = (lines.detach() - line.detach() @ basis.mT).norm(dim=-1)
     bound = bound + lost * size.sqrt()[:, None]
-    return torch.where(sound & bound.isfinite(), bound, torch.inf)
+    return torch.where(proved & bound.isfinite(), bound, torch.inf)
 
 
-def _leading_basis(lines: Tensor, weights: Tensor, jacobian: Tensor) -> Tensor:
-    """An orthonormal basis, (batch, n, m), of the lines and, nearly, of the leading directions of the squares."""
-    with torch.no_grad():
-        mean = weights.mean(dim=-2)
-        scaled = (mean + 1e-3 * mean.mean(dim=-1, keepdim=True)).sqrt().unsqueeze(-1) * jacobian
-        count = min(LEADING, *scaled.shape[-2:])
-        generator = torch.Generator().manual_seed(0)
-        found = torch.randn(scaled.shape[-1], count, generator=generator, dtype=torch.float64)
-        found = found.to(scaled).expand(len(scaled), -1, -1)
-        for _ in range(3):
-            found = torch.linalg.qr(scaled.mT @ (scaled @ found))[0]
-        length = lines.norm(dim=-1, keepdim=True)
-        directions = (lines / torch.where(length > 0, length, 1.0)).mT
-        return torch.linalg.qr(torch.cat((directions, found), dim=-1))[0]
+# --- the form and its blocks ---
 
 
-def _best_multiplier(line: Tensor, form: Tensor, beside: Tensor, rest: Tensor, size: Tensor) -> Tensor:
+def _form(weights: Tensor, head: Tensor) -> Tensor:
+    """V^T A V, (batch, rows, m, m), for J V, (batch, k, m)."""
+    m = head.shape[-1]
+    first, second = torch.triu_indices(m, m, device=head.device)
+    half = weights @ (head[..., first] * head[..., second])
+    where = torch.empty(m, m, dtype=torch.long, device=head.device)
+    where[first, second] = where[second, first] = torch.arange(len(first), device=head.device)
+    return half[..., where]
+
+
+def _rest(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
+    """From Gram matrices of J: ||sum_k w_k p_k q_k^T||^2 is the sum of w_k w_l (p_k.p_l) (q_k.q_l).
+
+    In single precision, as the rest is small: the guard against its rounding is too.
+    """
+    largest, longest = weights.detach().amax(dim=-1, keepdim=True), jacobian.detach().abs().amax(dim=(-2, -1))
+    unit, length = (torch.where(one > 0, one, 1.0) for one in (largest, longest[:, None, None]))
+    w, p, j = ((tensor / by).float() for tensor, by in ((weights, unit), (head, length), (jacobian, length)))
+    inside = p @ p.mT
+    outside = j @ j.mT - inside
+    # ``outside`` is a difference, so the norms are wrong by rounding of sums as large as the trace.
+    lost = GUARD_ULPS * torch.finfo(w.dtype).eps * _weighted_lengths(w, j) ** 2
+    beside, square = (((w @ (one * outside)) * w).sum(dim=-1).clamp(min=0.0) + lost for one in (inside, outside))
+    unit = (unit * length**2).squeeze(-1)
+    norm = (square + torch.finfo(square.dtype).tiny ** 0.75).sqrt()
+    return Rest(beside.to(unit) * unit**2, norm.to(unit) * unit, _guard(weights, jacobian))
+
+
+def _no_rest(weights: Tensor, head: Tensor) -> Rest:
+    guard = _guard(weights, head)
+    return Rest(torch.zeros_like(guard), torch.zeros_like(guard), guard)
+
+
+def _guard(weights: Tensor, directions: Tensor) -> Tensor:
+    return GUARD_ULPS * torch.finfo(weights.dtype).eps * _weighted_lengths(weights, directions)
+
+
+def _weighted_lengths(weights: Tensor, directions: Tensor) -> Tensor:
+    return (weights.detach() @ (directions.detach() ** 2).sum(dim=-1, keepdim=True)).squeeze(-1)
+
+
+# --- the basis; any would be sound ---
+
+
+@torch.no_grad()
+def _leading_directions(weights: Tensor, jacobian: Tensor, count: int) -> Tensor:
+    """Nearly the leading directions of the rows' mean form, orthonormal, (batch, n, m) with m <= ``count``."""
+    mean = weights.mean(dim=-2)
+    scaled = (mean + 1e-3 * mean.mean(dim=-1, keepdim=True)).sqrt().unsqueeze(-1) * jacobian
+    count = min(count, *scaled.shape[-2:])
+    found = torch.randn(scaled.shape[-1], count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = found.to(scaled).expand(len(scaled), -1, -1)
+    for _ in range(3):
+        found = torch.linalg.qr(scaled.mT @ (scaled @ found))[0]
+    return found
+
+
+@torch.no_grad()
+def _basis_of_lines(lines: Tensor, directions: Tensor) -> Tensor:
+    """An orthonormal basis, (batch, n, m), of lines, (batch, rows, n), and other directions."""
+    length = lines.norm(dim=-1, keepdim=True)
+    lines = (lines / torch.where(length > 0, length, 1.0)).mT
+    return torch.linalg.qr(torch.cat((lines, directions), dim=-1))[0]
+
+
+# --- the multiplier ---
+
+
+def _best_multiplier(line: Tensor, form: Tensor, rest: Rest, size: Tensor) -> Tensor:
     """The lambda, (batch, rows), of the least bound among those tried."""
     finite = form.isfinite().all(dim=-1).all(dim=-1)
     values, vectors = torch.linalg.eigh(torch.where(finite[..., None, None], form, 0.0))
     squares = (vectors.mT @ line.unsqueeze(-1)).squeeze(-1) ** 2
-    largest = values[..., -1]
-    least = 0.5 * (largest + rest) + (0.25 * (largest - rest) ** 2 + beside).sqrt()
+    least = rest.least(values[..., -1])
     unit = (squares.sum(dim=-1) / size[:, None]).sqrt() * 0.5 + 1e-6 * least + torch.finfo(form.dtype).tiny ** 0.5
 
     def bounds(gaps: Tensor) -> Tensor:
         """For lambda = least + gaps, (batch, rows, levels)."""
         trial = least.unsqueeze(-1) + gaps
-        shift = trial - beside.unsqueeze(-1) / (trial - rest.unsqueeze(-1))
+        shift = trial - rest.beside.unsqueeze(-1) / (trial - rest.norm.unsqueeze(-1))
         room = (shift.unsqueeze(-1) - values.unsqueeze(-2)).clamp(min=torch.finfo(form.dtype).tiny ** 0.5)
         return size[:, None, None] * trial + 0.25 * (squares.unsqueeze(-2) / room).sum(dim=-1)
 

@@ -128,6 +128,7 @@ class _Search:
     ):
         self.bracket, self.forecast = Bracket.unknown(margin_at_zero), _Forecast(margin_at_zero, linear)
         self.tol, self.max_eps = tol, max_eps
+        self.sighted = torch.zeros_like(first, dtype=torch.bool)  # which the scout saw certified
         self.aside = self.ASIDE * tol
         self.eps = torch.stack((first, first * spread), dim=1).clamp(max=max_eps)
         # Log of the foretold radius and its likely error.
@@ -187,7 +188,8 @@ class _Search:
             self.round(margin_of)
             self.rows = self.rows[self.error[self.rows] > self.aside]
         pair = torch.stack((self.foretold - self.aside, self.foretold + self.aside), dim=1).exp()
-        self.eps = torch.where(self.bracket.low[:, None] > 0, pair.clamp(max=self.max_eps), first)
+        self.sighted = self.bracket.low > 0
+        self.eps = torch.where(self.sighted[:, None], pair.clamp(max=self.max_eps), first)
         unknown = Bracket.unknown(self.forecast.margin_at_zero)
         unknown.evaluations, self.bracket = self.bracket.evaluations, unknown
         self._restart(classified)
@@ -229,3 +231,22 @@ def largest_certified(
     while search.rows.numel() and search.rounds < MAX_ROUNDS:
         search.round(margin_of)
     return search.bracket
+
+
+def foretold_radius(
+    margin_of: MarginOf,
+    margin_at_zero: Tensor,
+    first: Tensor,
+    tol: float,
+    max_eps: float = math.inf,
+    *,
+    linear: Tensor,
+    spread: float = SPREAD,
+) -> Tensor:
+    """The largest eps that ``margin_of`` makes out to certify, nearly, (batch,); 0 where it finds none.
+
+    Arguments as for ``largest_certified``; nothing is decided by it.
+    """
+    search = _Search(margin_at_zero, first, linear, spread, tol, max_eps)
+    search.scout(margin_of)
+    return torch.where(search.sighted, search.foretold.exp().clamp(max=max_eps), 0.0)
