@@ -93,7 +93,7 @@ def certified_margin(
         relaxation: of an LSTM's or GRU's gate products: "plane", "volume", "line" or "constant" (``utils.planes``).
         lengths: (batch,) number of frames that count in each sample; those after are padding. None for all.
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
-        curve_steps: gradient steps of "curve", each at the price of some thirty bounds by planes.
+        curve_steps: gradient steps of "curve", each at the price of a dozen bounds by planes or more.
         time_limit: seconds that "bab" may take for a sample.
         dtype: precision of the computation; that of x if left out.
 

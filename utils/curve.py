@@ -60,9 +60,7 @@ class Operand(NamedTuple):
 class CurvedPass(BoundPass):
     """A "crown" pass whose smooth nodes have curved bounds, with given curves or those that tuning starts from."""
 
-    def __init__(
-        self, graph: Graph, perturbation: Perturbation, curves: CurveTable | None = None, sound: bool = True
-    ):
+    def __init__(self, graph: Graph, perturbation: Perturbation, curves: CurveTable | None = None, sound: bool = True):
         """With ``sound=False``, what neurons lose together is estimated: no bound, but good enough to tune by."""
         self._sound = sound
         nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]

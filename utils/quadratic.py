@@ -25,30 +25,30 @@ LEVELS = 24  # multipliers that are tried at once, twice
 
 
 class Rest(NamedTuple):
-    """What the basis leaves of a form A, (batch, rows) each: c^2 and f, and the rounding of V^T A V.
-
-    ``least`` is the smallest lambda, nearly, for which lambda I - A is known to be positive definite.
-    """
+    """What the basis leaves of a form A, (batch, rows) each: c^2 and f."""
 
     beside: Tensor
     norm: Tensor
-    guard: Tensor
 
     def least(self, largest: Tensor) -> Tensor:
-        """The root above f of  nu = ``largest``, the greatest eigenvalue of V^T A V, or more."""
+        """The lambda above f with  nu = ``largest``, the greatest eigenvalue of V^T A V, or more."""
         return 0.5 * (largest + self.norm) + (0.25 * (largest - self.norm) ** 2 + self.beside).sqrt()
 
 
 def largest_eigenvalue(weights: Tensor, jacobian: Tensor, sound: bool = True) -> Tensor:
-    """Upper bound of the largest eigenvalue of J^T diag(w) J, (batch, rows), for w (batch, rows, k) and J."""
-    head = jacobian @ _leading_directions(weights, jacobian, LEADING)
+    """Upper bound of the largest eigenvalue of J^T diag(w) J, (batch, rows), for w (batch, rows, k), J (batch, k, n).
+
+    It is computed in single precision, with a guard against its rounding.
+    """
+    w, j, unit = _in_single(weights, jacobian)
+    head = j @ _leading_directions(w, j, LEADING)
     if not sound:
         # At its eigenvector, the form has the eigenvalue's gradient too.
-        return (weights * (_leading_vectors(weights, head) @ head.mT) ** 2).sum(dim=-1)
-    form, rest = _form(weights, head), _rest(weights, head, jacobian)
+        return (w * (_leading_vectors(w, head) @ head.mT) ** 2).sum(dim=-1).to(unit) * unit
+    form, rest = _form(w, head), _rest(w, head, j)
     usable = form.isfinite().all(dim=-1).all(dim=-1)
     largest = torch.linalg.eigvalsh(torch.where(usable[..., None, None], form, 0.0))[..., -1]
-    bound = rest.least(largest + rest.guard)
+    bound = rest.least(largest + _guard(w, j)).to(unit) * unit
     return torch.where(usable & bound.isfinite(), bound, torch.inf)
 
 
@@ -81,13 +81,18 @@ def line_and_squares(lines: Tensor, weights: Tensor, jacobian: Tensor, size: Ten
     """
     basis = _basis_of_lines(lines.detach(), _leading_directions(weights, jacobian, LEADING_BESIDE_LINES))
     head, line = jacobian @ basis, lines @ basis
-    form = _form(weights, head)
-    rest = _rest(weights, head, jacobian) if sound else _no_rest(weights, head)
+    form, guard = _form(weights, head), _guard(weights, jacobian)
+    if sound:
+        w, j, unit = _in_single(weights, jacobian)
+        rest = Rest(*(norm.to(unit) for norm in _rest(w, j @ basis.to(j), j)))
+        rest = Rest(rest.beside * unit**2, rest.norm * unit)
+    else:
+        rest = Rest(torch.zeros_like(guard), torch.zeros_like(guard))
     with torch.no_grad():
-        multiplier = _best_multiplier(line, form, rest, size) + 2.0 * rest.guard
+        multiplier = _best_multiplier(line, form, rest, size) + 2.0 * guard
     shift = multiplier - rest.beside / (multiplier - rest.norm)
     eye = torch.eye(form.shape[-1], dtype=form.dtype, device=form.device)
-    factor, failed = torch.linalg.cholesky_ex((shift - rest.guard)[..., None, None] * eye - form)
+    factor, failed = torch.linalg.cholesky_ex((shift - guard)[..., None, None] * eye - form)
     proved = (failed == 0) & (multiplier > rest.norm)
     factor = torch.where(proved[..., None, None], factor, eye)
     solved = torch.linalg.solve_triangular(factor, line.unsqueeze(-1), upper=False).squeeze(-1)
@@ -111,27 +116,23 @@ def _form(weights: Tensor, head: Tensor) -> Tensor:
     return half[..., where]
 
 
-def _rest(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
-    """From Gram matrices of J: ||sum_k w_k p_k q_k^T||^2 is the sum of w_k w_l (p_k.p_l) (q_k.q_l).
-
-    In single precision, as the rest is small: the guard against its rounding is too.
-    """
+def _in_single(weights: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w and J of greatest number 1, in single precision, and the unit, (batch, rows), of the forms that they make."""
     largest, longest = weights.detach().amax(dim=-1, keepdim=True), jacobian.detach().abs().amax(dim=(-2, -1))
-    unit, length = (torch.where(one > 0, one, 1.0) for one in (largest, longest[:, None, None]))
-    w, p, j = ((tensor / by).float() for tensor, by in ((weights, unit), (head, length), (jacobian, length)))
-    inside = p @ p.mT
-    outside = j @ j.mT - inside
+    largest, longest = (torch.where(one > 0, one, 1.0) for one in (largest, longest[:, None, None]))
+    return (weights / largest).float(), (jacobian / longest).float(), (largest * longest**2).squeeze(-1)
+
+
+def _rest(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
+    """From Gram matrices of J: ||sum_k w_k p_k q_k^T||^2 is the sum of w_k w_l (p_k.p_l) (q_k.q_l)."""
+    inside = head @ head.mT
+    outside = jacobian @ jacobian.mT - inside
     # ``outside`` is a difference, so the norms are wrong by rounding of sums as large as the trace.
-    lost = GUARD_ULPS * torch.finfo(w.dtype).eps * _weighted_lengths(w, j) ** 2
-    beside, square = (((w @ (one * outside)) * w).sum(dim=-1).clamp(min=0.0) + lost for one in (inside, outside))
-    unit = (unit * length**2).squeeze(-1)
-    norm = (square + torch.finfo(square.dtype).tiny ** 0.75).sqrt()
-    return Rest(beside.to(unit) * unit**2, norm.to(unit) * unit, _guard(weights, jacobian))
-
-
-def _no_rest(weights: Tensor, head: Tensor) -> Rest:
-    guard = _guard(weights, head)
-    return Rest(torch.zeros_like(guard), torch.zeros_like(guard), guard)
+    lost = GUARD_ULPS * torch.finfo(weights.dtype).eps * _weighted_lengths(weights, jacobian) ** 2
+    beside, square = (
+        ((weights @ (one * outside)) * weights).sum(dim=-1).clamp(min=0.0) + lost for one in (inside, outside)
+    )
+    return Rest(beside, (square + torch.finfo(square.dtype).tiny ** 0.75).sqrt())
 
 
 def _guard(weights: Tensor, directions: Tensor) -> Tensor:
