@@ -118,9 +118,11 @@ def _form(weights: Tensor, head: Tensor) -> Tensor:
 
 def _in_single(weights: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """w and J of greatest number 1, in single precision, and the unit, (batch, rows), of the forms that they make."""
-    largest, longest = weights.detach().amax(dim=-1, keepdim=True), jacobian.detach().abs().amax(dim=(-2, -1))
-    largest, longest = (torch.where(one > 0, one, 1.0) for one in (largest, longest[:, None, None]))
-    return (weights / largest).float(), (jacobian / longest).float(), (largest * longest**2).squeeze(-1)
+    largest = weights.detach().amax(dim=-1, keepdim=True)
+    longest = jacobian.detach().abs().amax(dim=(-2, -1))[:, None, None]
+    unit = (largest * longest**2).squeeze(-1)
+    largest, longest = (torch.where(one > 0, one, 1.0) for one in (largest, longest))
+    return (weights / largest).float(), (jacobian / longest).float(), unit
 
 
 def _rest(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
