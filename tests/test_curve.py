@@ -9,9 +9,10 @@ import torch
 from test_alpha import CELLS, network, sampled_margins, sequences
 from torch import nn
 
+from utils import curve
 from utils.attack import pgd
 from utils.bounds import BoundPass
-from utils.certify import MarginProblem, certified_margin, certified_radius, margin_rows
+from utils.certify import MarginProblem, certified_margin, certified_radius, margin_rows, search_radius
 from utils.curvature import Curves, curved_relaxation, tangent_curves
 from utils.curve import CurvedPass, tune_curves
 from utils.graph import Activation, Constant, Product
@@ -225,6 +226,31 @@ def test_curves_certify_more_where_many_neurons_add_their_errors():
     assert float((radii[2] / radii[0]).mean()) > 1.1
     attacked = pgd(model, x, labels, radii[2]).margin
     assert (attacked > 0).all()
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("norm", [2.0, INF])
+def test_no_estimate_is_a_verdict(monkeypatch, factor, norm):
+    """Estimates that are far too good or bad lead tuning and the forecast of radii astray, but radii stay certified."""
+    for name in ("largest_eigenvalue", "line_and_squares"):
+        honest = getattr(curve, name)
+
+        def estimate(*parts, honest=honest):
+            return honest(*parts) if parts[-1] else factor * honest(*parts)
+
+        monkeypatch.setattr(curve, name, estimate)
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    how = {"norm": norm, "alpha_steps": 2}
+    by_planes = certified_radius(model, x, labels, method="alpha", **how)
+    for method in ("curve", "bab"):
+        problem = MarginProblem(model, x, labels, method=method, curve_steps=6, time_limit=0.5, **how)
+        radius = search_radius(problem).radius
+        assert (radius >= by_planes).all()
+        assert (pgd(model, x, labels, radius, norm=norm).margin > 0).all()
+        if method == "curve":
+            certified = problem.margins(radius, torch.float64).amin(dim=1) > 0
+            assert (certified | (radius == by_planes)).all()
 
 
 def test_bounds_that_overflow_certify_nothing():

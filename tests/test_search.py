@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from utils.search import Bracket, largest_certified
+from utils.search import Bracket, foretold_radius, largest_certified
 
 TOL = 1e-3
 RADII = torch.tensor([1e-12, 1e-5, 0.03, 1.0, 7.7, 1e5, 1e12], dtype=torch.float64)
@@ -173,3 +173,14 @@ def test_nan_is_an_error():
 def test_an_empty_batch():
     bracket, _ = search(SMOOTH["linear"], RADII[:0])
     assert bracket.low.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", SMOOTH)
+def test_radii_are_foretold_roughly_and_none_where_nothing_certifies(shape):
+    radii = torch.tensor([0.03, 1.0, 7.7, 1e5], dtype=torch.float64)
+    everything = {"linear": radii, "spread": 1.2}
+    ones = torch.ones_like(radii)
+    foretold = foretold_radius(lambda rows, eps: SMOOTH[shape](eps, radii[rows]), ones, 0.7 * radii, 1e-2, **everything)
+    assert torch.allclose(foretold, radii, rtol=2e-2)
+    assert (foretold_radius(lambda rows, eps: -eps, ones, radii, 1e-2, **everything) == 0.0).all()
+    assert (foretold_radius(lambda rows, eps: 1.0 - eps, -ones, radii, 1e-2, **everything) == 0.0).all()
