@@ -42,7 +42,7 @@ def get_args() -> argparse.Namespace:
         "--results", type=Path, metavar="CSV", help="results of the list; counter-examples lie beside it"
     )
     parser.add_argument("--resume", action="store_true", help="go on with results that are there already")
-    parser.add_argument("--no-split", action="store_true", help="do not split the box of inputs: bound it once")
+    parser.add_argument("--no-split", action="store_true", help="do not split the box of inputs: bound it as a whole")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the attack's starts")
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--dry-run", action="store_true", help="read the files and write nothing")

@@ -15,8 +15,10 @@ import torch
 from helpers import normal
 from torch import nn
 
+from utils.certify import certified_radius
 from utils.cli import ROOT
 from utils.models import SequenceClassifier
+from utils.perturbation import INF
 from utils.vnnlib import Property, PropertyError, counter_example, decimal, parse_vnnlib, read_vnnlib, write_robustness
 
 onnx = pytest.importorskip("onnx")
@@ -182,8 +184,10 @@ def nets(tmp_path):
         yield read_onnx(export_onnx(model, 2, tmp_path / f"{kind.__name__}.onnx"))
 
 
-def test_no_verdict_is_wrong(tmp_path):
+@pytest.mark.parametrize("tuned_sides", [24, 0])  # boxes are split only, or bounded by tuned bounds before
+def test_no_verdict_is_wrong(tmp_path, monkeypatch, tuned_sides):
     """Random properties: what is proved survives sampling, what is broken is broken in float64 and onnxruntime."""
+    monkeypatch.setattr("utils.verify.TUNED_SIDES", tuned_sides)
     counts = dict.fromkeys(("sat", "unsat", "unknown", "timeout"), 0)
     generator = torch.Generator().manual_seed(0)
     for network, number in itertools.product(nets(tmp_path), range(12)):
@@ -232,7 +236,37 @@ def test_bounds_that_are_wrong_would_be_noticed(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("utils.verify._CaseProblem.attack", lambda self, *args: torch.empty(0, self.case.lower.numel()))
     with pytest.raises(AssertionError):
-        test_no_verdict_is_wrong(tmp_path)
+        test_no_verdict_is_wrong(tmp_path, monkeypatch, 24)
+
+
+def test_tuned_bounds_that_are_wrong_would_be_noticed(tmp_path, monkeypatch):
+    """The same where only the tuned bounds are wrong."""
+    monkeypatch.setattr("utils.verify.CurvedPass.margin", lambda self, rows: torch.full((1, rows.shape[1]), 1e3))
+    monkeypatch.setattr("utils.verify._CaseProblem.attack", lambda self, *args: torch.empty(0, self.case.lower.numel()))
+    with pytest.raises(AssertionError):
+        test_no_verdict_is_wrong(tmp_path, monkeypatch, 0)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, "relu"])
+def test_tuning_proves_more_of_wide_boxes(tmp_path, monkeypatch, kind):
+    """At an eps between what planes and tuned bounds certify, with 40 inputs: too many to be split."""
+    torch.manual_seed(0)
+    rnn = nn.RNN(10, 24, nonlinearity="relu", batch_first=True) if kind == "relu" else kind(10, 24, batch_first=True)
+    model = SequenceClassifier(rnn, nn.Linear(24, 4)).requires_grad_(False).double()
+    model.rnn.weight_hh_l0 *= 2.0
+    x = normal(1, 4, 10, seed=1)
+    label = model(x).argmax(dim=1)
+    tuned = "alpha" if kind == "relu" else "curve"
+    planes, more = (certified_radius(model, x, label, norm=INF, method=method) for method in ("crown", tuned))
+    assert more > 1.002 * planes
+    eps = float(0.5 * (planes + more))
+    network = read_onnx(export_onnx(model, 4, tmp_path / "net.onnx"))
+    for sides, expected in ((24, "unsat"), (41, "unknown")):
+        monkeypatch.setattr("utils.verify.TUNED_SIDES", sides)
+        write_robustness(tmp_path / "p.vnnlib", x.flatten() - eps, x.flatten() + eps, int(label), num_classes=4)
+        found = verdict(network, read_vnnlib(tmp_path / "p.vnnlib"), split=False)
+        assert found.result == expected
+    assert verdict(network, read_vnnlib(tmp_path / "p.vnnlib"), seconds=0.0).result == "timeout"
 
 
 def test_splitting_proves_more(tmp_path):

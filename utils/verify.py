@@ -1,4 +1,4 @@
-"""Verdicts on VNN-LIB properties: counter-examples by attack, proofs by bounds over boxes that are split in time.
+"""Verdicts on VNN-LIB properties: counter-examples by attack, proofs by bounds, tuned, and over boxes that are split.
 
 A property is "unsat", proved, if the boxes can be covered by boxes in each of which, for every conjunction of output
 constraints, one constraint's least violation ``rows @ Y - limits`` is bounded above 0 (by more than a slack for
@@ -14,8 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.alpha import ALPHA_STEPS, tune_slopes
 from utils.bounds import BoundPass
 from utils.certify import SLACK
+from utils.curvature import is_smooth
+from utils.curve import CurvedPass, tune_curves
+from utils.graph import NonLinear
 from utils.onnx_graph import OnnxNetwork
 from utils.perturbation import INF
 from utils.vnnlib import Case, Property
@@ -25,6 +29,9 @@ RESTARTS, STEPS = 16, 40  # of the attack on a whole box
 CHILD_STEPS = 4  # of the attack on each box that is split
 FIRST_STEP, LAST_STEP = 0.5, 0.005  # step sizes, as shares of the box
 MAX_BATCH = 64
+# A box of few sides is soon cut small. One of many is bounded as tightly as can be, for this share of the time.
+TUNED_SIDES, TUNED_SHARE = 24, 0.5
+TUNED_STEPS = (40, 80, 160)  # of tuning curved bounds
 MAX_NUMBERS = 20_000_000  # that describe open boxes: above, memory would run out
 # What onnxruntime's float32 outputs may miss a constraint by, relative to its limit, for a counter-example to count.
 RUNTIME_ROOM = 1e-5
@@ -35,7 +42,10 @@ class BoxSet:
 
     norm = INF
 
+    ball = "frame"
+
     def __init__(self, lower: Tensor, upper: Tensor):
+        self.x = lower  # any point of the boxes
         self._center, self._radius = 0.5 * (lower + upper), 0.5 * (upper - lower)
         # Both ends must be inside however centre and radius were rounded.
         self._radius = torch.maximum(self._radius, torch.maximum(upper - self._center, self._center - lower))
@@ -46,6 +56,9 @@ class BoxSet:
 
     def center(self, frame: int) -> Tensor:
         return self._center[:, frame]
+
+    def half_widths(self, frame: int) -> Tensor:
+        return self._radius[:, frame]
 
     def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
         return (coefficients.abs() @ self._radius[:, frame, :, None]).squeeze(-1)
@@ -107,8 +120,13 @@ class Verifier:
         return self.deadline - time.monotonic()
 
     def _prove(self, problem: _CaseProblem) -> Verdict:
-        """Bound the case's box; split what is left."""
+        """Bound the case's box; split what is left. Bounds of boxes with many sides are tuned before."""
         lower, upper = problem.case.lower[None], problem.case.upper[None]
+        if int((upper > lower).sum()) >= TUNED_SIDES:
+            self.boxes += 1
+            deadline = time.perf_counter() + TUNED_SHARE * self._time_left()
+            if float(problem.bound(lower, upper)[0]) > 0 or problem.proved_by_tuning(lower, upper, deadline):
+                return Verdict("unsat")
         scores = torch.zeros(1, dtype=DTYPE)
         batch = 1
         while len(lower):
@@ -190,13 +208,41 @@ class _CaseProblem:
             )
         if not len(self.limits):
             return torch.full((len(lower),), -torch.inf, dtype=DTYPE), slopes
-        frames = self.network.frames
-        passed = BoundPass(self.network.graph, BoxSet(frames(lower), frames(upper)))
-        margins = passed.margin(self.rows[None]) - self.limits
-        margins = margins - SLACK[DTYPE] * (1.0 + at_center.detach().abs() + self.limits.abs())
+        return self._score(BoundPass(self.network.graph, self._boxes(lower, upper)), at_center.detach()), slopes
+
+    def _boxes(self, lower: Tensor, upper: Tensor) -> BoxSet:
+        return BoxSet(self.network.frames(lower), self.network.frames(upper))
+
+    def _score(self, passed: BoundPass, at_center: Tensor) -> Tensor:
+        margins = passed.margin(self.rows[None]) - self.limits - self._room(at_center)
         # NaN is no proof.
-        score = self.worst(margins.nan_to_num(nan=-torch.inf)).amin(dim=-1)
-        return score, slopes
+        return self.worst(margins.nan_to_num(nan=-torch.inf)).amin(dim=-1)
+
+    def _room(self, at_center: Tensor) -> Tensor:
+        return SLACK[DTYPE] * (1.0 + at_center.abs() + self.limits.abs())
+
+    @torch.no_grad()
+    def proved_by_tuning(self, lower: Tensor, upper: Tensor, deadline: float) -> bool:
+        """Whether bounds that are tuned to one box, until ``time.perf_counter()`` is ``deadline``, prove its case.
+
+        Tuning raises the least bound of all rows: that is what robustness asks for, and a start for other properties.
+        """
+        if not len(self.limits):
+            return False
+        graph, boxes, rows = self.network.graph, self._boxes(lower, upper), self.rows[None]
+        at_center = self.violations(0.5 * (lower + upper))
+        aim = float((self.limits + self._room(at_center)).max())
+        if not any(isinstance(node, NonLinear) and is_smooth(node) for node in graph.nodes):
+            slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS)
+            return bool(self._score(BoundPass(graph, boxes, slopes=slopes), at_center) > 0)
+        curves = None
+        for steps in TUNED_STEPS:
+            curves = tune_curves(graph, boxes, rows, steps, curves, aim=aim, deadline=deadline)
+            if bool(self._score(CurvedPass(graph, boxes, curves), at_center) > 0):
+                return True
+            if time.perf_counter() > deadline:
+                break
+        return False
 
     @torch.no_grad()
     def attack(self, lower: Tensor, upper: Tensor, restarts: int, steps: int, generator: torch.Generator) -> Tensor:
