@@ -95,7 +95,7 @@ def test_parts_of_a_batch_give_what_the_whole_gives(method, monkeypatch):
     sizes = []
     bound = MarginProblem._margins
     monkeypatch.setattr(
-        MarginProblem, "_margins", lambda self, e, c, d: (sizes.append(len(c)), bound(self, e, c, d))[1]
+        MarginProblem, "_margins", lambda self, e, c, *how: (sizes.append(len(c)), bound(self, e, c, *how))[1]
     )
     # Tuned slopes start where two contact points tie: rounding, which a part's size changes, chooses the subgradient.
     room = 1e-5 if method == "alpha" else 1e-10
