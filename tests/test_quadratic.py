@@ -136,9 +136,9 @@ def test_eigenvalue_is_bounded_from_above_and_not_far(rank_and_shape, dtype, sca
 
 @pytest.mark.parametrize("part", ["beside", "norm"])
 def test_the_test_catches_an_eigenvalue_without_a_part_of_the_rest(monkeypatch, part):
-    honest = quadratic._rest
+    honest = quadratic.rest_of
     without = lambda *parts: honest(*parts)._replace(**{part: torch.zeros(())})  # noqa: E731
-    monkeypatch.setattr(quadratic, "_rest", without)
+    monkeypatch.setattr(quadratic, "rest_of", without)
     monkeypatch.setattr(quadratic, "LEADING", 2)
     with pytest.raises(AssertionError):
         for rank_and_shape in FORMS:
@@ -150,9 +150,9 @@ def test_single_precision_is_far_inside_the_guard(rank_and_shape):
     """The norms of the rest, from rounded Gram matrices, are above the exact ones though the guard be much smaller."""
     weights, jacobian = squares_of(*rank_and_shape)
     weights = weights[:, 1:]
-    basis = quadratic._leading_directions(weights, jacobian, 8)
-    w, j, unit = quadratic._in_single(weights, jacobian)
-    rounded = quadratic._rest(w, j @ basis.float(), j)
+    basis = quadratic.leading_directions(weights, jacobian, 8)
+    w, j, unit = quadratic.in_single(weights, jacobian)
+    rounded = quadratic.rest_of(w, j @ basis.float(), j)
     form, trace = form_of(weights, jacobian), quadratic._weighted_lengths(weights, jacobian)
     inside = basis.mT[:, None] @ form @ basis[:, None]
     aside = (form @ basis[:, None]).square().sum((-1, -2)) - inside.square().sum((-1, -2))

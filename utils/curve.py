@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from utils.bounds import BoundPass
+from utils.box_quadratic import line_and_squares_over_box, squares_over_box
 from utils.curvature import Curves, curved_relaxation, is_smooth, tangent_curves
 from utils.graph import Frame, Graph, Interval, Negative, Node, NonLinear, Product, Slice
 from utils.perturbation import Perturbation
@@ -213,42 +214,48 @@ class CurvedPass(BoundPass):
     def _joint_linear(self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None = None) -> Tensor:
         """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""
         squares = (weights.detach().mean(dim=-2).unsqueeze(-1) * jacobian.detach() ** 2).sum(dim=1)
+        box = self.perturbation.norm == math.inf
         if lines is None:
-            scale, size = self._ball_around(squares)
-            bound = size[:, None] * largest_eigenvalue(weights, jacobian * scale.unsqueeze(-2), self._sound)
+            scale, size = self._box(squares) if box else self._ball_around(squares)
+            scaled = (weights, jacobian * scale.unsqueeze(-2))
+            if box:
+                return squares_over_box(*scaled, size, self._sound)
+            bound = size[:, None] * largest_eigenvalue(*scaled, self._sound)
         else:
             line, deviation = torch.cat(lines, dim=-1), self._deviation(lines)
             # A line is worth (g delta)^2 / (2 deviation) + deviation / 2, with equality at its worst point.
             tiny = torch.finfo(line.dtype).tiny ** 0.5
             shares = LINE_SHARE * line.detach() ** 2 / (2.0 * deviation.detach() + tiny).unsqueeze(-1)
-            scale, size = self._ball_around(squares + shares.mean(dim=-2))
+            squares = squares + shares.mean(dim=-2)
+            scale, size = self._box(squares) if box else self._ball_around(squares)
             scaled = (line * scale.unsqueeze(-2), weights, jacobian * scale.unsqueeze(-2))
-            bound = line_and_squares(*scaled, size, self._sound) - deviation
+            function = line_and_squares_over_box if box else line_and_squares
+            bound = function(*scaled, size, self._sound) - deviation
         if self.perturbation.norm == 1.0:
             bound = torch.minimum(bound, self._at_vertices(weights, jacobian))
         return bound
 
-    def _ball_around(self, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales s, (batch, n), and a size with  sum_j (delta_j / s_j)^2 <= size  on the perturbation set.
+    def _box(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales s, (batch, n), and half-widths of the box of delta_j / s_j; others would be sound too."""
+        sides = torch.cat([self.perturbation.half_widths(frame.frame) for frame in self._frames], dim=-1)
+        root = _floored(squares).sqrt()
+        return (sides / root).sqrt(), (sides * root).sqrt()
 
-        Balls of frames, and sides of boxes, that matter more by their ``squares`` of coefficients, (batch, n), get
-        smaller scales; any scales would be sound.
+    def _ball_around(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales s, (batch, n), and a size with  sum_j (delta_j / s_j)^2 <= size  on the perturbation set (p < inf).
+
+        Balls of frames that matter more by their ``squares`` of coefficients, (batch, n), get smaller scales; others
+        would be sound too.
         """
         perturbation = self.perturbation
-        if perturbation.ball == "sequence" and perturbation.norm != math.inf:
+        if perturbation.ball == "sequence":
             return torch.ones_like(squares), perturbation.eps.amax(dim=1) ** 2
-        if perturbation.norm == math.inf:
-            sides = torch.cat([perturbation.half_widths(frame.frame) for frame in self._frames], dim=-1)
-        else:
-            widths = [self._width(frame) for frame in self._frames]
-            sums = [part.sum(dim=-1, keepdim=True) for part in squares.split(widths, dim=-1)]
-            squares = torch.cat([s.expand(-1, n) for s, n in zip(sums, widths, strict=True)], dim=-1)
-            eps = torch.stack([perturbation.eps[:, frame.frame] for frame in self._frames], dim=-1)
-            sides = eps.repeat_interleave(torch.tensor(widths, device=eps.device), dim=-1)
-        floor = 1e-8 * squares.mean(dim=-1, keepdim=True) + torch.finfo(squares.dtype).tiny ** 0.5
-        root = (squares + floor).sqrt()
-        if perturbation.norm == math.inf:
-            return (sides / root).sqrt(), (sides * root).sum(dim=-1)
+        widths = [self._width(frame) for frame in self._frames]
+        sums = [part.sum(dim=-1, keepdim=True) for part in squares.split(widths, dim=-1)]
+        squares = torch.cat([s.expand(-1, n) for s, n in zip(sums, widths, strict=True)], dim=-1)
+        eps = torch.stack([perturbation.eps[:, frame.frame] for frame in self._frames], dim=-1)
+        sides = eps.repeat_interleave(torch.tensor(widths, device=eps.device), dim=-1)
+        root = _floored(squares).sqrt()
         first = torch.tensor([sum(widths[:k]) for k in range(len(widths))], device=eps.device)
         return (sides / root).sqrt(), (sides * root)[:, first].sum(dim=-1)
 
@@ -258,6 +265,10 @@ class CurvedPass(BoundPass):
         for frame, part in zip(self._frames, jacobian.split([f.size for f in self._frames], dim=-1), strict=True):
             roots.append(self.perturbation.eps[:, frame.frame, None] * (weights @ part**2).amax(dim=-1).sqrt())
         return sum(roots) ** 2
+
+
+def _floored(squares: Tensor) -> Tensor:
+    return squares + 1e-8 * squares.mean(dim=-1, keepdim=True) + torch.finfo(squares.dtype).tiny ** 0.5
 
 
 # --- tuning ---------------------------------------------------------------------------------------------------------

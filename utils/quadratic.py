@@ -40,15 +40,15 @@ def largest_eigenvalue(weights: Tensor, jacobian: Tensor, sound: bool = True) ->
 
     It is computed in single precision, with a guard against its rounding.
     """
-    w, j, unit = _in_single(weights, jacobian)
-    head = j @ _leading_directions(w, j, LEADING)
+    w, j, unit = in_single(weights, jacobian)
+    head = j @ leading_directions(w, j, LEADING)
     if not sound:
         # At its eigenvector, the form has the eigenvalue's gradient too.
         return (w * (_leading_vectors(w, head) @ head.mT) ** 2).sum(dim=-1).to(unit) * unit
-    form, rest = _form(w, head), _rest(w, head, j)
+    form, rest = block(w, head), rest_of(w, head, j)
     usable = form.isfinite().all(dim=-1).all(dim=-1)
     largest = torch.linalg.eigvalsh(torch.where(usable[..., None, None], form, 0.0))[..., -1]
-    bound = rest.least(largest + _guard(w, j)).to(unit) * unit
+    bound = rest.least(largest + rounding_guard(w, j)).to(unit) * unit
     return torch.where(usable & bound.isfinite(), bound, torch.inf)
 
 
@@ -79,12 +79,12 @@ def line_and_squares(lines: Tensor, weights: Tensor, jacobian: Tensor, size: Ten
         size: squared radius, (batch,).
         sound: see above.
     """
-    basis = _basis_of_lines(lines.detach(), _leading_directions(weights, jacobian, LEADING_BESIDE_LINES))
+    basis = _basis_of_lines(lines.detach(), leading_directions(weights, jacobian, LEADING_BESIDE_LINES))
     head, line = jacobian @ basis, lines @ basis
-    form, guard = _form(weights, head), _guard(weights, jacobian)
+    form, guard = block(weights, head), rounding_guard(weights, jacobian)
     if sound:
-        w, j, unit = _in_single(weights, jacobian)
-        rest = Rest(*(norm.to(unit) for norm in _rest(w, j @ basis.to(j), j)))
+        w, j, unit = in_single(weights, jacobian)
+        rest = Rest(*(norm.to(unit) for norm in rest_of(w, j @ basis.to(j), j)))
         rest = Rest(rest.beside * unit**2, rest.norm * unit)
     else:
         rest = Rest(torch.zeros_like(guard), torch.zeros_like(guard))
@@ -106,7 +106,7 @@ def line_and_squares(lines: Tensor, weights: Tensor, jacobian: Tensor, size: Ten
 # --- the form and its blocks ---
 
 
-def _form(weights: Tensor, head: Tensor) -> Tensor:
+def block(weights: Tensor, head: Tensor) -> Tensor:
     """V^T A V, (batch, rows, m, m), for J V, (batch, k, m)."""
     m = head.shape[-1]
     first, second = torch.triu_indices(m, m, device=head.device)
@@ -116,7 +116,7 @@ def _form(weights: Tensor, head: Tensor) -> Tensor:
     return half[..., where]
 
 
-def _in_single(weights: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def in_single(weights: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """w and J of greatest number 1, in single precision, and the unit, (batch, rows), of the forms that they make."""
     largest = weights.detach().amax(dim=-1, keepdim=True)
     longest = jacobian.detach().abs().amax(dim=(-2, -1))[:, None, None]
@@ -125,7 +125,7 @@ def _in_single(weights: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tenso
     return (weights / largest).float(), (jacobian / longest).float(), unit
 
 
-def _rest(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
+def rest_of(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
     """From Gram matrices of J: ||sum_k w_k p_k q_k^T||^2 is the sum of w_k w_l (p_k.p_l) (q_k.q_l)."""
     inside = head @ head.mT
     outside = jacobian @ jacobian.mT - inside
@@ -137,7 +137,7 @@ def _rest(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
     return Rest(beside, (square + torch.finfo(square.dtype).tiny ** 0.75).sqrt())
 
 
-def _guard(weights: Tensor, directions: Tensor) -> Tensor:
+def rounding_guard(weights: Tensor, directions: Tensor) -> Tensor:
     return GUARD_ULPS * torch.finfo(weights.dtype).eps * _weighted_lengths(weights, directions)
 
 
@@ -149,7 +149,7 @@ def _weighted_lengths(weights: Tensor, directions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _leading_directions(weights: Tensor, jacobian: Tensor, count: int) -> Tensor:
+def leading_directions(weights: Tensor, jacobian: Tensor, count: int) -> Tensor:
     """Nearly the leading directions of the rows' mean form, orthonormal, (batch, n, m) with m <= ``count``."""
     mean = weights.mean(dim=-2)
     scaled = (mean + 1e-3 * mean.mean(dim=-1, keepdim=True)).sqrt().unsqueeze(-1) * jacobian
