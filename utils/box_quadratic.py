@@ -30,7 +30,7 @@ from utils.quadratic import GUARD_ULPS, block, in_single, leading_directions, re
 
 LEADING = 64  # common directions
 OWN = 16  # squares of neurons of its own that a row keeps
-COLUMNS, STEPS, ESTIMATE_STEPS = 3, 5, 4  # of V; measured
+COLUMNS, STEPS, ESTIMATE_STEPS = 3, 5, 2  # of V; measured
 CROSS_SHARE = 0.6  # tau / c
 FLOORS, LINE_FLOORS = (0.1,), (0.003, 0.03)  # of D, in units of its mean
 LEVELS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of a line's multiplier that are tried
