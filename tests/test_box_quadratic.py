@@ -97,6 +97,25 @@ def test_rows_in_parts_have_the_same_bounds(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_single_precision_is_far_inside_its_guard(monkeypatch, shape, share):
+    """Bounds of the same D in single precision are above those in double, even with a tenth of the guard."""
+    _, weights, jacobian, radii = problem(*shape)
+    seen = []
+    honest = box_quadratic._bound_with
+    monkeypatch.setattr(box_quadratic, "_bound_with", lambda *parts: seen.append(parts) or honest(*parts))
+    squares_over_box(weights, jacobian, radii)
+    form, radii, d, beside = seen[0]
+    assert d.dtype == torch.float32
+    monkeypatch.setattr(box_quadratic, "GUARD_ULPS", share * box_quadratic.GUARD_ULPS)
+    single = honest(form, radii, d, beside)
+    wide = type(form)(*(part if part is None else part.double() for part in form))
+    exact = honest(wide, radii.double(), d.double(), beside.double())
+    assert (single >= exact).all()
+    assert (single <= 1.02 * exact + 1e-5 * exact.amax()).all()
+
+
 def without_cross(honest):
     return lambda *parts: honest(*parts)._replace(beside=torch.zeros(()))
 
