@@ -152,7 +152,8 @@ def _dual(
             None if lines is None else lines[:, first : first + rows],
         )
         found.append(_dual_of(part, radii))
-    bound = torch.cat(found, dim=1) + apart * size[:, None]
+    rounding = 1.0 + GUARD_ULPS * torch.finfo(size.dtype).eps  # of radii and sums
+    bound = rounding * (torch.cat(found, dim=1) + apart * size[:, None])
     return torch.where(bound.isfinite(), bound, torch.inf)
 
 
@@ -191,8 +192,7 @@ def _bound_with(form: _Form, radii: Tensor, d: Tensor, beside: Tensor) -> Tensor
         bound = (torch.linalg.eigvalsh(_finite(turned))[..., -1].clamp(min=0.0) + guard) * cost
     else:
         bound = _bound_beside(turned, 0.5 * factor[..., -1, :], guard, cost, beside)
-    rounding = 1.0 + GUARD_ULPS * torch.finfo(d.dtype).eps
-    return torch.where(failed | ~turned.isfinite().all(dim=-1).all(dim=-1), torch.inf, bound * rounding)
+    return torch.where(failed | ~turned.isfinite().all(dim=-1).all(dim=-1), torch.inf, bound)
 
 
 def _finite(matrices: Tensor) -> Tensor:
