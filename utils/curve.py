@@ -13,8 +13,9 @@ delta, d_k = J_k delta + rho_k and |rho_k| <= R_k, so that for any t_k > 0
 
 and the maximum is at most the largest eigenvalue of the weighted Gram matrix of the J_k (in coordinates in which the
 perturbation set lies in a ball of radius 1, ``utils.quadratic``; for boxes there is better, ``utils.box_quadratic``),
-many times less than its trace, which planes pay. Of the output's rows, line and squares are bounded together: they seldom
-are at their worst at the same point (but for p = 1, as lines lose more in a ball of l_2 around an l_1 ball than is won).
+many times less than its trace, which planes pay. Of the output's rows, line and squares are bounded together: they
+seldom are at their worst at the same point (but for p = 1, as lines lose more in a ball of l_2 around an l_1 ball than
+is won).
 """
 
 from __future__ import annotations
