@@ -23,6 +23,7 @@ from utils.search import Bracket
 
 ROUND_STEPS = 40  # gradient steps of a branch before it is looked at again; twice as many after each try in vain
 OVERSHOOTS = (1.06, 1.03, 1.01)  # eps at which a branch is tuned, over what it has reached; one for each try in vain
+TUNING = torch.float32  # precision in which bounds of margins are tuned; any curves are sound in another
 ENOUGH = 1.002  # a branch that gains less than this factor gains nothing
 
 VERDICTS = ("certified", "falsified", "unknown")
@@ -102,7 +103,9 @@ def _refine_margins(together: MarginProblem, eps: Tensor, dtype, best: Tensor, d
             if in_vain[worst] == len(OVERSHOOTS):
                 break
             own, before = torch.tensor([worst], device=best.device), float(best[targets[worst]].min())
-            branches.tune_curves(eps, dtype, ROUND_STEPS << in_vain[worst], own, aim=aim, deadline=deadline)
+            # Above what rounding in the precision of tuning may hide.
+            until = {"aim": aim * SLACK[TUNING] / SLACK[dtype], "deadline": deadline}
+            branches.tune_curves(eps, TUNING, ROUND_STEPS << in_vain[worst], own, **until)
             found = branches.margins(eps, dtype, own)[0]
             best[targets[worst]] = torch.maximum(best[targets[worst]], found if branches is together else found[0])
             gain = float(best[targets[worst]].min()) - before
@@ -173,12 +176,12 @@ def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Te
     """Whether a problem's only sample is certified at eps, (1,), or "unknown", and its margins."""
     deadline, dtype = started + problem.time_limit, eps.dtype
     clean = problem.clean_margins(dtype)[0]
-    enough = float((SLACK[dtype] * (1.0 + clean.abs())).max())
+    enough, spare = (float((SLACK[precision] * (1.0 + clean.abs())).max()) for precision in (dtype, TUNING))
     best = torch.full_like(clean, -torch.inf)
     stages = (
         lambda: None,
-        lambda: problem.tune(eps, dtype, problem.alpha_steps),
-        lambda: problem.tune_curves(eps, dtype, ROUND_STEPS, aim=enough, deadline=deadline),
+        lambda: problem.tune(eps, TUNING, problem.alpha_steps),
+        lambda: problem.tune_curves(eps, TUNING, ROUND_STEPS, aim=spare, deadline=deadline),
     )
     for tune in stages:
         if float(best.min()) <= enough and time.perf_counter() < deadline:
