@@ -41,14 +41,10 @@ class _Form(NamedTuple):
     """What is taken as it is of the rows' forms, F (batch, n, m), M (batch, rows, m, m), own J and w, and lines."""
 
     directions: Tensor
-    block: Tensor
+    block: Tensor | tuple[Tensor, Tensor]  # M, or w (batch, rows, k) and J F (batch, k, m) that make it
     own: Tensor  # (batch, rows, x, n)
     own_weights: Tensor  # (batch, rows, x)
     lines: Tensor | None  # (batch, rows, n)
-
-    def rows(self, first: int, last: int) -> _Form:
-        parts = (part if part is None else part[:, first:last] for part in self[1:])
-        return _Form(self.directions, *parts)
 
 
 def squares_over_box(weights: Tensor, jacobian: Tensor, radii: Tensor, sound: bool = True) -> Tensor:
@@ -85,7 +81,7 @@ def _maximum(weights: Tensor, jacobian: Tensor, radii: Tensor, lines: Tensor | N
         # At the V of the primal's maximum, the value has the maximum's gradient.
         nothing = weights.new_zeros(*weights.shape[:2], 0)
         own = jacobian.new_zeros(*weights.shape[:2], 0, jacobian.shape[-1])
-        form = _Form(directions, block(weights.detach(), head.detach()), own, nothing, lines)
+        form = _Form(directions, (weights, head), own, nothing, lines)
         columns, beside, _, _ = _primal(form, radii, ESTIMATE_STEPS)
         value = (weights.unsqueeze(2) * (_times(columns, directions) @ head.mT.unsqueeze(1)) ** 2).sum(dim=(-1, -2))
         return value if lines is None else value + ((columns @ lines.unsqueeze(-1)).squeeze(-1) * beside).sum(dim=-1)
@@ -101,17 +97,26 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
     return (rows.flatten(1, 2) @ matrix).unflatten(1, rows.shape[1:3])
 
 
+def _image(block: Tensor | tuple[Tensor, Tensor], inside: Tensor) -> Tensor:
+    """(batch, rows, q, m) times M. Few products are cheaper without M."""
+    if isinstance(block, Tensor):
+        return inside @ block
+    weights, head = block
+    return _times(weights.unsqueeze(2) * _times(inside, head.mT), head)
+
+
 @torch.no_grad()
 def _primal(form: _Form, radii: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """V (batch, rows, q, n) and the line's own column (batch, rows, q), and the lengths of their images, D e."""
     n = radii.shape[-1]
+    rows = form.own_weights.shape[:2]
     start = torch.randn(COLUMNS, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(radii)
-    columns = (start / start.norm(dim=0)).expand(*form.block.shape[:2], -1, -1) * radii[:, None, None]
+    columns = (start / start.norm(dim=0)).expand(*rows, -1, -1) * radii[:, None, None]
     beside = torch.full_like(columns[..., 0], COLUMNS**-0.5)
     length = torch.zeros_like(beside[..., 0])
     tiny = torch.finfo(radii.dtype).tiny ** 0.5
     for _ in range(steps if form.lines is None else 3 * steps):
-        images = _times(_times(columns, form.directions) @ form.block, form.directions.mT)
+        images = _times(_image(form.block, _times(columns, form.directions)), form.directions.mT)
         if form.own.shape[2]:
             images = images + ((columns @ form.own.mT) * form.own_weights.unsqueeze(2)) @ form.own
         if form.lines is not None:
