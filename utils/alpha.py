@@ -47,7 +47,7 @@ def store(table: SlopeTable, rows: Tensor, new: SlopeTable, batch: int) -> None:
             table[k] = tuple(tuple(slope.new_zeros(batch, slope.shape[1]) for slope in plane) for plane in entry)
         for plane, tuned in zip(table[k], entry, strict=True):
             for slope, values in zip(plane, tuned, strict=True):
-                slope[rows] = values
+                slope[rows] = values.to(slope)
 
 
 def default_slopes(bounds: BoundPass) -> SlopeTable:
