@@ -79,7 +79,9 @@ def test_misclassified_inputs_and_repetition():
     assert not torch.equal(first, clever(model, x, labels, seed=1, **FEW))
 
 
-@pytest.mark.parametrize("bad", ({"eps0": 0.0}, {"batches": 0}, {"sampling": "odd"}, {"norm": 3}), ids=str)
+@pytest.mark.parametrize(
+    "bad", ({"eps0": 0.0}, {"batches": 0}, {"sampling": "odd"}, {"norm": 3}, {"clip": (0.0, 1.0)}), ids=str
+)
 def test_bad_arguments(bad):
     model = recurrent_model()
     x, labels = inputs(model)

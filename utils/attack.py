@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,9 @@ MAX_GROWTHS = 12  # doublings of eps without success after which a sample counts
 
 
 class AttackProblem:
-    """Margins, and their gradients, of a batch under one threat model; arguments as for ``utils.certify``.
+    """Margins, and their gradients, of a batch under one threat model.
 
-    Unlike a certificate's, an attack's inputs can be clipped for every p.
+    Arguments as for ``utils.certify.certified_margin``, but that an attack's inputs can be clipped for every p.
     """
 
     def __init__(
@@ -176,30 +177,26 @@ def pgd(
     labels: Tensor,
     eps: float | Tensor,
     *,
-    norm: float = 2.0,
-    targets: Tensor | None = None,
-    frames: Frames = None,
-    clip: tuple[float, float] | None = None,
-    ball: str = "frame",
     steps: int = 50,
     restarts: int = 4,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 100,
+    **threat: Any,
 ) -> AttackResult:
     """The least margins that PGD finds at eps.
 
     Args:
-        model, x, labels, norm, targets, frames, ball: as for ``utils.certify.certified_margin``.
+        model, x, labels: as for ``utils.certify.certified_margin``.
         eps: radius in the units of x: a number, (batch,), or (batch, T) for one radius a frame.
-        clip: valid input range (lowest, highest), for any p.
         steps: gradient steps of each restart.
         restarts: random starts for each target, beside the unperturbed input; half of them on the boundary.
         seed: of the random starts, which all samples share, so that a sample's result does not depend on the others.
         dtype: precision of the descent; verdicts are made in float64.
         batch_size: samples attacked at once.
+        threat: norm, targets, frames, clip and ball, as for ``AttackProblem``.
     """
-    problem = AttackProblem(model, x, labels, norm=norm, targets=targets, frames=frames, clip=clip, ball=ball)
+    problem = AttackProblem(model, x, labels, **threat)
     x = problem.balls.x
     eps = torch.as_tensor(eps, dtype=VERDICT, device=x.device)
     if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
@@ -260,17 +257,13 @@ def attack_radius(
     x: Tensor,
     labels: Tensor,
     *,
-    norm: float = 2.0,
-    targets: Tensor | None = None,
-    frames: Frames = None,
-    clip: tuple[float, float] | None = None,
-    ball: str = "frame",
     tol: float = 1e-2,
     steps: int = 50,
     restarts: int = 2,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 100,
+    **threat: Any,
 ) -> RadiusAttackResult:
     """The smallest perturbation per sample that PGD finds to break it: an upper bound of the minimum distortion.
 
@@ -281,7 +274,7 @@ def attack_radius(
     """
     if not 0 < tol < 1:
         raise ValueError(f"tol must be between 0 and 1, not {tol}")
-    problem = AttackProblem(model, x, labels, norm=norm, targets=targets, frames=frames, clip=clip, ball=ball)
+    problem = AttackProblem(model, x, labels, **threat)
     starts = _starts(problem, restarts, seed, dtype)
 
     def attack(rows: Tensor, eps: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:

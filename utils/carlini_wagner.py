@@ -15,11 +15,12 @@ verified in float64 as in ``utils.attack``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from utils.attack import VERDICT, AttackProblem, RadiusAttackResult, settle, tighten
-from utils.certify import Frames
 from utils.lp_ball import FrameBalls
 from utils.models import SequenceClassifier
 
@@ -34,26 +35,23 @@ def carlini_wagner(
     x: Tensor,
     labels: Tensor,
     *,
-    norm: float = 2.0,
-    targets: Tensor | None = None,
-    frames: Frames = None,
-    clip: tuple[float, float] | None = None,
-    ball: str = "frame",
     steps: int = 150,
     searches: int = 4,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 100,
+    **threat: Any,
 ) -> RadiusAttackResult:
     """The smallest perturbation per sample that the attack finds: an upper bound of the minimum distortion.
 
     Args:
-        model, x, labels, norm, targets, frames, clip, ball: as for ``utils.attack.pgd``.
+        model, x, labels: as for ``utils.certify.certified_margin``.
         steps: Adam steps for each c.
         searches: how many values of c are tried.
         dtype: precision of the descent; verdicts are made in float64.
         batch_size: samples attacked at once.
+        threat: norm, targets, frames, clip and ball, as for ``utils.attack.AttackProblem``.
     """
-    problem = AttackProblem(model, x, labels, norm=norm, targets=targets, frames=frames, clip=clip, ball=ball)
+    problem = AttackProblem(model, x, labels, **threat)
     with torch.no_grad():
         clean = problem.margins(problem.balls.x)
     worst = clean.amin(dim=-1)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from utils.alpha import select
 from utils.bounds import BoundPass
-from utils.certify import ALPHA_STEPS, CURVED_METHODS, SLACK, Frames, MarginProblem
+from utils.certify import CURVED_METHODS, SLACK, MarginProblem
 from utils.graph import Activation, Graph, NonLinear, Product
 from utils.models import SequenceClassifier
 from utils.perturbation import Perturbation
@@ -109,25 +110,17 @@ def save_certificates(
     labels: Tensor,
     eps: float | Tensor,
     *,
-    norm: float = 2.0,
-    targets: Tensor | None = None,
-    frames: Frames = None,
-    clip: tuple[float, float] | None = None,
-    ball: str = "frame",
-    method: str = "crown",
-    relaxation: str = "plane",
-    lengths: Tensor | None = None,
-    alpha_steps: int = ALPHA_STEPS,
     names: Sequence[str] | None = None,
+    **question: Any,
 ) -> list[Path]:
     """Write a certificate for every sample that is certified at eps, and the weights beside them.
 
-    Arguments as for ``utils.certify.certified_margin``, and:
-
     Args:
+        model, x, labels: as for ``utils.certify.certified_margin``.
         folder: is made if it is not there; certificates of the same names in it are replaced.
         eps: as a rule what ``certified_radius`` found. Samples with eps = 0 or without a positive margin get none.
         names: of the samples, for the file names sample_NAME.npz; their places in the batch if left out.
+        question: the threat model and the method, as for ``utils.certify.certified_margin``.
 
     Returns:
         The certificates' paths.
@@ -137,9 +130,7 @@ def save_certificates(
             the folder.
         OSError: the folder cannot be written.
     """
-    threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
-    how = {"method": method, "relaxation": relaxation, "alpha_steps": alpha_steps}
-    problem = MarginProblem(model, x, labels, targets=targets, **how, **threat)
+    problem = MarginProblem(model, x, labels, **question)
     eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device)
     if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
         raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")

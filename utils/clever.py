@@ -20,6 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from scipy import optimize, stats
 from torch import Tensor
 
 from utils.attack import VERDICT, AttackProblem, margin_and_gradient
-from utils.certify import Frames
 from utils.lp_ball import FrameBalls, random_in_ball
 from utils.models import SequenceClassifier
 
@@ -45,10 +45,6 @@ def clever(
     x: Tensor,
     labels: Tensor,
     *,
-    norm: float = 2.0,
-    targets: Tensor | None = None,
-    frames: Frames = None,
-    ball: str = "frame",
     eps0: float | None = None,
     batches: int = 30,
     points: int = 64,
@@ -56,11 +52,12 @@ def clever(
     sampling: str = "directed",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 10,
+    **threat: Any,
 ) -> Tensor:
     """CLEVER score of every sample, (batch,), float64; 0 where the input is misclassified.
 
     Args:
-        model, x, labels, norm, targets, frames, ball: as for ``utils.certify.certified_margin``.
+        model, x, labels: as for ``utils.certify.certified_margin``.
         eps0: radius in which gradients are sampled, the largest score. Left out, it is, per margin, near the one for
             which the score is largest (``balanced_radius``).
         batches, points: how many maxima are fitted, and of how many gradients each is the maximum.
@@ -68,14 +65,17 @@ def clever(
         sampling: "directed" or "even".
         dtype: precision of the gradients.
         batch_size: samples handled at once.
+        threat: norm, targets, frames and ball, as for ``utils.attack.AttackProblem``; inputs are not clipped.
     """
+    if threat.get("clip") is not None:
+        raise ValueError("CLEVER has no clipped inputs: leave out clip")
     if eps0 is not None and not 0 < eps0 < torch.inf:
         raise ValueError(f"eps0 must be a positive number, not {eps0}")
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, not {sampling!r}")
     if batches < 1 or points < 1:
         raise ValueError(f"batches and points must be at least 1, not {batches} and {points}")
-    problem = AttackProblem(model, x, labels, norm=norm, targets=targets, frames=frames, ball=ball)
+    problem = AttackProblem(model, x, labels, **threat)
     parts = [
         _scores(problem, rows, eps0, PointSource(batches, points, seed, sampling), dtype)
         for rows in torch.arange(len(x), device=x.device).split(batch_size)
