@@ -102,7 +102,7 @@ def test_fallback_is_fixed_and_disjoint(tmp_path, monkeypatch, capsys):
 
 def test_no_waiting_for_a_network_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr(mnist, "CONNECT_SECONDS", 0.2)
-    monkeypatch.setattr(mnist.urllib.request, "urlopen", lambda *_, **__: time.sleep(30))
+    monkeypatch.setattr(mnist.urllib.request, "urlopen", lambda *_, **__: threading.Event().wait())
     start = time.monotonic()
     with pytest.raises(mnist.DownloadError, match="no network"):
         mnist.download_mnist(tmp_path)
