@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.quadratic import GUARD_ULPS, block, in_single, leading_directions, rest_of, rounding_guard
+from utils.eigenvalues import eigenvalue_bound
+from utils.quadratic import GUARD_ULPS, block, finished, in_single, leading_directions, rest_of, rounding_guard
 
 LEADING = 64  # common directions
 OWN = 16  # squares of neurons of its own that a row keeps
@@ -59,8 +60,12 @@ def squares_over_box(weights: Tensor, jacobian: Tensor, radii: Tensor, sound: bo
         sound: if False an estimate from below, with a gradient to w and J.
     """
     w, j, unit = in_single(weights, jacobian)
-    bound = _maximum(w, j, radii.to(w), None, sound).to(unit) * unit
-    return torch.where(bound.isnan(), torch.inf, bound)
+    longest = radii.amax(dim=-1, keepdim=True)
+    longest = torch.where(longest > 0, longest, 1.0)
+    unit = unit * longest.double() ** 2
+    estimate, bound = _maximum(w, j, (radii / longest).to(w), None, sound)
+    estimate = (estimate * unit).to(weights)
+    return finished(bound * unit, estimate) if sound else estimate
 
 
 def line_and_squares_over_box(
@@ -70,23 +75,36 @@ def line_and_squares_over_box(
 
     The line is a product with one more coordinate, in [-1, 1], with a D of its own.
     """
-    bound = _maximum(weights, jacobian, radii, lines, sound)
-    return torch.where(bound.isnan(), torch.inf, bound)
+    estimate, bound = _maximum(weights, jacobian, radii, lines, sound)
+    return finished(bound, estimate) if sound else estimate
 
 
-def _maximum(weights: Tensor, jacobian: Tensor, radii: Tensor, lines: Tensor | None, sound: bool) -> Tensor:
+def _maximum(
+    weights: Tensor, jacobian: Tensor, radii: Tensor, lines: Tensor | None, sound: bool
+) -> tuple[Tensor, Tensor | None]:
+    """An estimate and, if it is asked for, a bound."""
     directions = leading_directions(weights, jacobian, LEADING)
     head = jacobian @ directions
+    if not sound or torch.is_grad_enabled():
+        estimate = _estimate(weights, jacobian, radii, lines, directions, head)
+    else:
+        estimate = radii.new_zeros(weights.shape[:2])
     if not sound:
-        # At the V of the primal's maximum, the value has the maximum's gradient.
-        nothing = weights.new_zeros(*weights.shape[:2], 0)
-        own = jacobian.new_zeros(*weights.shape[:2], 0, jacobian.shape[-1])
-        form = _Form(directions, (weights, head), own, nothing, lines)
-        columns, beside, _, _ = _primal(form, radii, ESTIMATE_STEPS)
-        value = (weights.unsqueeze(2) * (_times(columns, directions) @ head.mT.unsqueeze(1)) ** 2).sum(dim=(-1, -2))
-        return value if lines is None else value + ((columns @ lines.unsqueeze(-1)).squeeze(-1) * beside).sum(dim=-1)
+        return estimate, None
     with torch.no_grad():
-        return _dual(weights, jacobian, radii, lines, directions, head)
+        return estimate, _dual(weights, jacobian, radii, lines, directions, head)
+
+
+def _estimate(
+    weights: Tensor, jacobian: Tensor, radii: Tensor, lines: Tensor | None, directions: Tensor, head: Tensor
+) -> Tensor:
+    """At the V of the primal's maximum, the value has the maximum's gradient."""
+    nothing = weights.new_zeros(*weights.shape[:2], 0)
+    own = jacobian.new_zeros(*weights.shape[:2], 0, jacobian.shape[-1])
+    form = _Form(directions, (weights, head), own, nothing, lines)
+    columns, beside, _, _ = _primal(form, radii, ESTIMATE_STEPS)
+    value = (weights.unsqueeze(2) * (_times(columns, directions) @ head.mT.unsqueeze(1)) ** 2).sum(dim=(-1, -2))
+    return value if lines is None else value + ((columns @ lines.unsqueeze(-1)).squeeze(-1) * beside).sum(dim=-1)
 
 
 # --- the primal: where to look for D ---
@@ -141,7 +159,7 @@ def _dual(
     shared = weights.scatter(-1, own, 0.0)
     rest = rest_of(shared, head, jacobian)
     tau = CROSS_SHARE * rest.beside.sqrt() + torch.finfo(weights.dtype).tiny ** 0.5
-    apart = rest.norm + rest.beside / tau + rounding_guard(shared, jacobian)
+    apart = rest.norm + rest.beside / tau
     eye = torch.eye(head.shape[-1], dtype=head.dtype, device=head.device)
     middle = block(shared, head) + (tau - apart)[..., None, None] * eye
     size = (radii**2).sum(dim=-1)
@@ -158,6 +176,7 @@ def _dual(
         )
         found.append(_dual_of(part, radii))
     rounding = 1.0 + GUARD_ULPS * torch.finfo(size.dtype).eps  # of radii and sums
+    apart = apart + rounding_guard(shared, jacobian)  # of the whole form, in the common directions too
     bound = rounding * (torch.cat(found, dim=1) + apart * size[:, None])
     return torch.where(bound.isfinite(), bound, torch.inf)
 
@@ -194,14 +213,14 @@ def _bound_with(form: _Form, radii: Tensor, d: Tensor, beside: Tensor) -> Tensor
     guard = GUARD_ULPS * torch.finfo(d.dtype).eps * (reach.mT @ inner.abs() @ reach)[..., 0, 0]
     cost = (d * (radii**2)[:, None]).sum(dim=-1)
     if form.lines is None:
-        bound = (torch.linalg.eigvalsh(_finite(turned))[..., -1].clamp(min=0.0) + guard) * cost
+        bound = (_greatest(turned) + guard) * cost
     else:
         bound = _bound_beside(turned, 0.5 * factor[..., -1, :], guard, cost, beside)
-    return torch.where(failed | ~turned.isfinite().all(dim=-1).all(dim=-1), torch.inf, bound)
+    return torch.where(failed, torch.inf, bound)
 
 
-def _finite(matrices: Tensor) -> Tensor:
-    return torch.where(matrices.isfinite().all(dim=-1).all(dim=-1)[..., None, None], matrices, 0.0)
+def _greatest(matrices: Tensor) -> Tensor:
+    return eigenvalue_bound(matrices).clamp(min=0.0).to(matrices)
 
 
 def _root_of_gram(directions: Tensor, several: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,9 +246,8 @@ def _bound_beside(turned: Tensor, line: Tensor, guard: Tensor, cost: Tensor, bes
     size = turned.shape[-1]
     levels = beside.unsqueeze(-1) * torch.tensor(LEVELS, dtype=beside.dtype, device=beside.device)
     whole = turned.new_zeros(*levels.shape, size + 1, size + 1)
-    whole[..., 1:, 1:] = _finite(turned).unsqueeze(2)
+    whole[..., 1:, 1:] = turned.unsqueeze(2)
     whole[..., 0, 1:] = whole[..., 1:, 0] = line.unsqueeze(2) / levels.sqrt().unsqueeze(-1)
     extra = GUARD_ULPS * torch.finfo(line.dtype).eps * line.norm(dim=-1).unsqueeze(-1) / levels.sqrt()
-    largest = torch.linalg.eigvalsh(_finite(whole))[..., -1].clamp(min=0.0) + guard.unsqueeze(-1) + extra
-    usable = whole.isfinite().all(dim=-1).all(dim=-1)
-    return torch.where(usable, largest * (cost.unsqueeze(-1) + levels), torch.inf).amin(dim=-1)
+    largest = _greatest(whole) + guard.unsqueeze(-1) + extra
+    return torch.where(largest.isfinite(), largest * (cost.unsqueeze(-1) + levels), torch.inf).amin(dim=-1)

@@ -264,7 +264,10 @@ class CurvedPass(BoundPass):
         """The maximum over l_1 balls: a convex function's is at a vertex of each, and roots of frames add up."""
         roots = []
         for frame, part in zip(self._frames, jacobian.split([f.size for f in self._frames], dim=-1), strict=True):
-            roots.append(self.perturbation.eps[:, frame.frame, None] * (weights @ part**2).amax(dim=-1).sqrt())
+            squares = (weights @ part**2).amax(dim=-1)
+            # The root has no gradient at 0.
+            root = torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
+            roots.append(self.perturbation.eps[:, frame.frame, None] * root)
         return sum(roots) ** 2
 
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.eigenvalues import eigenvalue_bound, eigh_guess
+
 LEADING = 64  # directions in the basis, for squares alone; measured against 32, 128
 LEADING_BESIDE_LINES = 32  # and for squares with lines, which lie in the basis as well
 POWER_STEPS = 8  # of the power iteration, in estimates
@@ -42,14 +44,14 @@ def largest_eigenvalue(weights: Tensor, jacobian: Tensor, sound: bool = True) ->
     """
     w, j, unit = in_single(weights, jacobian)
     head = j @ leading_directions(w, j, LEADING)
+    # At its eigenvector, the form has the eigenvalue's gradient too.
+    estimate = ((w * (_leading_vectors(w, head) @ head.mT) ** 2).sum(dim=-1) * unit).to(weights)
     if not sound:
-        # At its eigenvector, the form has the eigenvalue's gradient too.
-        return (w * (_leading_vectors(w, head) @ head.mT) ** 2).sum(dim=-1).to(unit) * unit
-    form, rest = block(w, head), rest_of(w, head, j)
-    usable = form.isfinite().all(dim=-1).all(dim=-1)
-    largest = torch.linalg.eigvalsh(torch.where(usable[..., None, None], form, 0.0))[..., -1]
-    bound = rest.least(largest + rounding_guard(w, j)).to(unit) * unit
-    return torch.where(usable & bound.isfinite(), bound, torch.inf)
+        return estimate
+    with torch.no_grad():
+        rest = rest_of(w, head, j)
+        bound = rest.least(eigenvalue_bound(block(w, head)) + rounding_guard(w, j)) * unit
+    return finished(bound, estimate)
 
 
 @torch.no_grad()
@@ -117,12 +119,24 @@ def block(weights: Tensor, head: Tensor) -> Tensor:
 
 
 def in_single(weights: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """w and J of greatest number 1, in single precision, and the unit, (batch, rows), of the forms that they make."""
+    """w and J of greatest number 1, in single precision, and the unit, (batch, rows), of the forms that they make.
+
+    The unit is in double precision. Where products are less precise than single, as with TF32, w and J are double, too.
+    """
     largest = weights.detach().amax(dim=-1, keepdim=True)
     longest = jacobian.detach().abs().amax(dim=(-2, -1))[:, None, None]
-    unit = (largest * longest**2).squeeze(-1)
+    unit = (largest.double() * longest.double() ** 2).squeeze(-1)
     largest, longest = (torch.where(one > 0, one, 1.0) for one in (largest, longest))
-    return (weights / largest).float(), (jacobian / longest).float(), unit
+    single = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+    return (weights / largest).to(single), (jacobian / longest).to(single), unit
+
+
+def finished(bound: Tensor, estimate: Tensor) -> Tensor:
+    """A bound in the estimate's precision, and with the estimate's gradient; infinite where it is NaN."""
+    precision = torch.finfo(estimate.dtype)
+    bound = torch.where(bound > 0, bound * (1.0 + precision.eps) + precision.tiny, bound)
+    bound = torch.where(bound.isnan(), torch.inf, bound).to(estimate)
+    return bound + torch.where(estimate.isfinite(), estimate - estimate.detach(), 0.0)
 
 
 def rest_of(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
@@ -174,8 +188,7 @@ def _basis_of_lines(lines: Tensor, directions: Tensor) -> Tensor:
 
 def _best_multiplier(line: Tensor, form: Tensor, rest: Rest, size: Tensor) -> Tensor:
     """The lambda, (batch, rows), of the least bound among those tried."""
-    finite = form.isfinite().all(dim=-1).all(dim=-1)
-    values, vectors = torch.linalg.eigh(torch.where(finite[..., None, None], form, 0.0))
+    values, vectors = eigh_guess(form, vectors=True)
     squares = (vectors.mT @ line.unsqueeze(-1)).squeeze(-1) ** 2
     least = rest.least(values[..., -1])
     unit = (squares.sum(dim=-1) / size[:, None]).sqrt() * 0.5 + 1e-6 * least + torch.finfo(form.dtype).tiny ** 0.5

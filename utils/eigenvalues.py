@@ -1,0 +1,67 @@
+"""Greatest eigenvalues of symmetric matrices, with a proof that does not rest on an eigenvalue routine.
+
+Routines for eigenvalues fail on some matrices of graded entries or low rank: they raise an error for a whole batch, or,
+in single precision, return NaN for some eigenvalues and numbers near 0 for others. So what they return is only a guess
+mu here. With any matrix L, such as the Cholesky factor of mu I - A,
+
+    A  =  mu I - L L^T - E,        hence        lambda_max(A) <= mu + ||E||_F,
+
+for the E that is left, measured in double precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GUESS_ULPS = 32.0  # added to a guess, of the matrix's norm in the guess's precision: more than it errs as a rule
+WRONG = 1e-3  # a guess that is off by this share of the norm is made again in double precision
+
+
+def eigenvalue_bound(matrices: Tensor) -> Tensor:
+    """Upper bound, a little above it, of the greatest eigenvalue of (..., m, m), in double precision, (...).
+
+    The matrices are taken as they are, rounding errors included, but for an asymmetry. Where a number is not finite,
+    the bound is infinite.
+    """
+    double = 0.5 * (matrices.double() + matrices.mT.double())
+    size = _norm(double)
+    guess = eigh_guess(matrices)[0][..., -1].double() + GUESS_ULPS * torch.finfo(matrices.dtype).eps * size
+    bound = _proved(double, guess)
+    again = size.isfinite() & ~(bound <= guess + WRONG * size)
+    if matrices.dtype != torch.float64 and bool(again.any()):
+        bound[again] = eigenvalue_bound(double[again])
+    # The Frobenius norm is a bound, too.
+    return torch.minimum(bound.nan_to_num(nan=torch.inf), size.nan_to_num(nan=torch.inf))
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    """Frobenius norms, rounded up."""
+    rounding = matrices.shape[-1] ** 2 * torch.finfo(matrices.dtype).eps
+    return (1.0 + rounding) * torch.linalg.vector_norm(matrices, dim=(-2, -1))
+
+
+def _proved(matrices: Tensor, guess: Tensor) -> Tensor:
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    shifted = guess[..., None, None] * eye - matrices
+    factor, _ = torch.linalg.cholesky_ex(torch.where(shifted.isfinite(), shifted, 0.0))
+    left = shifted - factor @ factor.mT
+    # The sums of the products round by at most m units of the sums of their absolute values.
+    lost = 2.0 * matrices.shape[-1] * torch.finfo(matrices.dtype).eps * (_norm(factor) ** 2 + guess.abs())
+    return guess + _norm(left) + lost
+
+
+def eigh_guess(matrices: Tensor, vectors: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues, and eigenvectors, as routines have them, without an error: they may be wrong, or not finite."""
+    usable = matrices.isfinite().all(dim=-1).all(dim=-1)[..., None, None]
+    matrices = torch.where(usable, matrices, 0.0)
+    for precision in (matrices.dtype, torch.float64):
+        try:
+            if vectors:
+                values, directions = torch.linalg.eigh(matrices.to(precision))
+                return values.to(matrices), directions.to(matrices)
+            return torch.linalg.eigvalsh(matrices.to(precision)).to(matrices), None
+        except torch.linalg.LinAlgError:  # for the whole batch
+            continue
+    shape = matrices.shape[:-1]
+    return matrices.new_full(shape, torch.nan), torch.full_like(matrices, torch.nan) if vectors else None
