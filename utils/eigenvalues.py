@@ -18,36 +18,36 @@ GUESS_ULPS = 32.0  # added to a guess, of the matrix's norm in the guess's preci
 WRONG = 1e-3  # a guess that is off by this share of the norm is made again in double precision
 
 
+@torch.no_grad()
 def eigenvalue_bound(matrices: Tensor) -> Tensor:
     """Upper bound, a little above it, of the greatest eigenvalue of (..., m, m), in double precision, (...).
 
-    The matrices are taken as they are, rounding errors included, but for an asymmetry. Where a number is not finite,
-    the bound is infinite.
+    The matrices, or the symmetric parts of those that are not quite symmetric, are taken as they are, rounding errors
+    included. Where a number is not finite, the bound is infinite.
     """
-    double = 0.5 * (matrices.double() + matrices.mT.double())
-    size = _norm(double)
+    size = _norm(matrices)
     guess = eigh_guess(matrices)[0][..., -1].double() + GUESS_ULPS * torch.finfo(matrices.dtype).eps * size
-    bound = _proved(double, guess)
+    bound = _proved(matrices, guess, size)
     again = size.isfinite() & ~(bound <= guess + WRONG * size)
     if matrices.dtype != torch.float64 and bool(again.any()):
-        bound[again] = eigenvalue_bound(double[again])
+        bound[again] = eigenvalue_bound(matrices[again].double())
     # The Frobenius norm is a bound, too.
-    return torch.minimum(bound.nan_to_num(nan=torch.inf), size.nan_to_num(nan=torch.inf))
+    return torch.fmin(bound, size).masked_fill(~size.isfinite(), torch.inf)
 
 
 def _norm(matrices: Tensor) -> Tensor:
-    """Frobenius norms, rounded up."""
-    rounding = matrices.shape[-1] ** 2 * torch.finfo(matrices.dtype).eps
-    return (1.0 + rounding) * torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    """Frobenius norms in double precision, rounded up."""
+    rounding = matrices.shape[-1] ** 2 * torch.finfo(torch.float64).eps
+    return (1.0 + rounding) * torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64)
 
 
-def _proved(matrices: Tensor, guess: Tensor) -> Tensor:
-    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    shifted = guess[..., None, None] * eye - matrices
-    factor, _ = torch.linalg.cholesky_ex(torch.where(shifted.isfinite(), shifted, 0.0))
-    left = shifted - factor @ factor.mT
-    # The sums of the products round by at most m units of the sums of their absolute values.
-    lost = 2.0 * matrices.shape[-1] * torch.finfo(matrices.dtype).eps * (_norm(factor) ** 2 + guess.abs())
+def _proved(matrices: Tensor, guess: Tensor, size: Tensor) -> Tensor:
+    left = -matrices.double()
+    left.diagonal(dim1=-2, dim2=-1).add_(guess.unsqueeze(-1))
+    factor, _ = torch.linalg.cholesky_ex(left)
+    left -= factor @ factor.mT
+    # Sums of m products round by at most m units of the sum of their absolute values.
+    lost = 2.0 * matrices.shape[-1] * torch.finfo(left.dtype).eps * (_norm(factor) ** 2 + guess.abs() + size)
     return guess + _norm(left) + lost
 
 
