@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from utils.attack import AttackProblem, AttackResult, pgd
-from utils.certify import SLACK, certified_margin
+from utils.certify import MarginProblem, certified_margin
 from utils.cli import ArgumentParser, positive_float, positive_int, run_main
 from utils.perturbation import INF
 from utils.rows import KeyedRow
@@ -128,8 +128,7 @@ def verify(case: Case, x: Tensor, labels: Tensor, clean: Tensor, norm: float, va
     slack = torch.zeros_like(x[:, 0, 0])
     left = clean.nonzero().squeeze(-1)
     if left.numel():
-        exact = certified_margin(case.model, x[left], labels[left], 0.0, norm=norm)
-        slack[left] = SLACK[DTYPE] * (1.0 + exact.amin(dim=1).abs())
+        slack[left] = MarginProblem(case.model, x[left], labels[left], norm=norm).slack(DTYPE).amax(dim=1)
     for number in reversed(range(len(values))):
         if left.numel():
             margin = certified_margin(case.model, x[left], labels[left], values[number], norm=norm).amin(dim=1)

@@ -11,7 +11,6 @@ from helpers import THREATS, Threat, attack, classifier, lowest_margins, margins
 
 from utils.bounds import METHODS
 from utils.certify import (
-    SLACK,
     MarginProblem,
     certified_margin,
     certified_radius,
@@ -49,9 +48,8 @@ def options_of(threat: Threat) -> dict:
 
 def worst(model, x, labels, eps, frames=None, **options) -> torch.Tensor:
     """Worst certified margin in float64, less the slack of a verdict."""
-    clean = certified_margin(model, x, labels, 0.0, dtype=torch.float64).amin(dim=1)
-    bound = certified_margin(model, x, labels, eps, frames=frames, dtype=torch.float64, **options).amin(dim=1)
-    return bound - SLACK[torch.float64] * (1 + clean.abs())
+    bound = certified_margin(model, x, labels, eps, frames=frames, dtype=torch.float64, **options)
+    return (bound - MarginProblem(model, x, labels).slack(torch.float64)).amin(dim=1)
 
 
 # --- what a radius means --------------------------------------------------------------------------------------------

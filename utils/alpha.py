@@ -92,6 +92,8 @@ def tune_slopes(
         ranges = [entry and _ranges(first, node) for node, entry in zip(_nonlinear(graph), origin, strict=True)]
     shifts = [entry and tuple(tuple(torch.zeros_like(s) for s in plane) for plane in entry) for entry in origin]
     leaves = [shift.requires_grad_() for entry in shifts if entry for plane in entry for shift in plane]
+    if not leaves:
+        return origin, best_margin
     optimizer = torch.optim.Adam(leaves, lr=STEP_SIZE, betas=(0.9, 0.99))
     best = origin
     for step in range(steps + 1):

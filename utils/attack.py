@@ -21,6 +21,7 @@ from utils.graph import Graph
 from utils.lp_ball import FrameBalls
 from utils.models import SequenceClassifier
 from utils.networks import graph_of, num_classes, read_network
+from utils.perturbation import clip_of
 from utils.problem import Frames, check_inputs, frame_mask, margin_rows
 
 VERDICT = torch.float64
@@ -52,7 +53,7 @@ class AttackProblem:
         check_inputs(model, x, labels)
         self.rows = margin_rows(labels, num_classes(model), targets).to(x.device)
         mask = frame_mask(frames, *x.shape[:2]).to(x.device)
-        self.balls = FrameBalls(x.detach().to(VERDICT), mask, float(norm), ball, clip)
+        self.balls = FrameBalls(x.detach().to(VERDICT), mask, float(norm), ball, clip_of(clip, x.dtype))
         self._model = model
         self._models: dict[torch.dtype, Callable[[Tensor], Tensor]] = {}
 

@@ -155,17 +155,22 @@ def decide(
         seed: of PGD's random starts.
         threat: norm, frames, clip and ball.
     """
-    eps = torch.as_tensor(eps, dtype=dtype, device=x.device).expand(len(x))
+    eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
+    # The set that bounds hold for must not be smaller than the attack's.
+    outer = eps.to(dtype)
+    outer = torch.where(outer < eps, torch.nextafter(outer, outer + 1.0), outer)
     decisions = []
     for n in range(len(x)):
         own = slice(n, n + 1)
         question = {"targets": None if targets is None else targets[own], **threat}
+        if isinstance(threat.get("frames"), Tensor) and threat["frames"].dim() == 2:  # a mask for each sample
+            question["frames"] = threat["frames"][own]
         started = time.perf_counter()
         attack = pgd(model, x[own], labels[own], eps[own], seed=seed, **question)
         problem = MarginProblem(model, x[own], labels[own], method="bab", time_limit=time_limit, **question)
         broken = float(attack.margin) < 0
         verdict, margins = (
-            ("falsified", problem.clean_margins(dtype)[0]) if broken else _bound(problem, eps[own], started)
+            ("falsified", problem.clean_margins(dtype)[0]) if broken else _bound(problem, outer[own], started)
         )
         example = attack.x[0] if broken else None
         decisions.append(Decision(verdict, margins, example, time.perf_counter() - started))
@@ -176,7 +181,7 @@ def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Te
     """Whether a problem's only sample is certified at eps, (1,), or "unknown", and its margins."""
     deadline, dtype = started + problem.time_limit, eps.dtype
     clean = problem.clean_margins(dtype)[0]
-    enough, spare = (float((SLACK[precision] * (1.0 + clean.abs())).max()) for precision in (dtype, TUNING))
+    enough, spare = (float(problem.slack(precision).max()) for precision in (dtype, TUNING))
     best = torch.full_like(clean, -torch.inf)
     stages = (
         lambda: None,

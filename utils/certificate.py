@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from utils.alpha import select
 from utils.bounds import BoundPass
-from utils.certify import CURVED_METHODS, SLACK, MarginProblem
+from utils.certify import CURVED_METHODS, MarginProblem
 from utils.graph import Activation, Graph, NonLinear, Product
 from utils.models import SequenceClassifier
 from utils.perturbation import Perturbation
@@ -176,8 +176,7 @@ def _write_certified(
     method = "crown" if problem.method == "alpha" else problem.method
     bounds = BoundPass(graph, Perturbation(exact, eps, **problem.threat), method, slopes)
     rows = problem.rows[chosen].to(torch.float64)
-    slack = SLACK[torch.float64] * (1.0 + problem.clean_margins(torch.float64, chosen).abs().amax(dim=1))
-    holds = bounds.margin(rows).amin(dim=1) > slack
+    holds = (bounds.margin(rows) > problem.slack(torch.float64, chosen)).all(dim=1)
     if not bool(holds.any()):
         return {}
     slopes = {} if method == "ibp" else collect_slopes(problem.model, graph, bounds)

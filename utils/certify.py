@@ -160,8 +160,8 @@ def search_radius(
         raise ValueError(f"tol must be between 0 and 1, not {tol}")
     if eps0 is not None and not 0 < eps0 < torch.inf:
         raise ValueError(f"eps0 must be a positive number, not {eps0}")
-    if not max_eps > 0:
-        raise ValueError(f"max_eps must be a positive number, not {max_eps}")
+    if not 0 < max_eps < torch.finfo(torch.float32).max:
+        raise ValueError(f"max_eps must be a positive number that float32 can hold, not {max_eps}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     for precision in (dtype, search_dtype):
@@ -191,11 +191,11 @@ class _Searcher:
 
     def margin_of(self, problem: MarginProblem, rows: Tensor, precision: torch.dtype, sound: bool = True) -> MarginOf:
         """Worst margins less the slack for rounding."""
-        slack = SLACK[self.dtype] * (1.0 + problem.clean_margins(self.dtype, rows).amin(dim=1).abs())
+        slack = problem.slack(self.dtype, rows)
 
         def margin_of(chosen: Tensor, eps: Tensor) -> Tensor:
             margins = problem.margins(eps, precision, rows[chosen], sound=sound)
-            return margins.amin(dim=1).to(self.dtype) - slack[chosen]
+            return (margins.to(self.dtype) - slack[chosen]).amin(dim=1)
 
         return margin_of
 
@@ -215,8 +215,7 @@ class _Searcher:
         elif self.search_dtype != self.dtype:
             scout = self.margin_of(problem, rows, self.search_dtype)
         verdict = self.margin_of(problem, rows, self.dtype)
-        clean = problem.clean_margins(self.dtype, rows).amin(dim=1)
-        clean = clean - SLACK[self.dtype] * (1.0 + clean.abs())
+        clean = (problem.clean_margins(self.dtype, rows) - problem.slack(self.dtype, rows)).amin(dim=1)
         linear = problem.linear_radius(self.search_dtype, rows).to(self.dtype)
         aims = {"scout": scout, "linear": linear, "spread": spread}
         found = largest_certified(verdict, clean, first, self.tol, self.max_eps, **aims)

@@ -70,7 +70,8 @@ class CurvedPass(BoundPass):
         self._chosen: dict[Node, Curves] = {}
         self._linear: dict[Node, Operand] = {}
         self._met: tuple[dict[Frame, Tensor], list[tuple[Node, Tensor]]] = ({}, [])
-        self._frames = [frame for frame in graph.frames if not perturbation.is_exact(frame.frame)]
+        moved = [frame for frame in graph.frames if not perturbation.is_exact(frame.frame)]
+        self._frames = [frame for frame in moved if frame.child_weights]  # a forward may leave some out
         super().__init__(graph, perturbation, "crown")
 
     # --- one backward pass ---

@@ -38,7 +38,9 @@ def eigenvalue_bound(matrices: Tensor) -> Tensor:
 def _norm(matrices: Tensor) -> Tensor:
     """Frobenius norms in double precision, rounded up."""
     rounding = matrices.shape[-1] ** 2 * torch.finfo(torch.float64).eps
-    return (1.0 + rounding) * torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64)
+    # Squares of the smallest numbers vanish.
+    vanished = matrices.shape[-1] * torch.finfo(torch.float64).tiny ** 0.5
+    return (1.0 + rounding) * torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64) + vanished
 
 
 def _proved(matrices: Tensor, guess: Tensor, size: Tensor) -> Tensor:

@@ -403,10 +403,27 @@ class Graph:
 
     def evaluate(self, x: Tensor) -> Tensor:
         """The output at the sequences x, (batch, T, n): the forward pass."""
+        return self._values(x)[-1]
+
+    def term_sizes(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Sums of the absolute values of the terms that make ``rows @ output`` at x, (batch, n_rows).
+
+        Rounding is in proportion to these, not to what is left when terms cancel. Rows are (batch or 1, n_rows, size).
+        """
+        values, output = self._values(x), self.output
+        parts, weights = [values[-1]], [torch.eye(output.size, dtype=x.dtype, device=x.device)]
+        if isinstance(output, Linear):
+            parts = [values[parent.index] for parent in output.parents] + [output.bias[None]]
+            weights = [*output.weights, weights[0]]
+        pairs = zip(parts, weights, strict=True)
+        return sum(((rows @ weight).abs() @ part.abs().unsqueeze(-1)).squeeze(-1) for part, weight in pairs)
+
+    def _values(self, x: Tensor) -> list[Tensor]:
+        """Every node's value."""
         values: list[Tensor] = []
         for node in self.nodes:
             if isinstance(node, Frame):
                 values.append(x[:, node.frame])
             else:
                 values.append(node.value(*(values[parent.index] for parent in node.parents)))
-        return values[-1]
+        return values

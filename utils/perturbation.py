@@ -23,6 +23,11 @@ def dual_norm(coefficients: Tensor, norm: float) -> Tensor:
     return coefficients.abs().sum(dim=-1)
 
 
+def clip_of(clip: tuple[float, float] | None, dtype: torch.dtype) -> tuple[float, float] | None:
+    """A valid range as inputs of a precision have it: 0.1 in float32 is above 0.1, and no reason to be refused."""
+    return clip and tuple(float(torch.tensor(end, dtype=dtype)) for end in clip)
+
+
 @dataclass
 class Perturbation:
     """The set of sequences x' that a bound has to hold for.

@@ -16,13 +16,13 @@ from utils.curve import CURVE_STEPS, CurvedPass, CurveTable, tune_curves
 from utils.graph import Graph
 from utils.memory import Parts, samples_at_once
 from utils.networks import Network, check_network, graph_of, num_classes, read_network
-from utils.perturbation import Perturbation, dual_norm
+from utils.perturbation import Perturbation, clip_of, dual_norm
 from utils.planes import SLOPES
 
 METHODS = (*PASS_METHODS, "alpha", "curve", "bab")  # the last three tune "crown"
 
-# A margin counts as positive if it exceeds this share of 1 + |clean margin|: room for the rounding of sums and
-# products, which the bounds, statements about real numbers, do not account for.
+# A margin counts as positive if it exceeds this share of 1 + the sum of the absolute values of its terms: room for the
+# rounding of sums and products, which the bounds, statements about real numbers, do not account for.
 SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 TIME_LIMIT = 60.0  # seconds a sample of "bab", unless told otherwise
@@ -120,7 +120,7 @@ class MarginProblem:
         self.time_limit = time_limit
         self.alpha_steps, self.slopes = alpha_steps, None
         self.curve_steps, self.curves = curve_steps, None
-        self.threat = {"norm": float(norm), "clip": clip, "ball": ball}
+        self.threat = {"norm": float(norm), "clip": clip_of(clip, x.dtype), "ball": ball}
         self.rows = margin_rows(labels, num_classes(model), targets).to(x.device)
         self.mask = frame_mask(frames, *x.shape[:2]).to(x.device)
         self.lengths = lengths = None if lengths is None else lengths.to(x.device)
@@ -151,6 +151,11 @@ class MarginProblem:
     def _margins_at(self, x: Tensor, dtype: torch.dtype, chosen: Tensor | slice) -> Tensor:
         logits = self.graph(dtype, chosen).evaluate(x)
         return (self.rows[chosen].to(dtype) @ logits[..., None]).squeeze(-1)
+
+    def slack(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """What the chosen samples' margins must exceed to count as positive, (m, n_specs); see ``SLACK``."""
+        x, rows = self.x[chosen].to(dtype), self.rows[chosen].to(dtype)
+        return SLACK[dtype] * (1.0 + self.graph(dtype, chosen).term_sizes(x, rows))
 
     def margins(
         self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None), sound: bool = True

@@ -208,18 +208,20 @@ class _CaseProblem:
             )
         if not len(self.limits):
             return torch.full((len(lower),), -torch.inf, dtype=DTYPE), slopes
-        return self._score(BoundPass(self.network.graph, self._boxes(lower, upper)), at_center.detach()), slopes
+        return self._score(BoundPass(self.network.graph, self._boxes(lower, upper)), self._room(center)), slopes
 
     def _boxes(self, lower: Tensor, upper: Tensor) -> BoxSet:
         return BoxSet(self.network.frames(lower), self.network.frames(upper))
 
-    def _score(self, passed: BoundPass, at_center: Tensor) -> Tensor:
-        margins = passed.margin(self.rows[None]) - self.limits - self._room(at_center)
+    def _score(self, passed: BoundPass, room: Tensor) -> Tensor:
+        margins = passed.margin(self.rows[None]) - self.limits - room
         # NaN is no proof.
         return self.worst(margins.nan_to_num(nan=-torch.inf)).amin(dim=-1)
 
-    def _room(self, at_center: Tensor) -> Tensor:
-        return SLACK[DTYPE] * (1.0 + at_center.abs() + self.limits.abs())
+    def _room(self, center: Tensor) -> Tensor:
+        """For rounding, as ``utils.problem.SLACK`` says, (boxes, rows)."""
+        terms = self.network.graph.term_sizes(self.network.frames(center), self.rows[None])
+        return SLACK[DTYPE] * (1.0 + terms + self.limits.abs())
 
     @torch.no_grad()
     def proved_by_tuning(self, lower: Tensor, upper: Tensor, deadline: float) -> bool:
@@ -230,15 +232,15 @@ class _CaseProblem:
         if not len(self.limits):
             return False
         graph, boxes, rows = self.network.graph, self._boxes(lower, upper), self.rows[None]
-        at_center = self.violations(0.5 * (lower + upper))
-        aim = float((self.limits + self._room(at_center)).max())
+        room = self._room(0.5 * (lower + upper))
+        aim = float((self.limits + room).max())
         if not any(isinstance(node, NonLinear) and is_smooth(node) for node in graph.nodes):
             slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS)
-            return bool(self._score(BoundPass(graph, boxes, slopes=slopes), at_center) > 0)
+            return bool(self._score(BoundPass(graph, boxes, slopes=slopes), room) > 0)
         curves = None
         for steps in TUNED_STEPS:
             curves = tune_curves(graph, boxes, rows, steps, curves, aim=aim, deadline=deadline)
-            if bool(self._score(CurvedPass(graph, boxes, curves), at_center) > 0):
+            if bool(self._score(CurvedPass(graph, boxes, curves), room) > 0):
                 return True
             if time.perf_counter() > deadline:
                 break
