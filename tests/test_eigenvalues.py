@@ -47,7 +47,7 @@ def test_a_bound_is_above_and_near(kind, m, dtype, scale):
     bound, truth = eigenvalue_bound(matrices), exact(matrices)
     assert (bound >= truth - 1e-14 * size).all()
     near = 1e-9 if dtype == torch.float64 else 1e-4
-    assert (bound <= truth + near * (size + torch.finfo(dtype).tiny)).all()
+    assert (bound <= truth + near * (size + torch.finfo(dtype).tiny) + 1e-140).all()  # squares below that vanish
 
 
 def wrong(values):
