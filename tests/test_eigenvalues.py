@@ -10,7 +10,7 @@ from utils.box_quadratic import line_and_squares_over_box, squares_over_box
 from utils.certify import certified_margin
 from utils.eigenvalues import eigenvalue_bound, eigh_guess
 from utils.models import SequenceClassifier
-from utils.quadratic import largest_eigenvalue, line_and_squares
+from utils.quadratic import in_single, largest_eigenvalue, line_and_squares
 
 KINDS = ("random", "semidefinite", "rank one", "graded", "negative", "zero", "diagonal", "equal")
 
@@ -142,6 +142,22 @@ def test_extreme_units_do_not_underflow():
     for size in (1e-30, 1e-21, 1e21, 1e30):
         assert 1.0 <= float(squares_over_box(one, size * one, one[0] / size)) < 1.001
     assert float(largest_eigenvalue(one.float(), 1e-24 * one.float())) > 0.0
+
+
+def test_less_precise_products_are_not_relied_on():
+    """Where torch may take TF32 for products of single precision, forms are set up in double."""
+    weights, jacobian = squares()
+    plain = largest_eigenvalue(weights, jacobian)
+    try:
+        torch.set_float32_matmul_precision("high")
+        w, j, _ = in_single(weights, jacobian)
+        bound = largest_eigenvalue(weights, jacobian)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert w.dtype == j.dtype == torch.float64
+    assert in_single(weights, jacobian)[0].dtype == torch.float32
+    form = torch.einsum("brk,bki,bkj->brij", weights, jacobian, jacobian)
+    assert (bound >= exact(form)).all() and (bound <= plain).all()
 
 
 def test_what_is_not_finite_has_no_bound():

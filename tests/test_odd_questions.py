@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from utils import bab
 from utils.bab import decide
 from utils.certify import METHODS, MarginProblem, certified_margin, certified_radius
 from utils.models import SequenceClassifier
@@ -128,6 +129,32 @@ def test_the_slack_grows_with_the_terms():
     with torch.no_grad():
         model.head.bias += 1e6
     assert (MarginProblem(model, x, model(x).argmax(dim=1)).slack(DTYPE) >= slack).all()
+
+
+def test_terms_are_those_of_the_last_layer():
+    model, x = recurrent(), torch.rand(2, 4, 3, dtype=torch.float64)
+    labels = model(x).argmax(dim=1)
+    problem = MarginProblem(model, x, labels)
+    with torch.no_grad():
+        state = model.rnn(x)[0][:, -1]
+        factors = problem.rows.double() @ model.head.weight
+        terms = (factors.abs() @ state.abs().unsqueeze(-1)).squeeze(-1)
+        terms = terms + (problem.rows.double() * model.head.bias).abs().sum(dim=-1)
+    assert torch.allclose(problem.slack(DTYPE), 1e-9 * (1.0 + terms), rtol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.7])
+def test_the_bounds_of_a_decision_hold_for_all_that_is_attacked(monkeypatch, eps):
+    """Float32 rounds 0.7 down and 0.1 up."""
+    model, x = recurrent(torch.float32), torch.rand(2, 4, 3)
+    asked, attacked = [], []
+    bound, attack = bab._bound, bab.pgd
+    monkeypatch.setattr(bab, "_bound", lambda *args: asked.append(args[1]) or bound(*args))
+    monkeypatch.setattr(bab, "pgd", lambda *args, **how: attacked.append(args[3]) or attack(*args, **how))
+    decide(model, x, model(x).argmax(dim=1), eps, frames=3, dtype=torch.float32, time_limit=1.0)
+    assert len(attacked) == 2 and all(float(radius) == eps for radius in attacked)
+    assert all(radius.dtype == torch.float32 and eps <= float(radius) < eps + 1e-7 for radius in asked)
+    assert asked
 
 
 def test_an_endless_search_is_refused():

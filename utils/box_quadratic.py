@@ -1,7 +1,7 @@
 """Upper bounds, over a box, of weighted sums of squares, with and without a line beside them.
 
-The ball around a box holds up to half as much again of such a sum as the box. So every row gets an ellipsoid of its
-own: for the sum y.A y, A = J^T diag(w) J, and any diagonal matrix D > 0,
+The ball around a box holds more of such a sum than the box, pi/2 times as much for one random direction. So every row
+gets an ellipsoid of its own: for the sum y.A y, A = J^T diag(w) J, and any diagonal matrix D > 0,
 
     y.A y  <=  lambda sum_j D_j e_j^2      for all |y_j| <= e_j,
 

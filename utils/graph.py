@@ -411,12 +411,11 @@ class Graph:
         Rounding is in proportion to these, not to what is left when terms cancel. Rows are (batch or 1, n_rows, size).
         """
         values, output = self._values(x), self.output
-        parts, weights = [values[-1]], [torch.eye(output.size, dtype=x.dtype, device=x.device)]
+        pairs = [(values[-1], rows)]
         if isinstance(output, Linear):
-            parts = [values[parent.index] for parent in output.parents] + [output.bias[None]]
-            weights = [*output.weights, weights[0]]
-        pairs = zip(parts, weights, strict=True)
-        return sum(((rows @ weight).abs() @ part.abs().unsqueeze(-1)).squeeze(-1) for part, weight in pairs)
+            pairs = [(values[p.index], rows @ weight) for p, weight in zip(output.parents, output.weights, strict=True)]
+            pairs.append((output.bias[None], rows))
+        return sum((factors.abs() @ part.abs().unsqueeze(-1)).squeeze(-1) for part, factors in pairs)
 
     def _values(self, x: Tensor) -> list[Tensor]:
         """Every node's value."""

@@ -44,8 +44,10 @@ def largest_eigenvalue(weights: Tensor, jacobian: Tensor, sound: bool = True) ->
     """
     w, j, unit = in_single(weights, jacobian)
     head = j @ leading_directions(w, j, LEADING)
-    # At its eigenvector, the form has the eigenvalue's gradient too.
-    estimate = ((w * (_leading_vectors(w, head) @ head.mT) ** 2).sum(dim=-1) * unit).to(weights)
+    estimate = weights.new_zeros(weights.shape[:2])
+    if not sound or torch.is_grad_enabled():
+        # At its eigenvector, the form has the eigenvalue's gradient too.
+        estimate = ((w * (_leading_vectors(w, head) @ head.mT) ** 2).sum(dim=-1) * unit).to(weights)
     if not sound:
         return estimate
     with torch.no_grad():
