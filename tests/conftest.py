@@ -2,9 +2,20 @@
 
 import pytest
 import torch
+from rounding import round_otherwise
+
+
+def pytest_addoption(parser):
+    parser.addoption("--torch-threads", type=int, default=1, help="threads of PyTorch in the tests' own process")
+    parser.addoption("--other-rounding", action="store_true", help="matrix products have other last bits, by chance")
+
+
+def pytest_configure(config):
+    if config.getoption("--other-rounding"):
+        round_otherwise()
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """The nets are tiny: threads only get in each other's way."""
-    torch.set_num_threads(1)
+def threads(request):
+    """One unless told otherwise: the nets are tiny, threads only get in each other's way."""
+    torch.set_num_threads(request.config.getoption("--torch-threads"))
