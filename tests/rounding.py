@@ -24,8 +24,8 @@ def _noise(shape: tuple[int, ...], seed: tuple[int, ...], dtype: np.dtype) -> np
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     if not a.is_floating_point():
-        return torch.from_numpy(np.asarray(np.matmul(a.numpy(), b.numpy())))
-    left, right = a.resolve_neg().resolve_conj().numpy(), b.resolve_neg().resolve_conj().numpy()
+        return torch.from_numpy(np.asarray(np.matmul(a.detach().numpy(), b.detach().numpy())))
+    left, right = a.detach().numpy(), b.detach().numpy()
     with np.errstate(all="ignore"):
         exact, terms = np.matmul(left, right), np.matmul(np.abs(left), np.abs(right))
         moved = exact + np.where(np.isfinite(terms), terms, 0) * _noise(exact.shape, (*a.shape, *b.shape), exact.dtype)
