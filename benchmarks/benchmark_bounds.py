@@ -27,13 +27,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from utils.bounds import METHODS, BoundPass
-from utils.certify import MarginProblem, search_radius
-from utils.checkpoint import ARCHITECTURES, build_model, load_checkpoint, model_name
-from utils.cli import ArgumentParser, git_commit, norm_value, positive_int, resolve_device, run_main, versions
-from utils.graph import NonLinear
-from utils.models import SequenceClassifier
-from utils.perturbation import Perturbation
+from utils.bounds.passes import METHODS, BoundPass
+from utils.certify import margin_problem, search_radius
+from utils.graph.nonlinear import NonLinear
+from utils.network.checkpoint import ARCHITECTURES, build_model, load_checkpoint, model_name
+from utils.network.models import SequenceClassifier
+from utils.perturbation.sets import Perturbation
+from utils.runs.cli import ArgumentParser, git_commit, norm_value, positive_int, resolve_device, run_main, versions
 
 PIXELS = 784
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -110,7 +110,7 @@ class Case:
         with torch.no_grad():
             logits = model(x)
         labels, targets = logits.topk(2, dim=1).indices.T
-        self.problem = MarginProblem(model, x, labels, norm=args.p, targets=targets, method=args.method)
+        self.problem = margin_problem(model, x, labels, norm=args.p, targets=targets, method=args.method)
         self.result = self.search()
         self.eps = self.result.radius.clamp(min=1e-6)
         self.problem.graph(dtype)

@@ -21,9 +21,8 @@ import torch
 
 from data.mnist import load_mnist
 from utils.certify import certified_margin, certified_radius
-from utils.cli import ROOT, ArgumentParser, apply_common_arguments, positive_float, run_main
-from utils.planes import SLOPES
-from utils.tables import (
+from utils.choices import RELAXATIONS
+from utils.experiments.tables import (
     Case,
     add_table_arguments,
     committed_models,
@@ -33,6 +32,7 @@ from utils.tables import (
     write_csv,
     write_lines,
 )
+from utils.runs.cli import ROOT, ArgumentParser, apply_common_arguments, positive_float, run_main
 
 QUICK_MODELS = ("rnn_4_32_tanh", "lstm_4_32", "gru_4_32")
 DTYPE = torch.float64
@@ -56,7 +56,7 @@ def methods_of(case: Case, quick: bool) -> list[tuple[str, str]]:
     """(method, relaxation) pairs; intervals need no relaxation, a vanilla RNN has one kind of lines."""
     relaxations = ["plane"]
     if case.gated:
-        relaxations = [name for name in SLOPES if not (quick and name == "volume")]
+        relaxations = [name for name in RELAXATIONS if not (quick and name == "volume")]
     return [("ibp", "plane"), *((method, name) for method in ("crown-ibp", "crown") for name in relaxations)]
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from utils.torchvision_compat import import_torchvision
+from data.torchvision_compat import import_torchvision
 
 DATA_FOLDER = Path(__file__).resolve().parent
 SIDE = 28

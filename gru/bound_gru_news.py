@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser, run_main
-from utils.tasks import NEWS
-from utils.word_bounds import add_word_arguments, bound_text_classifier
+from utils.runs.cli import ArgumentParser, run_main
+from utils.steps.word_bounds import add_word_arguments, bound_text_classifier
+from utils.training.tasks import NEWS
 
 
 def get_args() -> argparse.Namespace:

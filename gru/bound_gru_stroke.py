@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser, run_main
-from utils.stroke_bounds import add_stroke_arguments, bound_stroke_classifier
+from utils.runs.cli import ArgumentParser, run_main
+from utils.steps.stroke_bounds import add_stroke_arguments, bound_stroke_classifier
 
 
 def get_args() -> argparse.Namespace:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser, run_main
-from utils.training import add_stack_arguments, add_training_arguments, train_mnist_classifier
+from utils.runs.cli import ArgumentParser, run_main
+from utils.training.mnist import add_stack_arguments, add_training_arguments, train_mnist_classifier
 
 
 def get_args() -> argparse.Namespace:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser, run_main
-from utils.stroke_training import add_stroke_training_arguments, train_stroke_classifier
+from utils.runs.cli import ArgumentParser, run_main
+from utils.training.strokes import add_stroke_training_arguments, train_stroke_classifier
 
 
 def get_args() -> argparse.Namespace:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.bound_arguments import add_bound_arguments
-from utils.bounding import bound_mnist_classifier
-from utils.cli import ArgumentParser, run_main
+from utils.experiments.arguments import add_bound_arguments
+from utils.experiments.mnist import bound_mnist_classifier
+from utils.runs.cli import ArgumentParser, run_main
 
 
 def get_args() -> argparse.Namespace:

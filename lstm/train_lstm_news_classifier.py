@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ArgumentParser, run_main
-from utils.tasks import NEWS
-from utils.text_training import add_text_training_arguments, train_text_classifier
+from utils.runs.cli import ArgumentParser, run_main
+from utils.training.tasks import NEWS
+from utils.training.text import add_text_training_arguments, train_text_classifier
 
 
 def get_args() -> argparse.Namespace:

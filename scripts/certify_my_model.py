@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from utils.certificate import save_certificates
 from utils.certify import certified_radius
-from utils.cli import (
+from utils.certify.certificate import save_certificates
+from utils.network.models import SequenceClassifier
+from utils.runs.cli import (
     ArgumentParser,
     apply_common_arguments,
     non_negative_int,
@@ -29,7 +30,6 @@ from utils.cli import (
     positive_int,
     run_main,
 )
-from utils.models import SequenceClassifier
 
 NUM_FRAMES, FRAME_SIZE, NUM_CLASSES, HIDDEN_SIZE = 8, 4, 3, 16
 UNIT = "amplitude of the wave"  # in which eps and radius are: that of the input

@@ -29,12 +29,15 @@ import torch
 from torch import Tensor
 
 from data.mnist import load_mnist
-from utils.attack import VERDICT, AttackProblem, AttackResult
-from utils.attack_file import replay_attack, save_attack
-from utils.bab import VERDICTS, decide
-from utils.bound_arguments import check_arguments
-from utils.certify import TIME_LIMIT
-from utils.cli import (
+from utils.attack.attack_file import replay_attack, save_attack
+from utils.attack.pgd import VERDICT, AttackProblem, AttackResult
+from utils.certify.bab import VERDICTS, decide
+from utils.choices import TIME_LIMIT
+from utils.experiments.arguments import check_arguments
+from utils.experiments.table_run import make_record
+from utils.experiments.tables import MODELS_DIR, Case, load_all_images, norm_text
+from utils.experiments.wording import UNIT, describe_goal, describe_threat
+from utils.runs.cli import (
     ROOT,
     ArgumentParser,
     ContradictionError,
@@ -46,15 +49,12 @@ from utils.cli import (
     run_main,
     utc_now,
 )
-from utils.ranks import Ranks, joined
-from utils.results import Record, exclusive, read_record
-from utils.rows import KeyedRow
-from utils.step_runs import digest
-from utils.table_run import make_record
-from utils.tables import MODELS_DIR, Case, load_all_images, norm_text
-from utils.threat_text import UNIT, describe_goal, describe_threat
-from utils.training import check_writable
-from utils.work import Job, find_rows
+from utils.runs.ranks import Ranks, joined
+from utils.runs.results import Record, exclusive, read_record
+from utils.runs.rows import KeyedRow
+from utils.runs.work import Job, find_rows
+from utils.steps.step_runs import digest
+from utils.training.mnist import check_writable
 
 CSV_NAME, EXAMPLES_NAME = "verdicts.csv", "counterexamples"
 DRY_SECONDS = 1.0  # at most, for the only image of a dry run

@@ -18,10 +18,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils.cli import ROOT, ArgumentParser, run_main
-from utils.planes import PRODUCTS, relax_product
-from utils.relaxations import Relaxation
-from utils.results import replacing
+from utils.relaxation.lines import Relaxation
+from utils.relaxation.planes import PRODUCTS, relax_product
+from utils.runs.cli import ROOT, ArgumentParser, run_main
+from utils.runs.results import replacing
 
 X, Y = (-1.5, 2.0), (-1.5, 2.5)  # the box
 TITLES = {"x*sigmoid(y)": r"$x\,\sigma(y)$", "tanh(x)*sigmoid(y)": r"$\tanh(x)\,\sigma(y)$"}

@@ -18,8 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from data.mnist import load_mnist
-from utils.checkpoint import load_checkpoint
-from utils.cli import (
+from utils.certify.vnnlib import write_robustness
+from utils.experiments.samples import draw_samples
+from utils.network.checkpoint import load_checkpoint
+from utils.network.onnx_export import export_onnx
+from utils.network.onnx_graph import read_onnx
+from utils.runs.cli import (
     ArgumentParser,
     add_common_arguments,
     apply_common_arguments,
@@ -27,11 +31,7 @@ from utils.cli import (
     positive_int,
     run_main,
 )
-from utils.onnx_export import export_onnx
-from utils.onnx_graph import read_onnx
-from utils.results import replacing
-from utils.samples import draw_samples
-from utils.vnnlib import write_robustness
+from utils.runs.results import replacing
 
 SAME = 1e-4  # of the file's outputs and the classifier's, relative to the largest
 

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.mnist import load_mnist
 from data.strokes import DATA_FOLDER, FILE_NAME, image_to_sequence, skeleton, write_strokes
-from utils.cli import ArgumentParser, positive_int, run_main
-from utils.results import replacing
-from utils.training import check_writable
+from utils.runs.cli import ArgumentParser, positive_int, run_main
+from utils.runs.results import replacing
+from utils.training.mnist import check_writable
 
 
 def get_args() -> argparse.Namespace:

@@ -25,13 +25,20 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from utils.attack import AttackProblem, AttackResult, pgd
-from utils.certify import MarginProblem, certified_margin
-from utils.cli import ArgumentParser, positive_float, positive_int, run_main
-from utils.perturbation import INF
-from utils.rows import KeyedRow
-from utils.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
-from utils.tables import Case, add_run_arguments, finish_run_arguments, load_all_images, markdown_table, norm_text
+from utils.attack.pgd import AttackProblem, AttackResult, pgd
+from utils.certify import certified_margin, margin_problem
+from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
+from utils.experiments.tables import (
+    Case,
+    add_run_arguments,
+    finish_run_arguments,
+    load_all_images,
+    markdown_table,
+    norm_text,
+)
+from utils.perturbation.lp_ball import INF
+from utils.runs.cli import ArgumentParser, positive_float, positive_int, run_main
+from utils.runs.rows import KeyedRow
 
 NAME = "accuracy"
 KINDS = ("clean", "attacked", "verified")
@@ -128,7 +135,7 @@ def verify(case: Case, x: Tensor, labels: Tensor, clean: Tensor, norm: float, va
     slack = torch.zeros_like(x[:, 0, 0])
     left = clean.nonzero().squeeze(-1)
     if left.numel():
-        slack[left] = MarginProblem(case.model, x[left], labels[left], norm=norm).slack(DTYPE).amax(dim=1)
+        slack[left] = margin_problem(case.model, x[left], labels[left], norm=norm).slack(DTYPE).amax(dim=1)
     for number in reversed(range(len(values))):
         if left.numel():
             margin = certified_margin(case.model, x[left], labels[left], values[number], norm=norm).amin(dim=1)

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.figure import Figure
 
 from data.mnist import SIDE
-from utils.bound_rows import statistics
 from utils.certify import certified_radius
-from utils.cli import ArgumentParser, run_main
-from utils.perturbation import INF
-from utils.rows import KeyedRow
-from utils.table_run import Report, Table, batch_jobs, run_table
-from utils.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, norm_text
+from utils.experiments.table_run import Report, Table, batch_jobs, run_table
+from utils.experiments.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, norm_text
+from utils.perturbation.lp_ball import INF
+from utils.runs.bound_rows import statistics
+from utils.runs.cli import ArgumentParser, run_main
+from utils.runs.rows import KeyedRow
 
 STYLES = {"rnn": "o-", "lstm": "s--", "gru": "^:"}
 

@@ -27,16 +27,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils.attack import AttackResult, RadiusAttackResult, attack_radius
-from utils.bound_arguments import add_effort_arguments
-from utils.bound_rows import statistics
-from utils.certify import METHODS, TUNED_METHODS, certified_radius
-from utils.cli import ArgumentParser, run_main
-from utils.perturbation import INF
-from utils.plots import stairs, tidy
-from utils.rows import KeyedRow
-from utils.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
-from utils.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, norm_text
+from utils.attack.pgd import AttackResult, RadiusAttackResult, attack_radius
+from utils.certify import certified_radius
+from utils.choices import METHODS
+from utils.choices.method import TUNED_METHODS
+from utils.experiments.arguments import add_effort_arguments
+from utils.experiments.plots import stairs, tidy
+from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
+from utils.experiments.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, norm_text
+from utils.perturbation.lp_ball import INF
+from utils.runs.bound_rows import statistics
+from utils.runs.cli import ArgumentParser, run_main
+from utils.runs.rows import KeyedRow
 
 NAME = "methods"
 # Each of these begins with what the one before it does, so it must not certify less.

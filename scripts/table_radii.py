@@ -24,16 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from matplotlib.figure import Figure
 
-from utils.attack import AttackResult, attack_radius
-from utils.bound_rows import statistics
-from utils.carlini_wagner import carlini_wagner
+from utils.attack.carlini_wagner import carlini_wagner
+from utils.attack.clever import clever
+from utils.attack.pgd import AttackResult, attack_radius
 from utils.certify import certified_radius
-from utils.clever import clever
-from utils.cli import ArgumentParser, run_main
-from utils.perturbation import INF
-from utils.rows import KeyedRow
-from utils.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
-from utils.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, mean_std, norm_text
+from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
+from utils.experiments.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, mean_std, norm_text
+from utils.perturbation.lp_ball import INF
+from utils.runs.bound_rows import statistics
+from utils.runs.cli import ArgumentParser, run_main
+from utils.runs.rows import KeyedRow
 
 NAME = "radii"
 METHODS = {"certified": "certified", "clever": "CLEVER", "carlini_wagner": "C&W", "pgd": "PGD"}

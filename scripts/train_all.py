@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ROOT, ArgumentParser, positive_int, run_main
-from utils.tables import MODELS_DIR
+from utils.experiments.tables import MODELS_DIR
+from utils.runs.cli import ROOT, ArgumentParser, positive_int, run_main
 
 SCRIPTS = {
     kind: f"{'vanilla_rnn' if kind == 'rnn' else kind}/train_{kind}_mnist_classifier.py"

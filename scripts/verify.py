@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from utils.cli import ArgumentParser, describe_error, non_negative_int, positive_float, positive_int, run_main
-from utils.onnx_graph import OnnxNetwork, read_onnx
-from utils.results import replacing
-from utils.verify import Verdict, Verifier
-from utils.vnnlib import counter_example, read_vnnlib
+from utils.certify.verify import Verdict, Verifier
+from utils.certify.vnnlib import counter_example, read_vnnlib
+from utils.network.onnx_graph import OnnxNetwork, read_onnx
+from utils.runs.cli import ArgumentParser, describe_error, non_negative_int, positive_float, positive_int, run_main
+from utils.runs.results import replacing
 
 COLUMNS = ("onnx", "vnnlib", "timeout", "result", "seconds", "boxes", "message")
 DEFAULT_TIMEOUT = 60.0

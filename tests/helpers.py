@@ -12,10 +12,12 @@ import mpmath
 import torch
 from torch import Tensor, nn
 
-from utils.graph import Frame, Graph, Linear
-from utils.models import SequenceClassifier
-from utils.perturbation import INF, Perturbation
-from utils.relaxations import Relaxation
+from utils.graph.graph import Graph
+from utils.graph.nodes import Frame, Linear
+from utils.network.models import SequenceClassifier
+from utils.perturbation.lp_ball import INF
+from utils.perturbation.sets import Perturbation
+from utils.relaxation.lines import Relaxation
 
 mpmath.mp.dps = 60
 

@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.mnist import load_mnist
 from data.strokes import load_strokes
-from utils import bounding, stroke_bounds, word_bounds
-from utils.cli import run_main
-from utils.results import FIGURES, replacing
-from utils.rows import split_row
+from utils.experiments import mnist as bounding
+from utils.runs.cli import run_main
+from utils.runs.results import FIGURES, replacing
+from utils.runs.rows import split_row
+from utils.steps import stroke_bounds, word_bounds
 
 CHANGES = ("open", "os.remove", "os.rename", "os.mkdir", "os.rmdir")
 

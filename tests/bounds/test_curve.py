@@ -1,0 +1,347 @@
+"""Curved bounds: sound on dense grids and over whole networks, never less tight than what comes before them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_alpha import CELLS, network, sampled_margins, sequences
+from torch import nn
+
+from utils.attack.pgd import pgd
+from utils.bounds import curve
+from utils.bounds.curve import CurvedPass, tune_curves
+from utils.bounds.passes import BoundPass
+from utils.certify import certified_margin, certified_radius, margin_problem, search_radius
+from utils.graph.nodes import Constant
+from utils.graph.nonlinear import Activation, Product
+from utils.network.unroll import unroll
+from utils.perturbation.lp_ball import INF
+from utils.perturbation.sets import Perturbation
+from utils.question import margin_rows
+from utils.relaxation.curves import Curves, curved_relaxation
+
+
+def random_box(count: int, seed: int, width: float):
+    generator = torch.Generator().manual_seed(seed)
+    center = 3.0 * torch.randn(count, generator=generator, dtype=torch.float64)
+    reach = width * torch.rand(count, generator=generator, dtype=torch.float64)
+    share = torch.rand(count, generator=generator, dtype=torch.float64)
+    return center, (center - share * reach, center + (1.0 - share) * reach)
+
+
+def random_curves(operands: int, count: int, seed: int) -> Curves:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(scale):
+        return tuple(scale * torch.randn(count, generator=generator, dtype=torch.float64) for _ in range(operands))
+
+    return Curves(draw(0.7), draw(0.7), *(tuple(q.abs() for q in draw(0.6)) for _ in range(2)))
+
+
+def violation(node, centers, box, curves, relaxation, points: int = 161) -> float:
+    """Most that the function leaves its curved bounds by, over a dense grid of every box."""
+    shares = torch.linspace(0.0, 1.0, points, dtype=torch.float64)
+    axes = [low[:, None] + (high - low)[:, None] * shares for low, high in box]
+    if len(axes) == 2:
+        axes = [axes[0][:, :, None], axes[1][:, None, :]]
+
+    def wide(tensor):
+        return tensor.reshape(-1, *[1] * (axes[0].dim() - 1))
+
+    below, above = wide(relaxation.lower.intercept), wide(relaxation.upper.intercept)
+    for axis, center, *own in zip(axes, centers, *curves, strict=True):
+        low, high, bend_low, bend_high = (wide(one) for one in own)
+        square = 0.5 * (axis - wide(center)) ** 2
+        below, above = below + low * axis - bend_low * square, above + high * axis + bend_high * square
+    value = node.value(*axes)
+    return max(float((below - value).max()), float((value - above).max()))
+
+
+def nodes():
+    x, y = Constant(torch.zeros(1)), Constant(torch.zeros(1))
+    return [
+        Activation(x, "tanh"),
+        Activation(x, "sigmoid"),
+        Product(x, y, "x*sigmoid(y)", "plane"),
+        Product(x, y, "tanh(x)*sigmoid(y)", "plane"),
+    ]
+
+
+@pytest.mark.parametrize("node", nodes(), ids=lambda node: node.name)
+@pytest.mark.parametrize("width", [0.0, 1e-6, 0.3, 2.0, 20.0, 1e3])
+def test_curved_bounds_hold_on_a_dense_grid(node, width):
+    count, operands = 150, len(node.parents)
+    centers, box = zip(*(random_box(count, seed, width) for seed in range(operands)), strict=True)
+    for curves in (random_curves(operands, count, 7), node.curved.tangent(centers, box)):
+        relaxation = curved_relaxation(node.curved, centers, box, curves)
+        assert violation(node, centers, box, curves, relaxation) <= 0.0
+
+
+@pytest.mark.parametrize("node", nodes(), ids=lambda node: node.name)
+def test_the_grid_test_catches_an_intercept_of_grid_points_alone(node):
+    count, operands = 150, len(node.parents)
+    centers, box = zip(*(random_box(count, seed, 4.0) for seed in range(operands)), strict=True)
+    curves = random_curves(operands, count, 7)
+    relaxation = curved_relaxation(node.curved, centers, box, curves)
+    raised = relaxation.lower._replace(intercept=relaxation.lower.intercept + 0.02)
+    assert violation(node, centers, box, curves, relaxation._replace(lower=raised)) > 0.0
+
+
+@pytest.mark.parametrize("node", nodes(), ids=lambda node: node.name)
+def test_tangents_touch_at_the_centre(node):
+    """The curvatures of the tangent lose next to nothing at the centre, the point of having them."""
+    count, operands = 150, len(node.parents)
+    centers, box = zip(*(random_box(count, seed, 1.0) for seed in range(operands)), strict=True)
+    curves = node.curved.tangent(centers, box)
+    lower, upper = curved_relaxation(node.curved, centers, box, curves)
+    height = lower.intercept + sum(a * z for a, z in zip(curves.lower_slopes, centers, strict=True))
+    top = upper.intercept + sum(a * z for a, z in zip(curves.upper_slopes, centers, strict=True))
+    value = node.value(*centers)
+    assert float((value - height).max()) < 0.02
+    assert float((top - value).max()) < 0.02
+
+
+SETS = [
+    {"norm": 1.0},
+    {"norm": 2.0},
+    {"norm": INF},
+    {"norm": INF, "clip": (-4.0, 4.0)},
+    {"norm": 2.0, "ball": "sequence"},
+    {"norm": 1.0, "ball": "sequence"},
+]
+
+
+@pytest.mark.parametrize("threat", SETS, ids=str)
+def test_joint_bound_is_above_every_point_of_the_set(threat):
+    """What the neurons lose together at points of the boundary and corners is never more than the bound says."""
+    model = network(nn.LSTM)
+    x, _ = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float64).detach()
+    eps = torch.full(x.shape[:2], 0.2, dtype=torch.float64)
+    bounds = CurvedPass(graph, Perturbation(x, eps, **threat))
+    operands = [node for node in bounds._linear if bounds._linear[node][0].abs().sum() > 0]
+    jacobian = torch.cat([bounds._linear[node][0] for node in operands], dim=1)
+    weights = torch.rand(len(x), 6, jacobian.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    lines = [5.0 * torch.randn(len(x), 6, n, dtype=torch.float64) for n in map(bounds._width, graph.frames)]
+    deviation = bounds._deviation(lines)
+    bound = bounds._joint_linear(weights, jacobian)
+    beside = bounds._joint_linear(weights, jacobian, lines)
+    if threat["norm"] != 1.0:
+        assert float((beside / bound).min()) < 0.9  # the point of bounding both together
+    generator = torch.Generator().manual_seed(1)
+    for number in range(400):
+        move = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        if threat["norm"] == INF:
+            move = move.sign()
+        elif threat["norm"] == 1.0 and number % 2:
+            move = nn.functional.one_hot(move.abs().argmax(-1), x.shape[2]) * move.sign()
+        own = move if threat.get("ball") != "sequence" else move.flatten(1)[:, None]
+        size = torch.linalg.vector_norm(own, ord=threat["norm"], dim=-1)
+        move = 0.2 * move / (size[..., None] if size.shape[1] > 1 else size[..., None])
+        if bounds.perturbation.norm == 2.0:  # in the basis of what the network looks at
+            weight = graph.frames[0].child_weights[0]
+            basis = (
+                torch.linalg.qr(weight.T)[0] if bounds._width(graph.frames[0]) < x.shape[2] else torch.eye(x.shape[2])
+            )
+            move = move @ basis.to(move.dtype)
+        d = (jacobian @ move.flatten(1)[..., None]).squeeze(-1)
+        squares = (weights * d[:, None] ** 2).sum(-1)
+        assert (squares <= bound * (1 + 1e-9)).all()
+        line = (torch.cat(lines, dim=-1) @ move.flatten(1)[..., None]).squeeze(-1).abs()
+        assert (line + squares <= (deviation + beside) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize(("cell", "options"), CELLS)
+@pytest.mark.parametrize("norm", [1.0, 2.0, INF])
+@pytest.mark.parametrize("eps", [0.1, 0.6])
+def test_curved_bounds_of_networks_are_sound(cell, options, norm, eps):
+    """Of first curves and of random ones: points of the boundary, corners and PGD stay above."""
+    model = network(cell, **options)
+    x, labels = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float64).detach()
+    perturbation = Perturbation(x, torch.full(x.shape[:2], eps, dtype=torch.float64), norm)
+    rows = margin_rows(labels, 3).double()
+    least = sampled_margins(model, x, labels, eps, norm)
+    attacked = pgd(model, x, labels, eps, norm=norm).margin
+    first = CurvedPass(graph, perturbation)
+    generator = torch.Generator().manual_seed(5)
+    wild = [
+        curves
+        and Curves(
+            *(
+                tuple(t + 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in ts)
+                for ts in curves[:2]
+            ),
+            *(
+                tuple(t * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype)) for t in ts)
+                for ts in curves[2:]
+            ),
+        )
+        for curves in first.curves()
+    ]
+    for bounds in (first, CurvedPass(graph, perturbation, wild)):
+        margin = bounds.margin(rows)
+        assert margin.isfinite().all()
+        assert (margin <= least + 1e-9).all()
+        assert (margin.amin(dim=1) <= attacked + 1e-9).all()
+        for node in bounds._linear:
+            low, high = bounds.interval(node)
+            assert (low <= high).all()
+
+
+def test_the_network_test_catches_a_joint_bound_that_forgets_the_remainders(monkeypatch):
+    """Without R, what is left of the operands beside their linear part, some network's bound is too high."""
+    monkeypatch.setattr(CurvedPass, "_joint_loss", lambda self, losses, lines=None: 0.0 * losses[0][1].sum(dim=-1))
+    with pytest.raises(AssertionError):
+        for cell in (nn.RNN, nn.LSTM, nn.GRU):
+            for norm in (1.0, 2.0, INF):
+                test_curved_bounds_of_networks_are_sound(cell, {}, norm, 0.6)
+
+
+@pytest.mark.parametrize(("cell", "options"), CELLS)
+@pytest.mark.parametrize("norm", [1.0, 2.0, INF])
+def test_every_method_is_at_least_as_tight_as_the_cheaper_one(cell, options, norm):
+    model = network(cell, **options)
+    x, labels = sequences(model)
+    how = {"norm": norm, "alpha_steps": 4, "curve_steps": 6, "time_limit": 0.2}
+    margins = [
+        certified_margin(model, x[:2], labels[:2], 0.2, method=method, **how)
+        for method in ("crown", "alpha", "curve", "bab")
+    ]
+    least = sampled_margins(model, x, labels, 0.2, norm)[:2]
+    for cheaper, dearer in zip(margins, margins[1:], strict=False):
+        assert (dearer >= cheaper).all()
+        assert (dearer <= least + 1e-9).all()
+
+
+def test_curves_certify_more_where_many_neurons_add_their_errors():
+    torch.manual_seed(0)
+    model = network(nn.RNN)
+    model.rnn, model.head = nn.RNN(20, 30, batch_first=True).double(), nn.Linear(30, 3).double()
+    x = torch.randn(4, 5, 20, dtype=torch.float64)
+    labels = model(x).argmax(dim=1)
+    radii = [
+        certified_radius(model, x, labels, method=method, curve_steps=30) for method in ("crown", "alpha", "curve")
+    ]
+    assert (radii[1] >= radii[0]).all() and (radii[2] >= radii[1]).all()
+    assert float((radii[2] / radii[0]).mean()) > 1.1
+    attacked = pgd(model, x, labels, radii[2]).margin
+    assert (attacked > 0).all()
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("norm", [2.0, INF])
+def test_no_estimate_is_a_verdict(monkeypatch, factor, norm):
+    """Estimates that are far too good or bad lead tuning and the forecast of radii astray, but radii stay certified."""
+    ball, box = ("largest_eigenvalue", "line_and_squares"), ("squares_over_box", "line_and_squares_over_box")
+    for name in box if norm == INF else ball:
+        honest = getattr(curve, name)
+
+        def estimate(*parts, honest=honest):
+            return honest(*parts) if parts[-1] else factor * honest(*parts)
+
+        monkeypatch.setattr(curve, name, estimate)
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    how = {"norm": norm, "alpha_steps": 2}
+    by_planes = certified_radius(model, x, labels, method="alpha", **how)
+    for method in ("curve", "bab"):
+        problem = margin_problem(model, x, labels, method=method, curve_steps=6, time_limit=0.5, **how)
+        radius = search_radius(problem).radius
+        assert (radius >= by_planes).all()
+        assert (pgd(model, x, labels, radius, norm=norm).margin > 0).all()
+        if method == "curve":
+            certified = problem.margins(radius, torch.float64).amin(dim=1) > 0
+            assert (certified | (radius == by_planes)).all()
+
+
+def test_bounds_that_overflow_certify_nothing():
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float32).detach()
+    perturbation = Perturbation(x.float(), torch.full(x.shape[:2], 1e12), INF)
+    margin = CurvedPass(graph, perturbation).margin(margin_rows(labels, 3))
+    assert not margin.isnan().any()
+    assert not (margin > 0).any()
+
+
+def test_radii_of_samples_of_different_lengths():
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    lengths = torch.tensor([1, 3, 2, 3])
+    radius = certified_radius(model, x, labels, lengths=lengths, method="curve", curve_steps=3, alpha_steps=2)
+    crown = certified_radius(model, x, labels, lengths=lengths)
+    assert (radius >= crown).all()
+
+
+def test_tuning_keeps_the_best_and_leaves_the_model_alone():
+    model = network(nn.GRU)
+    x, labels = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float64).detach()
+    perturbation = Perturbation(x, torch.full(x.shape[:2], 0.2, dtype=torch.float64))
+    rows = margin_rows(labels, 3).double()
+    margins = {}
+    for steps in (0, 2, 8):
+        curves = tune_curves(graph, perturbation, rows, steps)
+        for sound in (True, False):
+            margins[steps, sound] = CurvedPass(graph, perturbation, curves, sound).margin(rows).amin(dim=1)
+    assert (margins[8, False] >= margins[0, False]).all()
+    assert (margins[8, True] > margins[0, True]).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_tuning_stops_at_its_aim_and_at_its_deadline():
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float64).detach()
+    perturbation = Perturbation(x, torch.full(x.shape[:2], 0.2, dtype=torch.float64))
+    rows = margin_rows(labels, 3).double()
+
+    def reached(steps, **until):
+        curves = tune_curves(graph, perturbation, rows, steps, **until)
+        return CurvedPass(graph, perturbation, curves).margin(rows).amin()
+
+    start, later = reached(0), reached(8)
+    assert reached(8, deadline=0.0) == start
+    aim = float(0.5 * (start + later))
+    assert aim < reached(1000, aim=aim) <= later + 0.1 * (later - start)
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0, INF])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("scale", "eps"), [(30.0, 0.05), (1.0, 1e-9), (30.0, 1e-9)])
+def test_curved_bounds_hold_where_gates_saturate_and_boxes_are_points(norm, dtype, scale, eps):
+    model = network(nn.LSTM, num_layers=2)
+    for parameter in model.rnn.parameters():
+        parameter.data *= scale
+    x, labels = sequences(model)
+    least = sampled_margins(model, x, labels, eps, norm)
+    margin = certified_margin(model, x.to(dtype), labels, eps, norm=norm, method="curve", curve_steps=2, dtype=dtype)
+    crown = certified_margin(model, x.to(dtype), labels, eps, norm=norm, dtype=dtype)
+    assert (margin >= crown).all()
+    slack = 1e-9 if dtype == torch.float64 else 1e-3
+    assert (margin <= least + slack * (1.0 + least.abs())).all()
+
+
+def test_relu_has_planes_and_no_curves():
+    model = network(nn.RNN, nonlinearity="relu")
+    x, labels = sequences(model)
+    graph = unroll(model, x.shape[1], torch.float64).detach()
+    perturbation = Perturbation(x, torch.full(x.shape[:2], 0.2, dtype=torch.float64))
+    rows = margin_rows(labels, 3).double()
+    bounds = CurvedPass(graph, perturbation)
+    assert torch.equal(bounds.margin(rows), BoundPass(graph, perturbation).margin(rows))
+    assert all(curves is None for curves in bounds.curves())
+
+
+def test_frames_that_are_exact_and_bad_arguments():
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    radius = certified_radius(model, x, labels, frames=1, method="curve", curve_steps=2, alpha_steps=2)
+    assert (radius >= certified_radius(model, x, labels, frames=1)).all()
+    with pytest.raises(ValueError, match="curve_steps"):
+        margin_problem(model, x, labels, method="curve", curve_steps=-1)
+    with pytest.raises(ValueError, match="time_limit"):
+        margin_problem(model, x, labels, method="bab", time_limit=math.nan)

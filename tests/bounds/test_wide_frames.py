@@ -1,0 +1,106 @@
+"""Paths that small nets do not take: frames wider than their layer (narrower l_2 weights), batches in several parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import utils.certify.problem
+from utils.bounds.passes import BoundPass
+from utils.certify import MarginProblem, certified_margin, certified_radius
+from utils.graph.graph import Graph
+from utils.network.models import SequenceClassifier
+from utils.network.unroll import unroll
+from utils.perturbation.sets import Perturbation
+from utils.question import margin_rows
+
+T, WIDTH, BATCH = 3, 40, 9
+NETS = [(nn.RNN, {}), (nn.RNN, {"bidirectional": True}), (nn.LSTM, {}), (nn.GRU, {}), (nn.GRU, {"num_layers": 2})]
+
+
+def network(cell: type[nn.RNNBase], options: dict) -> SequenceClassifier:
+    torch.manual_seed(0)
+    width = 3 * (2 if options.get("bidirectional") else 1)
+    return SequenceClassifier(cell(WIDTH, 3, batch_first=True, **options), nn.Linear(width, 3)).double()
+
+
+def sequences(model: SequenceClassifier) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(BATCH, T, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x, model(x).argmax(dim=1).detach()
+
+
+def bounds_of(model, x, labels, ball: str) -> torch.Tensor:
+    graph = unroll(model, T).detach()
+    perturbation = Perturbation(x, torch.full((BATCH, T), 0.1, dtype=torch.float64), 2.0, ball)
+    return BoundPass(graph, perturbation).margin(margin_rows(labels, 3).double())
+
+
+@pytest.mark.parametrize("ball", ["frame", "sequence"])
+@pytest.mark.parametrize(("cell", "options"), NETS)
+@torch.no_grad()
+def test_narrower_weights_change_nothing(cell, options, ball, monkeypatch):
+    model = network(cell, options)
+    x, labels = sequences(model)
+    graph = unroll(model, T)
+    frame = graph.frames[0]
+    assert graph.reduced_weight(frame, frame.child_weights[0]).shape[1] < WIDTH, "the net does not take this path"
+    narrow = bounds_of(model, x, labels, ball)
+    monkeypatch.setattr(BoundPass, "ball_weight", lambda self, frame, weight: weight)
+    assert torch.allclose(narrow, bounds_of(model, x, labels, ball), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def steepest(model, x, labels, eps: float) -> torch.Tensor:
+    """Least margins, (batch, n_specs), after steps of ascent that end on the boundary of every frame's l_2 ball."""
+    rows = margin_rows(labels, 3).double()
+    least = []
+    for spec in range(rows.shape[1]):
+        move = torch.zeros_like(x)
+        for _ in range(20):
+            point = (x + move).requires_grad_()
+            with torch.enable_grad():
+                margin = (rows[:, spec] * model(point)).sum()
+            (gradient,) = torch.autograd.grad(margin, point)
+            move = -eps * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        least.append((rows[:, spec] * model(x + move)).sum(dim=1))
+    return torch.stack(least, dim=1)
+
+
+@pytest.mark.parametrize(("cell", "options"), NETS)
+def test_narrower_weights_are_sound(cell, options):
+    model = network(cell, options)
+    x, labels = sequences(model)
+    with torch.no_grad():
+        assert (bounds_of(model, x, labels, "frame") <= steepest(model, x, labels, 0.1) + 1e-12).all()
+
+
+@torch.no_grad()
+def test_a_basis_that_misses_a_direction_is_caught(monkeypatch):
+    model = network(nn.RNN, {})
+    x, labels = sequences(model)
+    whole = Graph.reduced_weight
+    monkeypatch.setattr(Graph, "reduced_weight", lambda self, frame, weight: whole(self, frame, weight)[:, :1])
+    assert not (bounds_of(model, x, labels, "frame") <= steepest(model, x, labels, 0.1) + 1e-12).all()
+
+
+@pytest.mark.parametrize("method", ["crown", "ibp", "alpha"])
+def test_parts_of_a_batch_give_what_the_whole_gives(method, monkeypatch):
+    model = network(nn.LSTM, {})
+    x, labels = sequences(model)
+    eps = torch.linspace(0.01, 0.2, BATCH, dtype=torch.float64)
+    how = {"method": method, "alpha_steps": 3}
+    whole = certified_margin(model, x, labels, eps, **how).detach()
+    radius = certified_radius(model, x, labels, **how, search_dtype=torch.float64)
+    monkeypatch.setattr(utils.certify.problem, "CACHE_BYTES", 0)
+    sizes = []
+    bound = MarginProblem._margins
+    monkeypatch.setattr(
+        MarginProblem, "_margins", lambda self, e, c, *how: (sizes.append(len(c)), bound(self, e, c, *how))[1]
+    )
+    # Tuned slopes start where two contact points tie: rounding, which a part's size changes, chooses the subgradient.
+    room = 1e-5 if method == "alpha" else 1e-10
+    assert torch.allclose(certified_margin(model, x, labels, eps, **how), whole, rtol=0, atol=room)
+    assert max(sizes) == 4, "the batch was not split"
+    again = certified_radius(model, x, labels, **how, search_dtype=torch.float64)
+    assert torch.allclose(again, radius, rtol=2e-3)

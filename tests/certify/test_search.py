@@ -1,0 +1,186 @@
+"""The radius search on margin functions that are smooth, stubborn or broken."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from utils.certify.search import Bracket, foretold_radius, largest_certified
+
+TOL = 1e-3
+RADII = torch.tensor([1e-12, 1e-5, 0.03, 1.0, 7.7, 1e5, 1e12], dtype=torch.float64)
+
+
+class Recorder:
+    """A margin function that remembers what it was asked, per sample."""
+
+    def __init__(self, function, batch: int):
+        self.function, self.seen = function, [[] for _ in range(batch)]
+
+    def __call__(self, rows, eps):
+        assert eps.shape == rows.shape and (eps > 0).all()
+        margins = self.function(eps, rows)
+        for row, e, margin in zip(rows.tolist(), eps.tolist(), margins.tolist(), strict=True):
+            self.seen[row].append((e, margin))
+        return margins
+
+
+def search(function, radii=RADII, *, first=1.0, tol=TOL, **options) -> tuple[Bracket, Recorder]:
+    """Search for every radius, and check that the bracket is made of evaluated points."""
+    margin_of = Recorder(lambda eps, rows: function(eps, radii[rows]), len(radii))
+    bracket = largest_certified(margin_of, torch.ones_like(radii), torch.full_like(radii, first), tol, **options)
+    for low, high, margin, count, seen in zip(
+        *(v.tolist() for v in (bracket.low, bracket.high, bracket.margin, bracket.evaluations)),
+        margin_of.seen,
+        strict=True,
+    ):
+        assert count == len(seen)
+        assert low < high
+        assert (low, margin) in seen if low > 0 else all(m <= 0 for _, m in seen)
+        assert any(e == high and m <= 0 for e, m in seen) if high < math.inf else all(m > 0 for _, m in seen)
+        assert low == 0.0 or margin > 0
+    return bracket, margin_of
+
+
+SMOOTH = {
+    "linear": lambda eps, r: 1 - eps / r,
+    "square": lambda eps, r: 1 - (eps / r) ** 2,
+    "typical": lambda eps, r: 1 - (eps / r) ** 2.8,
+    "slow and fast": lambda eps, r: 1 - 0.5 * (eps / r) - 0.5 * (eps / r) ** 4,
+    "exponential": lambda eps, r: 1 - ((eps / r).clamp(max=500).exp() - 1) / (math.e - 1),
+}
+STUBBORN = {
+    "step": lambda eps, r: torch.where(eps < r, 1.0, -1.0).double(),
+    "cliff after a plateau": lambda eps, r: torch.where(eps < r, 1.0, -math.inf).double(),
+    "hardly positive, hardly negative": lambda eps, r: torch.where(eps < r, 1.0, -1.0).double() * 1e-300,
+    "root": lambda eps, r: 1 - (eps / r) ** 0.1,
+    "very steep": lambda eps, r: 1 - (eps / r) ** 40,
+    "zero is not certified": lambda eps, r: torch.where(eps < r, 0.3, 0.0).double(),
+    "rises before it falls": lambda eps, r: 1 + eps / r - 2 * (eps / r) ** 6,
+    "plateau at a tiny margin": lambda eps, r: torch.where(eps < 0.01 * r, 1.0, 1e-9 * (1 - eps / r)),
+}
+
+
+@pytest.mark.parametrize("first", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("shape", [*SMOOTH, *STUBBORN])
+def test_the_bracket_holds_the_radius_and_is_narrow(shape, first):
+    bracket, _ = search({**SMOOTH, **STUBBORN}[shape], first=first)
+    assert (bracket.low <= RADII).all() and (bracket.high >= RADII * (1 - 1e-12)).all()
+    assert (bracket.high - bracket.low <= TOL * bracket.high).all()
+
+
+@pytest.mark.parametrize("shape", SMOOTH)
+def test_smooth_margins_take_few_evaluations(shape):
+    radii = torch.linspace(1.0, 30.0, 50, dtype=torch.float64)
+    bracket, _ = search(SMOOTH[shape], radii, first=1.0)
+    assert bracket.evaluations.max() <= 12 and bracket.evaluations.double().mean() <= 10
+
+
+def test_the_linearisation_saves_evaluations_and_a_scout_decides_nothing():
+    radii = torch.linspace(1.0, 30.0, 50, dtype=torch.float64)
+    linear = 3.0 * radii  # share = (eps / linear) exp(k eps)
+    share = lambda eps, rows: eps / linear[rows] * (math.log(3.0) * eps / radii[rows]).exp()  # noqa: E731
+    verdicts = Recorder(lambda eps, rows: 1.0 - share(eps, rows), 50)
+    scouts = Recorder(lambda eps, rows: 1.0 - 1.0001 * share(eps, rows), 50)
+    bracket = largest_certified(verdicts, torch.ones(50).double(), 0.1 * linear, TOL, scout=scouts, linear=linear)
+    assert (bracket.high - bracket.low <= TOL * bracket.high).all()
+    for low, high, seen in zip(bracket.low.tolist(), bracket.high.tolist(), verdicts.seen, strict=True):
+        assert len(seen) == 2 and low in [e for e, m in seen if m > 0] and high in [e for e, m in seen if m <= 0]
+    assert bracket.evaluations.double().mean() <= 7
+
+
+@pytest.mark.parametrize("tol", [0.5, 1e-2, 1e-6, 1e-9])
+def test_the_tolerance_is_kept(tol):
+    for function in (SMOOTH["typical"], STUBBORN["step"]):
+        bracket, _ = search(function, tol=tol)
+        assert (bracket.high - bracket.low <= tol * bracket.high).all()
+
+
+def test_a_margin_that_recovers_gives_a_point_that_certified():
+    """Nothing is assumed of the margin: certified and failed points may alternate."""
+    bracket, _ = search(lambda eps, r: torch.sin(10 * eps / r) + 0.2)
+    assert (bracket.high - bracket.low <= TOL * bracket.high).all()
+
+
+def test_noise_does_not_matter():
+    generator = torch.Generator().manual_seed(0)
+    bracket, _ = search(lambda eps, r: 1 - eps / r + 0.02 * torch.randn(eps.shape, generator=generator).double())
+    assert (bracket.high - bracket.low <= TOL * bracket.high).all()
+    assert ((bracket.low / RADII - 1).abs() < 0.2).all()
+
+
+def test_margins_that_never_fail_stop_at_the_largest_eps():
+    bracket, _ = search(lambda eps, r: torch.ones_like(eps), max_eps=50.0)
+    assert (bracket.low == 50.0).all() and bracket.high.isinf().all()
+    bracket, _ = search(lambda eps, r: torch.ones_like(eps), first=100.0, max_eps=50.0)
+    assert (bracket.low == 50.0).all() and (bracket.evaluations == 2).all()
+    bracket, _ = search(lambda eps, r: torch.ones_like(eps))  # no limit: it ends all the same
+    assert bracket.low.isfinite().all() and (bracket.low > 1e50).all()
+
+
+def test_margins_that_never_certify_give_zero():
+    bracket, _ = search(lambda eps, r: -torch.ones_like(eps))
+    assert (bracket.low == 0).all() and (bracket.high < 1e-50).all()
+    assert (bracket.margin == 1).all()
+
+
+def test_a_radius_above_the_largest_eps():
+    bracket, _ = search(SMOOTH["linear"], max_eps=1.0)
+    above = RADII > 1.0
+    assert (bracket.low[above] == 1.0).all() and bracket.high[above].isinf().all()
+    assert (bracket.low <= 1.0).all() and bracket.high[~above].isfinite().all()
+
+
+def test_misclassified_samples_cost_nothing():
+    radii = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+    at_zero = torch.tensor([1.0, 0.0, -1.0, 1.0]).double()
+    margin_of = Recorder(lambda eps, rows: 1 - eps / radii[rows], 4)
+    bracket = largest_certified(margin_of, at_zero, torch.ones(4).double(), TOL)
+    assert bracket.low[1:3].tolist() == [0, 0] and bracket.evaluations[1:3].tolist() == [0, 0]
+    assert bracket.margin[1:3].tolist() == [0, -1]
+    assert not margin_of.seen[1] and not margin_of.seen[2]
+    assert (bracket.low[[0, 3]] > 0.99 * radii[[0, 3]]).all()
+
+
+def test_samples_do_not_affect_each_other():
+    together, _ = search(SMOOTH["typical"])
+    for number in range(len(RADII)):
+        alone, _ = search(SMOOTH["typical"], RADII[number : number + 1])
+        assert torch.equal(alone.low, together.low[number : number + 1])
+        assert torch.equal(alone.evaluations, together.evaluations[number : number + 1])
+
+
+def test_finished_samples_leave_the_batch():
+    sizes = []
+
+    def margin_of(rows, eps):
+        sizes.append(len(rows))
+        return torch.where(rows == 0, 1 - eps, torch.where(eps < 1e9, 1.0, -1.0).double())
+
+    largest_certified(margin_of, torch.ones(5).double(), torch.ones(5).double(), TOL)
+    assert sizes[0] == 10 and sizes[-1] == 8  # two eps a sample
+
+
+def test_nan_is_an_error():
+    with pytest.raises(ArithmeticError, match="NaN at eps = 2.5"):
+        search(lambda eps, r: torch.where(eps < 2, 1.0, math.nan).double(), torch.ones(2).double())
+    with pytest.raises(ArithmeticError, match="NaN"):
+        search(lambda eps, r: torch.where(r > 1, math.nan, 1 - eps).double())
+
+
+def test_an_empty_batch():
+    bracket, _ = search(SMOOTH["linear"], RADII[:0])
+    assert bracket.low.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", SMOOTH)
+def test_radii_are_foretold_roughly_and_none_where_nothing_certifies(shape):
+    radii = torch.tensor([0.03, 1.0, 7.7, 1e5], dtype=torch.float64)
+    everything = {"linear": radii, "spread": 1.2}
+    ones = torch.ones_like(radii)
+    foretold = foretold_radius(lambda rows, eps: SMOOTH[shape](eps, radii[rows]), ones, 0.7 * radii, 1e-2, **everything)
+    assert torch.allclose(foretold, radii, rtol=2e-2)
+    assert (foretold_radius(lambda rows, eps: -eps, ones, radii, 1e-2, **everything) == 0.0).all()
+    assert (foretold_radius(lambda rows, eps: 1.0 - eps, -ones, radii, 1e-2, **everything) == 0.0).all()

@@ -1,0 +1,45 @@
+"""Every benchmark runs tiny, from another folder, and writes what it says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "benchmark_bounds.py"
+TINY = ["--time-step", "2", "--hidden-size", "4", "--input-size", "3", "--batch-sizes", "2", "--frames-sweep", "1"]
+TINY += ["--hidden-sweep", "3", "--sweep-batch", "2", "--repeats", "1"]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), "--results-dir", str(folder / "results"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("architecture", ("rnn", "lstm"))
+def test_bounds_benchmark(tmp_path, architecture):
+    done = run(tmp_path, "--architecture", architecture, *TINY)
+    assert done.returncode == 0, done.stderr
+    (table,) = (tmp_path / "results").glob("*.csv")
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (1 + 1 + 1)
+    shares = ("slope set-up", "intervals", "concretization", "matrix products", "element-wise", "python")
+    for row in rows:
+        assert float(row["bound_ms_per_sample"]) > 0 and float(row["search_ms_per_sample"]) > 0
+        assert abs(sum(float(row[share]) for share in shares) - 1) < 1e-6
+        assert float(row["slope set-up"]) > 0 and float(row["concretization"]) > 0 and float(row["peak_mib"]) > 0
+    assert len(json.loads(table.with_suffix(".json").read_text())["rows"]) == len(rows)
+    assert table.with_suffix(".png").stat().st_size > 1000
+    assert table.stem in done.stdout
+
+
+def test_bad_checkpoint_is_one_line(tmp_path):
+    done = run(tmp_path, "--checkpoint", "nothing", *TINY)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "results").exists()

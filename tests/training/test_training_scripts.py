@@ -1,0 +1,227 @@
+"""The train scripts, run tiny from another folder: what they write, and that bad input ends in one line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from mnist_files import ROOT, assert_one_line_error, run_script, write_mnist_folder
+
+from data.mnist import as_frames, load_mnist
+from utils.network.checkpoint import load_checkpoint
+from utils.runs import cli
+from utils.training.mnist import accuracy, rate_factor, train_mnist_classifier
+
+RNN = "vanilla_rnn/train_rnn_mnist_classifier.py"
+LSTM = "lstm/train_lstm_mnist_classifier.py"
+GRU = "gru/train_gru_mnist_classifier.py"
+TINY = ("--hidden-size", 8, "--epochs", 1, "--batch-size", 50, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_mnist_folder(tmp_path_factory.mktemp("data"))
+
+
+def files_under(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def arguments(save_dir, **changes):
+    """What a train script's parser returns, for runs inside this process."""
+    values = {
+        "hidden_size": 8,
+        "time_step": 7,
+        "epochs": 2,
+        "batch_size": 50,
+        "lr": 1e-2,
+        "weight_decay": 0.1,
+        "save_dir": save_dir,
+        "data_dir": None,
+        "seed": 0,
+        "device": "cpu",
+        "cuda": False,
+        "threads": None,
+        "dry_run": False,
+    }
+    return argparse.Namespace(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "name"),
+    [
+        (RNN, ("--activation", "relu", "--time-step", 4), "rnn_4_8_relu/rnn"),
+        (LSTM, ("--num-layers", 2, "--bidirectional"), "lstm_4_8_2layer_bi/lstm"),
+        (GRU, ("--time-step", 14), "gru_14_8/gru"),
+    ],
+)
+def test_scripts_train_from_another_folder(tmp_path, data, script, flags, name):
+    result = run_script(script, *TINY, *flags, "--data-dir", data, "--save-dir", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "" and "test accuracy" in result.stdout
+    model, config = load_checkpoint(tmp_path / "out" / name)
+    assert (tmp_path / "out" / name).with_name("training_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert config["data_source"] == "mnist" and config["versions"]["torch"] == str(torch.__version__)
+    assert str(tmp_path) not in str(config)
+    test = load_mnist(data)
+    x = as_frames(test.test_x, config["num_frames"])
+    assert accuracy(model, x, test.test_y) == config["test_accuracy"]
+
+
+@pytest.mark.parametrize(("architecture", "activation"), [("rnn", "tanh"), ("lstm", None), ("gru", None)])
+def test_training_learns_and_repeats(tmp_path, data, architecture, activation):
+    for run in ("one", "two"):
+        args = arguments(tmp_path / run, data_dir=data, epochs=60, hidden_size=16, lr=0.02)
+        train_mnist_classifier(args, architecture, activation)
+    one, two = (next((tmp_path / run).rglob(architecture)) for run in ("one", "two"))
+    (model, config), (again, _) = load_checkpoint(one), load_checkpoint(two)
+    assert config["test_accuracy"] > 0.8
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_dry_run_writes_nothing(tmp_path, data):
+    result = run_script(RNN, "--data-dir", data, "--dry-run", "--save-dir", tmp_path / "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "nothing written" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_defaults(tmp_path):
+    result = run_script(RNN, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for flag in ("--hidden-size", "--time-step", "--epochs", "--save-dir", "--data-dir", "--cuda", "--dry-run"):
+        assert flag in result.stdout
+    assert "(default: 30)" in result.stdout and "default: None" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--time-step", 5), "do not divide the 28 rows"),
+        (("--data-dir", "nowhere"), "no MNIST in nowhere"),
+        (("--save-dir", "file/models"), "file"),
+        (("--epochs", 0), "--epochs"),
+        (("--epoch", 1), "--epoch"),
+        (("--device", "toaster"), "unknown device"),
+        (("--lr", 1e30, "--epochs", 3), "diverged in epoch"),
+    ],
+)
+def test_bad_input_is_one_line_and_keeps_earlier_results(tmp_path, data, flags, word):
+    (tmp_path / "file").write_text("in the way")
+    earlier = tmp_path / "out" / "rnn_7_8_relu"
+    earlier.mkdir(parents=True)
+    (earlier / "rnn").write_text("earlier")
+    before = files_under(tmp_path)
+    usual = (*TINY, "--activation", "relu", "--data-dir", data, "--save-dir", "out")
+    assert_one_line_error(run_script(RNN, *usual, *flags, cwd=tmp_path), word)
+    assert files_under(tmp_path) == before
+
+
+def test_damaged_data_is_one_line(tmp_path):
+    raw = write_mnist_folder(tmp_path / "data", 20, 10) / "MNIST" / "raw"
+    (raw / "train-images-idx3-ubyte").write_bytes(b"damaged")
+    assert_one_line_error(run_script(RNN, *TINY, "--data-dir", "data", cwd=tmp_path), "damaged MNIST training file")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there(tmp_path, data):
+    assert_one_line_error(run_script(RNN, *TINY, "--data-dir", data, "--cuda", cwd=tmp_path), "no CUDA device")
+
+
+def test_interruption_leaves_the_earlier_checkpoint(tmp_path, data):
+    earlier = tmp_path / "rnn_7_8_tanh" / "rnn"
+    earlier.parent.mkdir()
+    earlier.write_text("earlier")
+    flags = ("--hidden-size", "8", "--epochs", "1000000", "--threads", "1", "--save-dir", str(tmp_path))
+    command = [sys.executable, str(ROOT / RNN), *flags, "--data-dir", str(data)]
+    # A marker in place of the first evaluation tells that the training goes on.
+    code = (
+        "import runpy, signal, sys, torch; sys.argv = sys.argv[1:]; "
+        # A shell's background jobs, and their children, ignore the signal.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"sys.path.insert(0, {str(ROOT)!r}); import utils.training.mnist as t; stock = t.accuracy; "
+        "t.accuracy = lambda *a: (print('training', flush=True), stock(*a))[1]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command[1:1] = ["-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert process.stdout.readline() == "training\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and errors == "interrupted\n"
+    assert files_under(tmp_path) == {"rnn_7_8_tanh/rnn": b"earlier"}
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    factors = [rate_factor(step, 100) for step in range(101)]
+    assert factors[9] == factors[10] == 1 and factors[100] == pytest.approx(0, abs=1e-12)
+    assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
+    assert rate_factor(0, 1) == 1
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1.0), ("2", 2.0), ("inf", math.inf), ("2.0", 2.0)])
+def test_norms(text, value):
+    assert cli.norm_value(text) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts"),
+    [
+        (cli.norm_value, ("3", "0", "-inf", "nan", "two", "")),
+        (cli.positive_int, ("0", "-1", "1.5", "x", "9" * 30)),
+        (cli.non_negative_int, ("-1", "1.5")),
+        (cli.positive_float, ("0", "-1", "nan", "inf", "x")),
+        (cli.non_negative_float, ("-1", "nan", "inf")),
+    ],
+)
+def test_values_that_are_refused(kind, texts):
+    for text in texts:
+        with pytest.raises(argparse.ArgumentTypeError):
+            kind(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\n  lines"), "error: two lines\n"),
+        (PermissionError(13, "Permission denied", "/x"), "error: /x: Permission denied\n"),
+        (OSError("disk on fire"), "error: disk on fire\n"),
+    ],
+)
+def test_expected_errors_become_one_line(capsys, monkeypatch, error, line):
+    def main():
+        raise error
+
+    monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        cli.run_main(main)
+    assert caught.value.code == 2 and capsys.readouterr().err == line
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    with pytest.raises(type(error)):
+        cli.run_main(main)
+
+
+@pytest.mark.parametrize("error", [TypeError, AssertionError, IndexError, RuntimeError])
+def test_mistakes_in_the_program_pass_through(error):
+    def main():
+        raise error("a bug")
+
+    with pytest.raises(error):
+        cli.run_main(main)
+
+
+def test_git_commit(tmp_path):
+    assert cli.git_commit(tmp_path) is None
+    commit = cli.git_commit(ROOT)
+    assert commit is None or len(commit) >= 40
+    assert cli.git_commit(ROOT / "utils") is None

@@ -1,0 +1,330 @@
+"""Attacks by projected gradient descent (PGD): perturbed inputs that break a classification, as small as possible.
+
+What an attack finds is an upper bound of the minimum distortion, as a certificate is a lower one. Verdicts are made in
+float64 on the perturbed input itself: an attack counts if the margin there is below 0 and the input lies in the set.
+
+Own code, because the usual attack libraries are made for images: one ball around the whole input, without frames that
+are exact or have balls of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.graph import Graph
+from ..network.models import SequenceClassifier
+from ..network.reading import graph_of
+from ..perturbation.moves import FrameBalls
+from ..question.question import Question
+from ..question.threat import Threat
+
+VERDICT = torch.float64
+# Perturbations end this share inside their ball, so that the rounding of x + delta does not take them out of it.
+INSIDE = 1e-9
+FIRST_STEP, LAST_STEP = 2.0, 0.03  # step sizes, as shares of eps
+MAX_GROWTHS = 12  # doublings of eps without success after which a sample counts as unbroken
+
+
+class AttackProblem:
+    """Margins, and their gradients, of a batch under one threat model.
+
+    Arguments as for ``utils.certify.certified_margin``, but that an attack's inputs can be clipped for every p.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Graph,
+        x: Tensor,
+        labels: Tensor,
+        targets: Tensor | None = None,
+        **threat: Any,
+    ):
+        told = Threat(**threat)
+        if told.lengths is not None:
+            raise ValueError(
+                "attacks take sequences of one length: leave out lengths, and cut x to the frames that count"
+            )
+        question = Question(model, x, labels, targets, told)
+        self.rows, self._model = question.rows, question.model
+        self.balls = question.threat.moves(question.x.detach().to(VERDICT))
+        self._models: dict[torch.dtype, Callable[[Tensor], Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def model(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The network in another precision: logits of (batch, T, n)."""
+        if dtype not in self._models and isinstance(self._model, SequenceClassifier):
+            self._models[dtype] = copy.deepcopy(self._model).to(dtype).eval().requires_grad_(False)
+        elif dtype not in self._models:
+            graph = graph_of(self._model, self.balls.x.shape[1], dtype, "plane")
+            self._models[dtype] = graph.detach().evaluate
+        return self._models[dtype]
+
+    def margins(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """All margins (m, ..., n_specs) of the chosen samples at inputs x, (m, ..., T, n), in the precision of x."""
+        rows = self.rows[chosen].to(x.dtype)
+        # cuDNN's recurrent layers have no gradient in evaluation mode.
+        with torch.backends.cudnn.flags(enabled=False):
+            logits = self.model(x.dtype)(x.flatten(0, -3))
+        logits = logits.reshape(*x.shape[:-2], rows.shape[-1])
+        return torch.einsum("b...c,bsc->b...s", logits, rows)
+
+    def worst_margin(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
+        return self.margins(x, chosen).amin(dim=-1)
+
+    def linear_radius(self) -> Tensor:
+        """eps at which the first margin to vanish would do so if all were linear, (batch,); 0 if one has already."""
+        x = self.balls.x[:, None].expand(-1, self.rows.shape[1], -1, -1).detach().clone()
+        margins, gradient = margin_and_gradient(self, x, slice(None))
+        slope = self.balls.gradient_norms(gradient).sum(dim=-1)
+        radius = (margins.diagonal(dim1=-2, dim2=-1).clamp(min=0.0) / slope).nan_to_num(nan=0.0, posinf=torch.inf)
+        return radius.amin(dim=1)
+
+
+def margin_and_gradient(problem: AttackProblem, x: Tensor, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
+    """Margins (m, n_specs, ..., n_specs) at x, (m, n_specs, ..., T, n), and the gradient of row i's own at x[:, i]."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        margins = problem.margins(x, chosen)
+        own = margins.movedim(1, -2).diagonal(dim1=-2, dim2=-1)
+        (gradient,) = torch.autograd.grad(own.sum(), x)
+    return margins.detach(), gradient
+
+
+@dataclass
+class AttackResult:
+    """What an attack found.
+
+    Attributes:
+        x: perturbed inputs, (batch, T, n), float64: those with the least margin.
+        margin: worst margin there, (batch,), float64; below 0 where the attack succeeded.
+    """
+
+    x: Tensor
+    margin: Tensor
+
+
+@dataclass
+class RadiusAttackResult(AttackResult):
+    """``radius``, (batch,): size max_t ||x'_t - x_t||_p of the smallest perturbation that succeeded; inf if none did.
+
+    0 where the input is misclassified (margin <= 0) as it is. ``x`` and ``margin`` belong to that perturbation; x is
+    unperturbed where there is none.
+    """
+
+    radius: Tensor
+
+
+def descend(problem: AttackProblem, chosen: Tensor, eps: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """PGD for the chosen samples from perturbations (m, n_specs, restarts, T, n); eps is (m, groups).
+
+    Row i of the second dimension decreases the i-th margin. Step sizes fall geometrically.
+
+    Returns:
+        The perturbation with the least worst margin that any row met, (m, T, n), and that margin, (m,).
+    """
+    balls = problem.balls.select(chosen, start.dtype)
+    eps = eps.to(start.dtype)
+    x = balls.x[:, None, None]
+    delta = balls.project(start, eps)
+    best_delta, best = delta, torch.full_like(delta[..., 0, 0], torch.inf)
+    for step in range(steps + 1):
+        margins, gradient = margin_and_gradient(problem, x + delta, chosen)
+        worst = margins.amin(dim=-1)
+        best_delta = torch.where((worst < best)[..., None, None], delta, best_delta)
+        best = torch.minimum(best, worst)
+        rate = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (step / max(steps, 1))
+        delta = balls.project(delta + balls.scaled(balls.steepest(-gradient, delta), rate * eps), eps)
+    best, index = best.flatten(1).min(dim=1)
+    rows = torch.arange(len(index), device=index.device)
+    return best_delta.flatten(1, 2)[rows, index], best
+
+
+def settle(problem: AttackProblem, chosen: Tensor, eps: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Perturbed inputs (m, T, n) that lie in the set, and their worst margins (m,), both in float64.
+
+    What rounding takes out of the set (x' - x is measured anew) gives way to x itself.
+    """
+    balls = problem.balls.select(chosen, VERDICT)
+    eps = eps.to(VERDICT)
+    x = balls.x + balls.project(delta.to(VERDICT), eps * (1.0 - INSIDE))
+    inside = is_inside(balls, x, eps)
+    x = torch.where(inside[:, None, None], x, balls.x)
+    return x, problem.worst_margin(x, chosen)
+
+
+def is_inside(balls: FrameBalls, x: Tensor, eps: Tensor) -> Tensor:
+    """Whether x, (m, T, n), lies in the set of radii eps, (m, groups), as float64 has it, (m,)."""
+    delta = x.to(VERDICT) - balls.x.to(VERDICT)
+    inside = (balls.sizes(delta) <= eps).all(dim=-1)
+    inside &= (delta == 0).all(dim=-1).logical_or(balls.mask).all(dim=-1)
+    if balls.clip is not None:
+        inside &= ((x >= balls.clip[0]) & (x <= balls.clip[1])).flatten(1).all(dim=1)
+    return inside
+
+
+def pgd(
+    model: nn.Module | Graph,
+    x: Tensor,
+    labels: Tensor,
+    eps: float | Tensor,
+    *,
+    steps: int = 50,
+    restarts: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 100,
+    **threat: Any,
+) -> AttackResult:
+    """The least margins that PGD finds at eps.
+
+    Args:
+        model, x, labels: as for ``utils.certify.certified_margin``.
+        eps: radius in the units of x: a number, (batch,), or (batch, T) for one radius a frame.
+        steps: gradient steps of each restart.
+        restarts: random starts for each target, beside the unperturbed input; half of them on the boundary.
+        seed: of the random starts, which all samples share, so that a sample's result does not depend on the others.
+        dtype: precision of the descent; verdicts are made in float64.
+        batch_size: samples attacked at once.
+        threat: norm, targets, frames, clip and ball, as for ``AttackProblem``.
+    """
+    problem = AttackProblem(model, x, labels, **threat)
+    x = problem.balls.x
+    eps = torch.as_tensor(eps, dtype=VERDICT, device=x.device)
+    if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
+        raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
+    if not bool(((eps >= 0) & eps.isfinite()).all()):
+        raise ValueError("eps must be a finite number >= 0")
+    eps = problem.balls.per_group(eps.expand(len(x)) if eps.dim() == 0 else eps)
+    starts = _starts(problem, restarts, seed, dtype)
+    parts = []
+    for chosen in torch.arange(len(x), device=x.device).split(batch_size):
+        delta, _ = descend(problem, chosen, eps[chosen], _scaled(problem, chosen, eps[chosen], starts), steps)
+        parts.append(settle(problem, chosen, eps[chosen], delta))
+    perturbed, margin = (torch.cat(part) for part in zip(*parts, strict=True))
+    return AttackResult(perturbed, margin)
+
+
+def _starts(problem: AttackProblem, restarts: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Perturbations of eps = 1, (1, 1, 1 + restarts, T, n); the first is none."""
+    random = problem.balls.random_starts(restarts, torch.Generator().manual_seed(seed))
+    return torch.cat((torch.zeros_like(random[:, :1]), random), dim=1)[:, None].to(dtype)
+
+
+def _scaled(problem: AttackProblem, chosen: Tensor, eps: Tensor, starts: Tensor) -> Tensor:
+    """Starts scaled to the samples' eps, for every margin row: (m, n_specs, starts, T, n)."""
+    balls = problem.balls.select(chosen, starts.dtype)
+    return balls.scaled(starts, eps.to(starts.dtype)).expand(-1, problem.rows.shape[1], -1, -1, -1)
+
+
+@torch.no_grad()
+def tighten(problem: AttackProblem, chosen: Tensor, x: Tensor, halvings: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """Smaller perturbations from successful ones: inputs (m, T, n), margins and sizes (m,), all float64.
+
+    Two paths from x' to the unperturbed input are bisected between success and failure: the straight line, and
+    the projection to smaller and smaller balls, which leaves alone the frames that are not at the boundary.
+    """
+    balls = problem.balls.select(chosen, VERDICT)
+    delta, size = x - balls.x, balls.size(x - balls.x)
+    low, high = size.new_zeros(len(size), 2), size.new_ones(len(size), 2)
+
+    def at(share: Tensor) -> Tensor:
+        eps = (share[:, 1] * size)[:, None].expand(-1, balls.groups)
+        paths = (share[:, 0, None, None] * delta, balls.project(delta, eps))
+        return balls.x[:, None] + torch.where(share[..., None, None] == 1, delta[:, None], torch.stack(paths, dim=1))
+
+    for _ in range(halvings):
+        middle = 0.5 * (low + high)
+        success = problem.worst_margin(at(middle), chosen) < 0
+        low, high = torch.where(success, low, middle), torch.where(success, middle, high)
+    candidates = at(high)
+    sizes = balls.size(candidates - balls.x[:, None])
+    size, index = sizes.min(dim=1)
+    smallest = candidates[torch.arange(len(index), device=index.device), index]
+    return smallest, problem.worst_margin(smallest, chosen), size
+
+
+def attack_radius(
+    model: nn.Module | Graph,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    tol: float = 1e-2,
+    steps: int = 50,
+    restarts: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 100,
+    **threat: Any,
+) -> RadiusAttackResult:
+    """The smallest perturbation per sample that PGD finds to break it: an upper bound of the minimum distortion.
+
+    Arguments as for ``pgd``, and:
+
+    Args:
+        tol: a sample is finished when an attack failed at an eps this relative distance below its radius.
+    """
+    if not 0 < tol < 1:
+        raise ValueError(f"tol must be between 0 and 1, not {tol}")
+    problem = AttackProblem(model, x, labels, **threat)
+    starts = _starts(problem, restarts, seed, dtype)
+
+    def attack(rows: Tensor, eps: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        per_group = problem.balls.select(rows, VERDICT).per_group(eps)
+        random = _scaled(problem, rows, per_group, starts)
+        known = (found - problem.balls.x[rows]).to(dtype)[:, None, None].expand_as(random[:, :, :1])
+        delta, _ = descend(problem, rows, per_group, torch.cat((known, random), dim=2), steps)
+        return settle(problem, rows, per_group, delta)
+
+    with torch.no_grad():
+        clean = problem.worst_margin(problem.balls.x)
+    radius = torch.zeros_like(clean).masked_fill(clean > 0, torch.inf)
+    result = RadiusAttackResult(problem.balls.x.clone(), clean, radius)
+    first = problem.linear_radius()
+    for rows in (clean > 0).nonzero().squeeze(-1).split(batch_size):
+        smallest_break(problem, rows, first[rows], attack, tol, result)
+    return result
+
+
+def smallest_break(
+    problem: AttackProblem,
+    rows: Tensor,
+    first: Tensor,
+    attack: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    tol: float,
+    result: RadiusAttackResult,
+) -> None:
+    """Grow eps until ``attack`` succeeds, then bisect towards the eps where it fails; writes rows of ``result``.
+
+    ``attack(rows, eps, found)`` gives inputs and margins; ``found`` are the smallest perturbed inputs so far. Every
+    success is tightened and its own size is the new upper end, so the result is always a perturbation that was found.
+    """
+    failed = torch.zeros_like(first)
+    eps = torch.where((first > 0) & first.isfinite(), first, 1.0)
+    growths = torch.zeros_like(first)
+    active = torch.arange(len(rows), device=rows.device)
+    while active.numel():
+        at = rows[active]
+        x, margin = attack(at, eps[active], result.x[at])
+        success = margin < 0
+        if bool(success.any()):
+            broken = at[success]
+            x, margin, size = tighten(problem, broken, x[success])
+            smaller = size < result.radius[broken]
+            broken = broken[smaller]
+            result.x[broken], result.margin[broken], result.radius[broken] = x[smaller], margin[smaller], size[smaller]
+        failed[active] = torch.where(success, failed[active], eps[active])
+        unbroken = result.radius[at].isinf()
+        growths[active] += unbroken
+        eps[active] = torch.where(unbroken, 2.0 * eps[active], 0.5 * (failed[active] + result.radius[at]))
+        finished = torch.where(
+            unbroken, growths[active] >= MAX_GROWTHS, result.radius[at] - failed[active] <= tol * result.radius[at]
+        )
+        active = active[~finished]

@@ -1,0 +1,7 @@
+"""Passes over a graph: intervals, backward bounds, tuned slopes, curved bounds."""
+
+from .alpha import tune_slopes
+from .curve import CurvedPass, tune_curves
+from .passes import BoundPass
+
+__all__ = ["BoundPass", "CurvedPass", "tune_curves", "tune_slopes"]

@@ -1,0 +1,342 @@
+"""Curved bounds, and what all neurons can do at once: tighter than planes where many neurons add their errors.
+
+A plane pays for the worst point of its own neuron's box, and a sum over neurons pays as if all of them could be at
+their worst point together. Bounds with a curvature (``relaxation.curves``) leave the function only with the distance
+d_k of the neuron's operand from the middle of its range, so that a row with coefficients A loses
+
+    sum_k w_k d_k^2,        w_k = |A_k| q_k / 2 >= 0,
+
+and this sum has a bound over the whole perturbation set. With linear bounds of the operands in the perturbation
+delta, d_k = J_k delta + rho_k and |rho_k| <= R_k, so that for any t_k > 0
+
+    sum_k w_k d_k^2  <=  max over delta of sum_k w_k (1 + t_k) (J_k delta)^2  +  sum_k w_k (1 + 1/t_k) R_k^2,
+
+and the maximum is at most the largest eigenvalue of the weighted Gram matrix of the J_k (in coordinates in which the
+perturbation set lies in a ball of radius 1, ``quadratic``; for boxes there is better, ``box_quadratic``),
+many times less than its trace, which planes pay. Of the output's rows, line and squares are bounded together: they
+seldom are at their worst at the same point (but for p = 1, as lines lose more in a ball of l_2 around an l_1 ball than
+is won).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..graph.graph import Graph
+from ..graph.nodes import Frame, Interval, Negative, Node, Slice
+from ..graph.nonlinear import NonLinear
+from ..perturbation.sets import Perturbation
+from ..relaxation.curves import Curves, curved_relaxation
+from ..relaxation.lines import Relaxation
+from .box_quadratic import line_and_squares_over_box, squares_over_box
+from .passes import BoundPass
+from .quadratic import largest_eigenvalue, line_and_squares
+
+STEP_SIZES = (0.02, 0.2)  # of slopes in units of their range, and of log curvatures; measured
+WARM_UP = 3
+
+# Where tuning starts, by the number of operands: shares of the tangent's slopes, the rest being those of the planes,
+# and of its curvatures.
+START = {1: (1.0, 1.0), 2: (0.25, 0.4)}
+OWN_SHARE = 0.5  # how far a neuron's linear part is taken to be from the middle, of the most it can be; measured
+LINE_SHARE = 2.0  # how much a row's line counts beside its squares where scales are chosen
+
+CurveTable = list[Curves | None]
+
+
+class Operand(NamedTuple):
+    """An operand z of a neuron is in  centre + J delta -+ R,  and J delta is in  -+ width.
+
+    J is (batch, size, n), width, R and the centre are (batch, size).
+    """
+
+    slopes: Tensor
+    width: Tensor
+    remainder: Tensor
+    center: Tensor
+
+
+class CurvedPass(BoundPass):
+    """A "crown" pass whose smooth nodes have curved bounds, with given curves or those that tuning starts from."""
+
+    def __init__(self, graph: Graph, perturbation: Perturbation, curves: CurveTable | None = None, sound: bool = True):
+        """With ``sound=False``, what neurons lose together is estimated: no bound, but good enough to tune by."""
+        self._sound = sound
+        nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
+        self._curves = dict(zip(nonlinear, curves or [None] * len(nonlinear), strict=True))
+        self._chosen: dict[Node, Curves] = {}
+        self._linear: dict[Node, Operand] = {}
+        self._met: tuple[dict[Frame, Tensor], list[tuple[Node, Tensor]]] = ({}, [])
+        moved = [frame for frame in graph.frames if not perturbation.is_exact(frame.frame)]
+        self._frames = [frame for frame in moved if frame.child_weights]  # a forward may leave some out
+        super().__init__(graph, perturbation, "crown")
+
+    # --- one backward pass ---
+
+    def _meet(self, node: Node, coefficients: Tensor) -> None:
+        frames, losses = self._met
+        if isinstance(node, Frame):
+            frames[node] = coefficients
+        elif isinstance(node, NonLinear):
+            self.relaxation(node)
+            if node in self._chosen:
+                curves = self._chosen[node]
+                up, down = coefficients.clamp(min=0.0), (-coefficients).clamp(min=0.0)
+                for operand, low, high in zip(
+                    node.parents, curves.lower_curvatures, curves.upper_curvatures, strict=True
+                ):
+                    losses.append((operand, 0.5 * (up * low.unsqueeze(-2) + down * high.unsqueeze(-2))))
+
+    def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
+        self._met = ({}, [])
+        without_curvature = super()._pass_back(node, rows)
+        losses = self._met[1]
+        if not losses:
+            return without_curvature
+        together = node is self.graph.output and (self.perturbation.is_box or self.perturbation.is_round)
+        lines = self._at_input(rows.shape[-2]) if together else None
+        return without_curvature - self._joint_loss(losses, lines)
+
+    def _at_input(self, num_rows: int) -> list[Tensor]:
+        """Coefficients of the last pass's rows at every perturbed frame, (batch, rows, n) each."""
+        batch = len(self.perturbation.x)
+        found = self._met[0]
+        return [
+            found[frame].expand(batch, -1, -1)
+            if frame in found
+            else self.perturbation.x.new_zeros(batch, num_rows, self._width(frame))
+            for frame in self._frames
+        ]
+
+    def _width(self, frame: Frame) -> int:
+        return self.ball_weight(frame, frame.child_weights[0]).shape[1]
+
+    def _deviation(self, coefficients: list[Tensor]) -> Tensor:
+        pairs = zip(self._frames, coefficients, strict=True)
+        return self.perturbation.total_deviation([self.deviation(frame, part) for frame, part in pairs])
+
+    # --- operands: linear in the perturbation, but for R ---
+
+    def _bound_by_rows(self, node: Node) -> Interval:
+        low, high = super()._bound_by_rows(node)
+        parts = [part.split(node.size, dim=1) for part in self._at_input(2 * node.size)]
+        below, above = [part[0] for part in parts], [-part[1] for part in parts]
+        least, most = low + self._deviation(below), high - self._deviation(above)  # at delta = 0
+        slopes = torch.cat([0.5 * (a + b) for a, b in zip(below, above, strict=True)], dim=-1)
+        apart = self._deviation([0.5 * (a - b) for a, b in zip(above, below, strict=True)])
+        remainder = (0.5 * (most - least)).clamp(min=0.0) + apart
+        center = 0.5 * (least + most)
+        inside = torch.minimum(torch.maximum(center, low), torch.maximum(low, high))
+        width = self._deviation(list(slopes.split([self._width(frame) for frame in self._frames], dim=-1)))
+        self._linear[node] = Operand(slopes, width, remainder + (inside - center).abs(), inside)
+        return low, high
+
+    def _operand(self, node: Node) -> Operand | None:
+        """What is known of an operand; None if no rows were bounded for it."""
+        if node in self._linear or not isinstance(node, (Slice, Negative)):
+            return self._linear.get(node)
+        known = self._operand(node.parents[0])
+        if known is None:
+            return None
+        if isinstance(node, Negative):
+            return known._replace(slopes=-known.slopes, center=-known.center)
+        return Operand(*(part[:, node.start : node.start + node.size] for part in known))
+
+    # --- relaxations ---
+
+    def relaxation(self, node: NonLinear) -> Relaxation:
+        known = [self._operand(operand) for operand in node.parents]
+        if node in self._relaxations or node.curved is None or any(one is None for one in known):
+            return super().relaxation(node)
+        box = tuple(self.interval(operand) for operand in node.parents)
+        centers = tuple(
+            torch.minimum(torch.maximum(one.center, low), high) for one, (low, high) in zip(known, box, strict=True)
+        )
+        curves = self._curves.get(node) or self._first_curves(node, centers, box)
+        self._chosen[node] = curves
+        self._relaxations[node] = curved_relaxation(node.curved, tuple(one.center for one in known), box, curves)
+        return self._relaxations[node]
+
+    def _first_curves(self, node: NonLinear, centers: tuple[Tensor, ...], box: tuple[Interval, ...]) -> Curves:
+        tangent, planes = node.curved.tangent(centers, box), node.relax(*box)
+        share, bend = START[len(node.parents)]
+        slopes = (
+            tuple(torch.lerp(plane, line, share) for plane, line in zip(own.slopes, lines, strict=True))
+            for own, lines in zip(planes, (tangent.lower_slopes, tangent.upper_slopes), strict=True)
+        )
+        # A little curvature everywhere, that tuning can multiply.
+        pairs = ((tangent[2], tangent[3]), (tangent[3], tangent[2]))
+        bends = (tuple(bend * q + 0.02 * other for q, other in zip(*pair, strict=True)) for pair in pairs)
+        return Curves(*slopes, *bends)
+
+    def curves(self) -> CurveTable:
+        """The curves of the pass; None for nodes that have planes."""
+        return [self._chosen.get(node) for node in self._curves]
+
+    def ranges(self) -> list[tuple[Tensor, ...] | None]:
+        """How far the derivatives vary over the nodes' boxes: the unit in which slopes are tuned."""
+        return [
+            node.slope_ranges(*(self.interval(operand) for operand in node.parents)) if node in self._chosen else None
+            for node in self._curves
+        ]
+
+    def margin(self, rows: Tensor) -> Tensor:
+        """As of a plain pass; minus infinity where the numbers overflow, as they may far beyond what is certified."""
+        margin = super().margin(rows)
+        return torch.where(margin.isnan(), -torch.inf, margin)
+
+    # --- the most that all neurons lose together ---
+
+    def _joint_loss(self, losses: list[tuple[Node, Tensor]], lines: list[Tensor] | None = None) -> Tensor:
+        """Upper bound of sum_k w_k d_k^2, (batch, rows), for weights (batch, rows, size) of operands.
+
+        With ``lines``, the rows' coefficients at the input, it is what the squares add to the deviation of the lines,
+        less if both cannot be at their worst at once.
+        """
+        weights: dict[Node, Tensor] = {}
+        for operand, weight in losses:
+            weights[operand] = weights[operand] + weight if operand in weights else weight
+        w = torch.cat(list(weights.values()), dim=-1)
+        known = Operand(*(torch.cat(parts, dim=1) for parts in zip(*map(self._operand, weights), strict=True)))
+        low, high = (torch.cat(ends, dim=1) for ends in zip(*(self.interval(one) for one in weights), strict=True))
+        reach = torch.maximum(high - known.center, known.center - low)
+        # (a + b)^2 <= (1 + t) a^2 + (1 + 1/t) b^2 for every t > 0; equal where a / b = 1 / t.
+        remainder, likely = known.remainder.clamp(min=1e-6), OWN_SHARE * known.width.clamp(min=1e-6)
+        t = remainder / likely
+        # Bounds may be tighter than the linear ones: then a neuron is better left out of what is bounded together.
+        joint = remainder + likely < reach
+        apart = torch.where(joint, (1.0 + 1.0 / t) * known.remainder**2, reach**2).unsqueeze(-2)
+        linear = self._joint_linear(w * torch.where(joint, 1.0 + t, 0.0).unsqueeze(-2), known.slopes, lines)
+        alone = (w * reach.unsqueeze(-2) ** 2).sum(dim=-1)
+        return torch.minimum(alone, linear + (w * apart).sum(dim=-1))
+
+    def _joint_linear(self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None = None) -> Tensor:
+        """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""
+        squares = (weights.detach().mean(dim=-2).unsqueeze(-1) * jacobian.detach() ** 2).sum(dim=1)
+        box = self.perturbation.is_box
+        if lines is None:
+            scale, size = self._scales(squares)
+            scaled = (weights, jacobian * scale.unsqueeze(-2))
+            if box:
+                return squares_over_box(*scaled, size, self._sound)
+            bound = size[:, None] * largest_eigenvalue(*scaled, self._sound)
+        else:
+            line, deviation = torch.cat(lines, dim=-1), self._deviation(lines)
+            # A line is worth (g delta)^2 / (2 deviation) + deviation / 2, with equality at its worst point.
+            tiny = torch.finfo(line.dtype).tiny ** 0.5
+            shares = LINE_SHARE * line.detach() ** 2 / (2.0 * deviation.detach() + tiny).unsqueeze(-1)
+            squares = squares + shares.mean(dim=-2)
+            scale, size = self._scales(squares)
+            scaled = (line * scale.unsqueeze(-2), weights, jacobian * scale.unsqueeze(-2))
+            function = line_and_squares_over_box if box else line_and_squares
+            bound = function(*scaled, size, self._sound) - deviation
+        vertices = self.perturbation.most_of_squares([frame.frame for frame in self._frames], weights, jacobian)
+        return bound if vertices is None else torch.minimum(bound, vertices)
+
+    def _scales(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales of the coordinates, (batch, n), and what the set lies in then: a box's sides, or a ball's size."""
+        frames = [frame.frame for frame in self._frames]
+        if self.perturbation.is_box:
+            return self.perturbation.box(frames, squares)
+        return self.perturbation.ellipsoid(frames, squares, [self._width(frame) for frame in self._frames])
+
+
+# --- tuning ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def tune_curves(
+    graph: Graph,
+    perturbation: Perturbation,
+    rows: Tensor,
+    steps: int,
+    start: CurveTable | None = None,
+    aim: float = math.inf,
+    deadline: float = math.inf,
+) -> CurveTable:
+    """Ascend every sample's worst margin, by estimates, in the slopes and curvatures of all nodes.
+
+    Args:
+        perturbation: the set for which they are tuned; they are sound for any other.
+        rows: the spec matrix C, (batch, n_specs, classes).
+        steps: gradient steps.
+        start: curves to start from; ``START``'s if left out.
+        aim: no more steps are taken once every sample's worst margin is certified to be above it,
+        deadline: or once ``time.perf_counter()`` is beyond this.
+
+    Returns:
+        The best curves that were met, by estimates.
+    """
+    first = CurvedPass(graph, perturbation, start, sound=False)
+    estimates = first.margin(rows).amin(dim=1)
+    origin, ranges = first.curves(), first.ranges()
+    moves = [curves and _map(lambda t: torch.zeros_like(t).requires_grad_(), curves) for curves in origin]
+    slopes = [t for move in moves if move for ts in move[:2] for t in ts]
+    if not slopes:
+        return origin
+    bends = [t for move in moves if move for ts in move[2:] for t in ts]
+    groups = [{"params": group, "lr": size} for group, size in zip((slopes, bends), STEP_SIZES, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    best, excess = origin, torch.zeros_like(estimates)
+    for step in range(steps + 1):
+        if time.perf_counter() > deadline:
+            break
+        if bool((estimates - excess > aim).all()):
+            certified = CurvedPass(graph, perturbation, best).margin(rows).amin(dim=1)
+            if bool((certified > aim).all()):
+                break
+            excess = estimates - certified
+        with torch.enable_grad():
+            curves = [_moved(*parts) for parts in zip(origin, moves, ranges, strict=True)]
+            margin = CurvedPass(graph, perturbation, curves, sound=False).margin(rows).amin(dim=1)
+            # A sample's scale of margins does not matter to Adam, but a few huge ones would to the sum.
+            loss = -(margin / (1.0 + margin.detach().abs())).nan_to_num(0.0).sum()
+        best, estimates = _keep_better(best, estimates, curves, margin.detach())
+        if step < steps:
+            pace = min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.475 * (1.0 + math.cos(math.pi * step / steps)))
+            for group, size in zip(optimizer.param_groups, STEP_SIZES, strict=True):
+                group["lr"] = size * pace
+            optimizer.zero_grad()
+            loss.backward()
+            for move in (*slopes, *bends):
+                move.grad.nan_to_num_(0.0, 0.0, 0.0)  # of bounds that overflow
+            optimizer.step()
+    return best
+
+
+def _map(function, *tables: Curves) -> Curves:
+    """A function of corresponding tensors of several curves."""
+    return Curves(
+        *(tuple(function(*tensors) for tensors in zip(*parts, strict=True)) for parts in zip(*tables, strict=True))
+    )
+
+
+def _moved(origin: Curves | None, move: Curves | None, ranges: tuple[Tensor, ...] | None) -> Curves | None:
+    """Slopes moved by shares of their ranges, curvatures by factors."""
+    if origin is None:
+        return None
+    lower, upper = (
+        tuple(slope + reach * shift for slope, shift, reach in zip(slopes, shifts, ranges, strict=True))
+        for slopes, shifts in zip(origin[:2], move[:2], strict=True)
+    )
+    bends = (
+        tuple(bend * shift.exp() for bend, shift in zip(bends, shifts, strict=True))
+        for bends, shifts in zip(origin[2:], move[2:], strict=True)
+    )
+    return Curves(lower, upper, *bends)
+
+
+def _keep_better(
+    best: CurveTable, best_margin: Tensor, curves: CurveTable, margin: Tensor
+) -> tuple[CurveTable, Tensor]:
+    better = margin > best_margin
+    kept = [
+        old and _map(lambda o, n: torch.where(better[:, None], n.detach(), o), old, new)
+        for old, new in zip(best, curves, strict=True)
+    ]
+    return kept, torch.where(better, margin, best_margin)

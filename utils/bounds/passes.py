@@ -1,0 +1,293 @@
+"""Bounds of a graph's nodes over a perturbation set: IBP, CROWN and CROWN-IBP.
+
+Only lower bounds are ever computed: an upper bound is minus the lower bound of minus the node, so the bounds of a node
+are the rows [I; -I] of one backward pass.
+
+- "ibp": intervals passed forward.
+- "crown": every relaxed operand is bounded by a backward pass to the input, in topological order, and cut to its
+  interval; then the specification rows.
+- "crown-ibp": operands are bounded by their intervals, the specification rows by a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..graph.graph import Graph
+from ..graph.nodes import Frame, Interval, Linear, Node
+from ..graph.nonlinear import NonLinear
+from ..perturbation.sets import Perturbation
+from ..relaxation.lines import Plane, Relaxation
+
+# Coefficients handed to a node: for its elements and its samples from these on; None for all elements.
+_Contribution = tuple[int | None, int, Tensor]
+
+METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify.interface`` adds those that take several
+
+
+class BoundPass:
+    """Everything that is known of one graph's nodes over one perturbation set.
+
+    Nothing outlives the object: intervals, values and relaxations are made once, when they are first asked for.
+    """
+
+    def __init__(self, graph: Graph, perturbation: Perturbation, method: str = "crown", slopes: list | None = None):
+        """``slopes`` are those of the planes, by non-linear node (``SlopeTable``); None for the default."""
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+        self.graph, self.perturbation, self.method = graph, perturbation, method
+        self._values: dict[Node, Tensor] = {}
+        self._exact = self._find_exact()
+        self._uneven = any(node.samples is not None for node in graph.nodes)
+        self._offsets: dict[Node, Tensor] = {}
+        self._intervals: dict[Node, Interval] = {}
+        self._relaxations: dict[Node, Relaxation] = {}
+        self._fitted: dict[Node, tuple[int | None, Relaxation]] = {}
+        self._perturbations: dict[int, Perturbation] = {}
+        nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
+        self._slopes = dict(zip(nonlinear, slopes, strict=True)) if slopes is not None else {}
+        self._samples: int | None = None  # how many samples the node at work has
+        self._pending: list[list[_Contribution]] = []
+        self._parts: tuple[Tensor, Tensor, Tensor] | None = None
+        if method == "crown":
+            self._tighten_operands()
+
+    # --- samples that end early ---
+
+    @contextmanager
+    def _at(self, node: Node) -> Iterator[None]:
+        """What is asked for meanwhile is for the node's samples alone."""
+        before, self._samples = self._samples, node.samples
+        yield
+        self._samples = before
+
+    def _fit(self, tensor: Tensor) -> Tensor:
+        """A tensor (batch or 1, ...) for the samples of the node at work."""
+        if self._samples is None or tensor.shape[0] <= self._samples:
+            return tensor
+        return tensor[: self._samples]
+
+    # --- what is exact ---
+
+    def _find_exact(self) -> list[bool]:
+        exact: list[bool] = []
+        for node in self.graph.nodes:
+            if isinstance(node, Frame):
+                exact.append(self.perturbation.is_exact(node.frame))
+            else:
+                exact.append(all(exact[parent.index] for parent in node.parents))
+        return exact
+
+    def is_exact(self, node: Node) -> bool:
+        """True if no perturbation of any sample reaches the node."""
+        return self._exact[node.index]
+
+    def exact_value(self, node: Node) -> Tensor:
+        """Value of an exact node, (batch or 1, size)."""
+        if node not in self._values:
+            with self._at(node):
+                if isinstance(node, Frame):
+                    self._values[node] = self.perturbation.center(node.frame)
+                else:
+                    self._values[node] = node.value(*(self.exact_value(parent) for parent in node.parents))
+        return self._fit(self._values[node])
+
+    def known_part(self, node: Node) -> Tensor | None:
+        """What a Linear child may add up beforehand: an exact node's value, a perturbed frame's centre, else None."""
+        if isinstance(node, Frame):
+            return self._fit(self.perturbation.center(node.frame))
+        return self.exact_value(node) if self.is_exact(node) else None
+
+    def offset(self, node: Linear) -> Tensor:
+        """``node.offset``, made once."""
+        if node not in self._offsets:
+            with self._at(node):
+                self._offsets[node] = node.offset(self)
+        return self._fit(self._offsets[node])
+
+    def ball_weight(self, frame: Frame, weight: Tensor) -> Tensor:
+        """A Linear child's weight for a frame's deviation from its centre, (size, frame size or less).
+
+        An l_2 ball looks the same in any orthonormal coordinates, so the deviation is taken in a basis Q of the space
+        that the frame's children look at: ||A W||_2 = ||A W Q||_2, and W Q has fewer columns if frames are wide.
+        """
+        if not self.perturbation.is_round or (torch.is_grad_enabled() and weight.requires_grad):
+            return weight
+        return self.graph.reduced_weight(frame, weight)
+
+    # --- intervals and relaxations ---
+
+    def interval(self, node: Node) -> Interval:
+        """Tightest known (lower, upper) of a node, (batch, size) each."""
+        if node not in self._intervals:
+            with self._at(node):
+                if self.is_exact(node):
+                    value = self.exact_value(node)
+                    self._intervals[node] = (value, value)
+                else:
+                    self._intervals[node] = node.interval(self)
+        low, high = self._intervals[node]
+        return self._fit(low), self._fit(high)
+
+    def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor:
+        """``Perturbation.frame_deviation`` for the samples of the node at work."""
+        return self._narrowed().frame_deviation(frame.frame, coefficients)
+
+    def _narrowed(self) -> Perturbation:
+        if self._samples is None:
+            return self.perturbation
+        if self._samples not in self._perturbations:
+            self._perturbations[self._samples] = self.perturbation.of_first(self._samples)
+        return self._perturbations[self._samples]
+
+    def _tighten_operands(self) -> None:
+        """Bound, by backward passes, every node that some relaxation needs bounds of."""
+        needed = {operand.bounded_through for node in self.graph.nodes for operand in node.relaxed_operands}
+        for node in sorted(needed, key=lambda operand: operand.index):
+            if not self.is_exact(node):
+                self._intervals[node] = _intersect(self.interval(node), self._bound_by_rows(node))
+
+    def _bound_by_rows(self, node: Node) -> Interval:
+        """Bounds of a node's elements as those of the rows [I; -I]."""
+        low, _ = self.interval(node)
+        rows = torch.eye(node.size, dtype=low.dtype, device=low.device)
+        lower, minus_upper = self.lower_bound(node, torch.cat((rows, -rows))[None]).split(node.size, dim=-1)
+        return lower, -minus_upper
+
+    def relaxation(self, node: NonLinear) -> Relaxation:
+        """Planes around a non-linear node on the box of its operands' intervals."""
+        if node not in self._relaxations:
+            with self._at(node):
+                operands = [self.interval(operand) for operand in node.parents]
+                self._relaxations[node] = node.relax(*operands, slopes=self._slopes.get(node))
+        if self._samples == node.samples:
+            return self._relaxations[node]
+        if node not in self._fitted or self._fitted[node][0] != self._samples:
+            self._fitted[node] = (self._samples, self._fit_relaxation(self._relaxations[node]))
+        return self._fitted[node][1]
+
+    def _fit_relaxation(self, relaxation: Relaxation) -> Relaxation:
+        lower, upper = (Plane(tuple(map(self._fit, plane.slopes)), self._fit(plane.intercept)) for plane in relaxation)
+        # Slopes that both planes share stay one tensor: ``NonLinear.backward`` saves work then.
+        pairs = zip(relaxation.lower.slopes, relaxation.upper.slopes, lower.slopes, upper.slopes, strict=True)
+        shared = tuple(low if a is b else high for a, b, low, high in pairs)
+        return Relaxation(lower, Plane(shared, upper.intercept))
+
+    def known_relaxation(self, node: NonLinear) -> Relaxation | None:
+        """The planes that this pass has put around a node, if it needed any."""
+        return self._relaxations.get(node)
+
+    # --- lower bounds of rows ---
+
+    def margin(self, rows: Tensor) -> Tensor:
+        """Lower bounds of ``rows @ output``, (batch, n_rows), for rows (batch or 1, n_rows, output size)."""
+        by_interval = self.interval_lower_bound(self.graph.output, rows)
+        if self.method == "ibp":
+            return by_interval
+        return torch.maximum(by_interval, self.lower_bound(self.graph.output, rows))
+
+    def interval_lower_bound(self, node: Node, rows: Tensor) -> Tensor:
+        """Lower bound of ``rows @ node`` from intervals alone, with the rows folded into a Linear node."""
+        if isinstance(node, Linear) and not self.is_exact(node):
+            center, radius = node.center_radius(self, rows)
+            return center - radius
+        low, high = self.interval(node)
+        return (rows.clamp(min=0.0) @ low[..., None] + rows.clamp(max=0.0) @ high[..., None]).squeeze(-1)
+
+    def lower_bound(self, node: Node, rows: Tensor) -> Tensor:
+        """Lower bound of ``rows @ node`` over the perturbation set, (batch, n_rows), by a backward pass."""
+        with self._at(node):
+            if self.is_exact(node):
+                return (rows @ self.exact_value(node)[..., None]).squeeze(-1)
+            return self._pass_back(node, rows)
+
+    def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
+        asked = self._samples
+        everyone = len(self.perturbation.x) if asked is None and self._uneven else None
+        self._pending = [[] for _ in range(node.index + 1)]
+        self.pass_to(node, rows if everyone is None else rows.expand(everyone, -1, -1))
+        constants: list[Tensor] = []
+        deviations: list[Tensor] = []
+        for current in reversed(self.graph.nodes[: node.index + 1]):
+            contributions = self._pending.pop()
+            if not contributions:
+                continue
+            batch = None
+            if asked is None and current.samples is not None:  # fewer samples have this node than were asked for
+                batch = self._samples = current.samples
+            coefficients = _gather(contributions, current.size, batch)
+            self._meet(current, coefficients)
+            if isinstance(current, Frame):
+                deviations.append(_spread(self.deviation(current, coefficients), 0, everyone))
+                continue
+            constant = current.backward(coefficients, self)
+            if constant is not None:
+                constants.append(constant)
+        self._samples, self._parts = asked, None
+        total = sum(_spread(constant, 0, everyone) for constant in constants)
+        return total - self.perturbation.total_deviation(deviations)
+
+    def _meet(self, node: Node, coefficients: Tensor) -> None:
+        """Called with a node and all its coefficients when a backward pass comes to it."""
+
+    def signed_parts(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """Positive and negative part; the last are kept: the terms of a sum share their coefficients."""
+        if self._parts is None or self._parts[0] is not coefficients:
+            self._parts = (coefficients, coefficients.clamp(min=0.0), coefficients.clamp(max=0.0))
+        return self._parts[1:]
+
+    def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None, first_sample: int = 0) -> None:
+        """Add coefficients to those of an inexact node, or of its elements or samples from some number on."""
+        self._pending[node.index].append((start, first_sample, coefficients))
+
+
+def crown(graph: Graph, perturbation: Perturbation, slopes: list | None = None) -> BoundPass:
+    return BoundPass(graph, perturbation, "crown", slopes)
+
+
+def ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None) -> BoundPass:
+    return BoundPass(graph, perturbation, "ibp", slopes)
+
+
+def crown_ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None) -> BoundPass:
+    return BoundPass(graph, perturbation, "crown-ibp", slopes)
+
+
+def _spread(tensor: Tensor, first: int, batch: int | None) -> Tensor:
+    """A tensor of some samples with zeros for the others of a batch; as it is for batch None."""
+    after = 0 if batch is None else batch - first - tensor.shape[0]
+    if first == 0 and after == 0:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (first, after))
+
+
+def _gather(contributions: list[_Contribution], size: int, batch: int | None) -> Tensor:
+    """Sum of what children handed over; slices are put side by side if they tile the node, else padded with zeros.
+
+    With a ``batch``, children may have fewer samples than that.
+    """
+    whole = [_spread(part, first, batch) for start, first, part in contributions if start is None]
+    parts = sorted(((start, part) for start, _, part in contributions if start is not None), key=lambda part: part[0])
+    if parts:
+        whole.append(_tile(parts, size))
+    return whole[0] if len(whole) == 1 else sum(whole[1:], start=whole[0])
+
+
+def _tile(parts: list[tuple[int, Tensor]], size: int) -> Tensor:
+    batch = max(part.shape[0] for _, part in parts)
+    parts = [(start, part.expand(batch, -1, -1)) for start, part in parts]
+    ends = [start + part.shape[-1] for start, part in parts]
+    if [start for start, _ in parts] == [0, *ends[:-1]] and ends[-1] == size:
+        return torch.cat([part for _, part in parts], dim=-1)
+    return sum(torch.nn.functional.pad(part, (start, size - start - part.shape[-1])) for start, part in parts)
+
+
+def _intersect(first: Interval, second: Interval) -> Interval:
+    """Both intervals hold, so their intersection does; rounding must not turn a point inside out."""
+    lower = torch.maximum(first[0], second[0])
+    upper = torch.minimum(first[1], second[1])
+    return torch.minimum(lower, upper), torch.maximum(lower, upper)

@@ -1,0 +1,27 @@
+"""Questions and their answers: certified margins and radii, decisions, verification, certificates."""
+
+from ..choices import METHODS
+from ..question import margin_rows
+from .bab import Decision, decide
+from .certificate import model_hash, save_certificates
+from .interface import RadiusResult, certified_margin, certified_radius, search_radius
+from .problem import MarginProblem, margin_problem
+from .verify import Verifier
+from .vnnlib import read_vnnlib
+
+__all__ = [
+    "METHODS",
+    "Decision",
+    "MarginProblem",
+    "RadiusResult",
+    "Verifier",
+    "certified_margin",
+    "certified_radius",
+    "decide",
+    "margin_problem",
+    "margin_rows",
+    "model_hash",
+    "read_vnnlib",
+    "save_certificates",
+    "search_radius",
+]

@@ -1,0 +1,202 @@
+"""The margins of a batch under one threat model, bounded at any eps: what certified margins and radii are made of."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bounds.alpha import select, store, tune_slopes
+from ..bounds.curve import CurvedPass, CurveTable, tune_curves
+from ..bounds.memory import Parts, samples_at_once
+from ..choices.method import Method
+from ..choices.tables import METHODS
+from ..graph.graph import Graph
+from ..network.reading import Network, graph_of
+from ..perturbation.sets import Perturbation
+from ..question.question import Question
+from ..question.threat import Threat
+from ..relaxation.curves import Curves
+
+# A margin counts as positive if it exceeds this share of 1 + the sum of the absolute values of its terms: room for the
+# rounding of sums and products, which the bounds, statements about real numbers, do not account for.
+SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+# Bytes of a sample's Gram matrix of neurons that "curve" may work on at once.
+GRAM_BYTES = 2**26
+
+# Bytes of coefficients that are worked on at once, on a CPU: more fall out of its cache, less pay for Python.
+CACHE_BYTES = 5 * 2**20
+
+
+class MarginProblem:
+    """The margins that a question is about, for any eps, and how they are bounded."""
+
+    def __init__(self, question: Question, method: Method | None = None):
+        self.question, self.method = question, method or Method()
+        self.slopes = self.curves = None
+        self._graphs: dict[tuple[torch.dtype, bool], Graph] = {}
+        self._widest: int | None = None
+        self._parts = Parts()
+        self.threat.around(self.x, torch.ones_like(self.x[:, 0, 0]))  # raises what is wrong with the threat model
+
+    @property
+    def model(self) -> Network:
+        return self.question.model
+
+    @property
+    def x(self) -> Tensor:
+        """(batch, T, n)"""
+        return self.question.x
+
+    @property
+    def rows(self) -> Tensor:
+        """The spec matrix C, (batch, n_specs, classes)."""
+        return self.question.rows
+
+    @property
+    def threat(self) -> Threat:
+        return self.question.threat
+
+    def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Graph:
+        """The model unrolled, over the chosen samples' own lengths if these differ."""
+        if self.threat.lengths is not None:
+            return self._unroll(dtype, self.threat.lengths[chosen])
+        key = (dtype, torch.is_grad_enabled())
+        if key not in self._graphs:
+            self._graphs[key] = self._unroll(dtype, None)
+        return self._graphs[key]
+
+    def _unroll(self, dtype: torch.dtype, lengths: Tensor | None) -> Graph:
+        graph = graph_of(self.model, self.x.shape[1], dtype, self.method.relaxation, lengths)
+        return graph if torch.is_grad_enabled() else graph.detach()
+
+    def clean_margins(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """Margins of the chosen samples' unperturbed input, (m, n_specs)."""
+        return self._margins_at(self.x[chosen].to(dtype), dtype, chosen)
+
+    def _margins_at(self, x: Tensor, dtype: torch.dtype, chosen: Tensor | slice) -> Tensor:
+        logits = self.graph(dtype, chosen).evaluate(x)
+        return (self.rows[chosen].to(dtype) @ logits[..., None]).squeeze(-1)
+
+    def slack(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """What the chosen samples' margins must exceed to count as positive, (m, n_specs); see ``SLACK``."""
+        x, rows = self.x[chosen].to(dtype), self.rows[chosen].to(dtype)
+        return SLACK[dtype] * (1.0 + self.graph(dtype, chosen).term_sizes(x, rows))
+
+    def margins(
+        self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None), sound: bool = True
+    ) -> Tensor:
+        """Lower bounds of the margins, (m, n_specs), of the chosen samples at eps, (m,) or (m, T).
+
+        With ``sound=False`` estimates, if bounds are curved: cheaper, and mostly a little too high.
+        """
+        samples = torch.arange(len(self.x), device=self.x.device)[chosen]
+        size = self._samples_at_once(dtype) if self.curves is None else self._curved_at_once(dtype)
+        return self._parts(lambda *part: self._margins(*part, dtype, sound), size, eps, samples)
+
+    def _samples_at_once(self, dtype: torch.dtype) -> int:
+        """As many as a processor's cache takes, more at once would be slower, or as many as a GPU's memory takes."""
+        if self.x.device.type != "cpu":
+            graph = self.graph(dtype, slice(0, 1))
+            return samples_at_once(graph, self.rows.shape[1], dtype, self.x.device) or len(self.x)
+        if self._widest is None:
+            nodes = self.graph(dtype, slice(0, 1)).nodes
+            operands = [operand.bounded_through.size for node in nodes for operand in node.relaxed_operands]
+            self._widest = max(operands, default=1)
+        # An operand of n neurons has 2 n rows of coefficients, of about n columns.
+        return max(4, CACHE_BYTES // (2 * self._widest**2 * dtype.itemsize))
+
+    def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool) -> Tensor:
+        graph, perturbation = self.graph(dtype, chosen), self._perturbation(eps, chosen, dtype)
+        if self.curves is not None:
+            bounds = CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype), sound)
+        else:
+            slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
+            bounds = METHODS[self.method.name](graph, perturbation, slopes)
+        return bounds.margin(self.rows[chosen].to(dtype))
+
+    def _perturbation(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype) -> Perturbation:
+        return self.threat.part(chosen).around(self.x[chosen].to(dtype), eps)
+
+    @torch.no_grad()
+    def tune(self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None)) -> None:
+        """Tune the slopes of the chosen samples at eps, (m,) or (m, T), from those they have; ``margins`` uses them."""
+        samples, size = torch.arange(len(self.x), device=self.x.device)[chosen], self._samples_at_once(dtype)
+        table = self.slopes
+        for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
+            start = None if self.slopes is None else select(self.slopes, part, dtype)
+            perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
+            tuned, _ = tune_slopes(self.graph(dtype, part), perturbation, rows, steps, start)
+            table = [None] * len(tuned) if table is None else table
+            store(table, part, tuned, len(self.x))
+        self.slopes = table
+
+    @torch.no_grad()
+    def tune_curves(
+        self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None), **until: float
+    ) -> None:
+        """Tune the curved bounds of the chosen samples at eps, (m,) or (m, T), from those they have.
+
+        From then on ``margins`` uses them in place of planes, until ``curves`` is set to None. ``until``: see
+        ``utils.bounds.tune_curves``.
+        """
+        samples, size = torch.arange(len(self.x), device=self.x.device)[chosen], self._curved_at_once(dtype)
+        table = self.curves
+        for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
+            start = None if self.curves is None else select_curves(self.curves, part, dtype)
+            perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
+            tuned = tune_curves(self.graph(dtype, part), perturbation, rows, steps, start, **until)
+            table = [None] * len(tuned) if table is None else table
+            store(table, part, tuned, len(self.x))
+        self.curves = table
+
+    def _curved_at_once(self, dtype: torch.dtype) -> int:
+        """Samples with curved bounds at once: their Gram matrices are large, and each has its own length."""
+        if self.threat.lengths is not None:
+            return 1
+        nodes = self.graph(dtype, slice(0, 1)).nodes
+        neurons = sum(operand.size for operand in {one for node in nodes for one in node.relaxed_operands})
+        return max(1, GRAM_BYTES // (max(neurons, 1) ** 2 * dtype.itemsize))
+
+    def part(self, samples: Tensor) -> MarginProblem:
+        """The problem of some samples, with copies of what is tuned."""
+        part = copy.copy(self)
+        part.question, part.slopes = self.question.part(samples), None
+        part.curves = self.curves and select_curves(self.curves, samples)
+        return part
+
+    def branches(self) -> MarginProblem:
+        """A problem with a sample of its own for every spec row of the only sample, and its curves to start from."""
+        branches = self.part(torch.zeros(self.rows.shape[1], dtype=torch.long, device=self.x.device))
+        branches.question.rows = self.rows[0].unsqueeze(1)
+        return branches
+
+    def linear_radius(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """eps at which the worst margin's linearisation at x vanishes, (m,): above the true radius as a rule."""
+        with torch.enable_grad():
+            x = self.x[chosen].detach().to(dtype).requires_grad_()
+            worst = self._margins_at(x, dtype, chosen).amin(dim=1)
+            (gradient,) = torch.autograd.grad(worst.sum(), x)
+        total = self.threat.part(chosen).around(x.detach(), torch.ones_like(worst)).linear_deviation(gradient)
+        radius = worst.detach().clamp(min=0) / total
+        # Saturated activations have no gradient; any positive number starts the search.
+        return torch.where(radius.isfinite() & (radius > 0), radius, torch.ones_like(radius))
+
+
+def select_curves(table: CurveTable, rows: Tensor, dtype: torch.dtype | None = None) -> CurveTable:
+    """The curves of some samples, in a precision, or the one that they have."""
+    return [entry and Curves(*entry) for entry in select(table, rows, dtype)]
+
+
+def margin_problem(
+    model: nn.Module | Graph, x: Tensor, labels: Tensor, targets: Tensor | None = None, **arguments: Any
+) -> MarginProblem:
+    """The problem of ``certified_margin``'s arguments: those of a threat model and those of a method."""
+    of_threat = {field.name for field in fields(Threat)}
+    threat = Threat(**{name: value for name, value in arguments.items() if name in of_threat})
+    how = {"name" if name == "method" else name: value for name, value in arguments.items() if name not in of_threat}
+    return MarginProblem(Question(model, x, labels, targets, threat), Method(**how))

@@ -1,0 +1,294 @@
+"""Verdicts on VNN-LIB properties: counter-examples by attack, proofs by bounds, tuned, and over boxes that are split.
+
+A property is "unsat", proved, if the boxes can be covered by boxes in each of which, for every conjunction of output
+constraints, one constraint's least violation ``rows @ Y - limits`` is bounded above 0 (by more than a slack for
+rounding). It is "sat" if an input is found that satisfies a conjunction, in float64 and, where onnxruntime is
+installed, there too. Everything else is "unknown", or "timeout".
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bounds.alpha import tune_slopes
+from ..bounds.curve import CurvedPass, tune_curves
+from ..bounds.passes import BoundPass
+from ..choices.method import ALPHA_STEPS
+from ..graph.nonlinear import NonLinear
+from ..network.onnx_graph import OnnxNetwork
+from ..perturbation.lp_ball import INF
+from .problem import SLACK
+from .vnnlib import Case, Property
+
+DTYPE = torch.float64
+RESTARTS, STEPS = 16, 40  # of the attack on a whole box
+CHILD_STEPS = 4  # of the attack on each box that is split
+FIRST_STEP, LAST_STEP = 0.5, 0.005  # step sizes, as shares of the box
+MAX_BATCH = 64
+# A box of few sides is soon cut small. One of many is bounded as tightly as can be, for this share of the time.
+TUNED_SIDES, TUNED_SHARE = 24, 0.5
+TUNED_STEPS = (40, 80, 160)  # of tuning curved bounds
+MAX_NUMBERS = 20_000_000  # that describe open boxes: above, memory would run out
+# What onnxruntime's float32 outputs may miss a constraint by, relative to its limit, for a counter-example to count.
+RUNTIME_ROOM = 1e-5
+
+
+class BoxSet:
+    """Perturbation set of boxes, as ``utils.bounds.passes`` asks of it: lower and upper are (batch, T, n)."""
+
+    norm = INF
+
+    ball = "frame"
+
+    def __init__(self, lower: Tensor, upper: Tensor):
+        self.x = lower  # any point of the boxes
+        self._center, self._radius = 0.5 * (lower + upper), 0.5 * (upper - lower)
+        # Both ends must be inside however centre and radius were rounded.
+        self._radius = torch.maximum(self._radius, torch.maximum(upper - self._center, self._center - lower))
+        self._exact = (upper == lower).all(dim=0).all(dim=-1).tolist()
+
+    def is_exact(self, frame: int) -> bool:
+        return self._exact[frame]
+
+    def center(self, frame: int) -> Tensor:
+        return self._center[:, frame]
+
+    def half_widths(self, frame: int) -> Tensor:
+        return self._radius[:, frame]
+
+    def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
+        return (coefficients.abs() @ self._radius[:, frame, :, None]).squeeze(-1)
+
+    def total_deviation(self, deviations: list[Tensor]) -> Tensor:
+        return torch.stack(torch.broadcast_tensors(*deviations), dim=-1).sum(dim=-1)
+
+
+@dataclass
+class Verdict:
+    """``result`` is sat, unsat, unknown or timeout; x and y are the counter-example of sat."""
+
+    result: str
+    x: Tensor | None = None
+    y: Tensor | None = None
+    boxes: int = 0
+
+
+class Verifier:
+    """One network and property.
+
+    Args:
+        deadline: ``time.monotonic()`` at which to give up.
+        split: whether to split boxes that can be neither proved nor broken as a whole.
+    """
+
+    def __init__(self, network: OnnxNetwork, prop: Property, deadline: float, split: bool = True, seed: int = 0):
+        if (network.num_inputs, network.graph.output.size) != (prop.num_inputs, prop.num_outputs):
+            own = f"{network.num_inputs} inputs and {network.graph.output.size} outputs"
+            raise ValueError(f"the network has {own}, the property {prop.num_inputs} and {prop.num_outputs}")
+        if network.softmax and not prop.compares_outputs_only:
+            raise ValueError(
+                f"the network ends with a {network.softmax}, which is left out: the property may only compare outputs"
+            )
+        self.network, self.property, self.deadline, self.split = network, prop, deadline, split
+        self.generator = torch.Generator().manual_seed(seed)
+        self.session = network.session()
+        self.boxes = 0
+
+    def run(self) -> Verdict:
+        """The verdict; sat and unsat are final, whatever time is left."""
+        problems = [_CaseProblem(self.network, case) for case in self.property.cases]
+        for problem in problems:
+            if self._time_left() <= 0:
+                return Verdict("timeout")
+            lower, upper = problem.case.lower[None], problem.case.upper[None]
+            found = self._confirmed(problem.attack(lower, upper, RESTARTS, STEPS, self.generator))
+            if found is not None:
+                return found
+        names = []
+        for problem in problems:
+            verdict = self._prove(problem)
+            if verdict.result in ("sat", "timeout"):
+                return verdict
+            names.append(verdict.result)
+        return Verdict("unknown" if "unknown" in names else "unsat", boxes=self.boxes)
+
+    def _time_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def _prove(self, problem: _CaseProblem) -> Verdict:
+        """Bound the case's box; split what is left. Bounds of boxes with many sides are tuned before."""
+        lower, upper = problem.case.lower[None], problem.case.upper[None]
+        if int((upper > lower).sum()) >= TUNED_SIDES:
+            self.boxes += 1
+            deadline = time.perf_counter() + TUNED_SHARE * self._time_left()
+            if float(problem.bound(lower, upper)[0]) > 0 or problem.proved_by_tuning(lower, upper, deadline):
+                return Verdict("unsat")
+        scores = torch.zeros(1, dtype=DTYPE)
+        batch = 1
+        while len(lower):
+            if self._time_left() <= 0:
+                return Verdict("timeout", boxes=self.boxes)
+            if lower.numel() > MAX_NUMBERS:
+                return Verdict("unknown")
+            order = scores.argsort()  # the most violated first: there a counter-example would be
+            now, rest = order[:batch], order[batch:]
+            started = time.monotonic()
+            low, high = lower[now], upper[now]
+            score, slopes = problem.bound(low, high)
+            self.boxes += len(now)
+            left = score <= 0
+            low, high, score, slopes = low[left], high[left], score[left], slopes[left]
+            if len(low):
+                if not self.split:
+                    return Verdict("unknown")
+                found = self._confirmed(problem.attack(low, high, 1, CHILD_STEPS, self.generator))
+                if found is not None:
+                    return found
+                halves = _halves(low, high, slopes)
+                if halves is None:
+                    return Verdict("unknown")
+                low, high = halves
+                score = torch.cat((score, score))
+            lower, upper = torch.cat((lower[rest], low)), torch.cat((upper[rest], high))
+            scores = torch.cat((scores[rest], score))
+            each = (time.monotonic() - started) / len(now)
+            batch = max(1, min(2 * batch, MAX_BATCH, int(self._time_left() / max(each, 1e-9))))
+        return Verdict("unsat")
+
+    def _confirmed(self, points: Tensor) -> Verdict | None:
+        """The first of the points (k, n) that is a counter-example, also to onnxruntime."""
+        for x in points:
+            (scores,) = self.network.graph.evaluate(self.network.frames(x[None]))
+            if not self.property.holds_for(x, scores):
+                continue
+            outputs = self.network.outputs(x[None])[0]
+            if self.session is not None:
+                outputs = self.network.runtime_outputs(x[None], self.session)[0]
+                if not self.property.holds_for(x, outputs, RUNTIME_ROOM):
+                    continue
+            return Verdict("sat", x, outputs, self.boxes)
+        return None
+
+
+class _CaseProblem:
+    """A case's constraints, stacked: the violations ``rows @ Y - limits`` of all its conjunctions."""
+
+    def __init__(self, network: OnnxNetwork, case: Case):
+        self.network, self.case = network, case
+        self.rows = torch.cat([rows for rows, _ in case.conjunctions])
+        self.limits = torch.cat([limits for _, limits in case.conjunctions])
+        sizes = torch.tensor([len(limits) for _, limits in case.conjunctions])
+        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        self.conjunctions = len(sizes)
+
+    def violations(self, x: Tensor) -> Tensor:
+        """(..., rows) at inputs (..., n); a conjunction is satisfied where all of its own are <= 0."""
+        outputs = self.network.graph.evaluate(self.network.frames(x.reshape(-1, x.shape[-1])))
+        return (outputs @ self.rows.T - self.limits).reshape(*x.shape[:-1], -1)
+
+    def worst(self, violations: Tensor) -> Tensor:
+        """Largest violation of each conjunction, (..., conjunctions); without constraints it is satisfied anywhere."""
+        empty = violations.new_full((*violations.shape[:-1], self.conjunctions), -torch.inf)
+        return empty.scatter_reduce(-1, self.owner.expand(violations.shape), violations, "amax")
+
+    @torch.no_grad()
+    def bound(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores, (boxes,), above 0 where no conjunction can be satisfied; slopes in each input, (boxes, n)."""
+        center = 0.5 * (lower + upper)
+        with torch.enable_grad():
+            at = center.clone().requires_grad_()
+            at_center = self.violations(at)
+            worst = self.worst(at_center)
+            (slopes,) = (
+                torch.autograd.grad(worst.amin(dim=-1).sum(), at) if len(self.limits) else (torch.ones_like(at),)
+            )
+        if not len(self.limits):
+            return torch.full((len(lower),), -torch.inf, dtype=DTYPE), slopes
+        return self._score(BoundPass(self.network.graph, self._boxes(lower, upper)), self._room(center)), slopes
+
+    def _boxes(self, lower: Tensor, upper: Tensor) -> BoxSet:
+        return BoxSet(self.network.frames(lower), self.network.frames(upper))
+
+    def _score(self, passed: BoundPass, room: Tensor) -> Tensor:
+        margins = passed.margin(self.rows[None]) - self.limits - room
+        # NaN is no proof.
+        return self.worst(margins.nan_to_num(nan=-torch.inf)).amin(dim=-1)
+
+    def _room(self, center: Tensor) -> Tensor:
+        """For rounding, as ``utils.certify.SLACK`` says, (boxes, rows)."""
+        terms = self.network.graph.term_sizes(self.network.frames(center), self.rows[None])
+        return SLACK[DTYPE] * (1.0 + terms + self.limits.abs())
+
+    @torch.no_grad()
+    def proved_by_tuning(self, lower: Tensor, upper: Tensor, deadline: float) -> bool:
+        """Whether bounds that are tuned to one box, until ``time.perf_counter()`` is ``deadline``, prove its case.
+
+        Tuning raises the least bound of all rows: that is what robustness asks for, and a start for other properties.
+        """
+        if not len(self.limits):
+            return False
+        graph, boxes, rows = self.network.graph, self._boxes(lower, upper), self.rows[None]
+        room = self._room(0.5 * (lower + upper))
+        aim = float((self.limits + room).max())
+        if not any(isinstance(node, NonLinear) and node.curved for node in graph.nodes):
+            slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS)
+            return bool(self._score(BoundPass(graph, boxes, slopes=slopes), room) > 0)
+        curves = None
+        for steps in TUNED_STEPS:
+            curves = tune_curves(graph, boxes, rows, steps, curves, aim=aim, deadline=deadline)
+            if bool(self._score(CurvedPass(graph, boxes, curves), room) > 0):
+                return True
+            if time.perf_counter() > deadline:
+                break
+        return False
+
+    @torch.no_grad()
+    def attack(self, lower: Tensor, upper: Tensor, restarts: int, steps: int, generator: torch.Generator) -> Tensor:
+        """Points, (k, n), that came nearest to satisfying each conjunction, by signs of the gradient, nearest first."""
+        shape = (len(lower), self.conjunctions, restarts, lower.shape[-1])
+        low, high = lower[:, None, None], upper[:, None, None]
+        x = low + torch.rand(shape, generator=generator, dtype=DTYPE) * (high - low)
+        x[:, :, 0] = 0.5 * (lower + upper)[:, None]
+        best, best_x = torch.full(shape[:3], torch.inf, dtype=DTYPE), x.clone()
+        for step in range(steps + 1):
+            settled = inside_float32(x, low, high)
+            with torch.enable_grad():
+                at = settled.requires_grad_()
+                own = self.worst(self.violations(at)).diagonal(dim1=1, dim2=-1).movedim(-1, 1)
+                gradient = torch.zeros_like(at)
+                if len(self.limits):
+                    (gradient,) = torch.autograd.grad(own.sum(), at)
+            own, settled = own.detach(), settled.detach()
+            better = own < best
+            best, best_x = torch.where(better, own, best), torch.where(better[..., None], settled, best_x)
+            rate = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (step / max(steps, 1))
+            x = torch.minimum(torch.maximum(settled - rate * (high - low) * gradient.sign(), low), high)
+        best, best_x = best.flatten(), best_x.flatten(0, 2)
+        order = best.argsort()
+        return best_x[order[best[order] <= 0]][:50]
+
+
+def inside_float32(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Points of the box near to x that float32 can hold, where there are some: onnxruntime gets them unrounded."""
+    single = x.to(torch.float32)
+    up = torch.nextafter(single, torch.full_like(single, torch.inf))
+    down = torch.nextafter(single, torch.full_like(single, -torch.inf))
+    single = torch.where(single.double() < lower, up, torch.where(single.double() > upper, down, single)).double()
+    return torch.where((single >= lower) & (single <= upper), single, torch.minimum(torch.maximum(x, lower), upper))
+
+
+def _halves(lower: Tensor, upper: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The boxes cut in two across the input that matters most; None if one is too small to be cut."""
+    width = upper - lower
+    axis = (width * (slopes.abs() + 1e-3 * slopes.abs().amax(dim=1, keepdim=True) + 1e-12)).argmax(dim=1)
+    rows = torch.arange(len(lower))
+    cut = 0.5 * (lower[rows, axis] + upper[rows, axis])
+    if bool(((cut <= lower[rows, axis]) | (cut >= upper[rows, axis])).any()):
+        return None
+    left, right = upper.clone(), lower.clone()
+    left[rows, axis], right[rows, axis] = cut, cut
+    return torch.cat((lower, right)), torch.cat((left, upper))

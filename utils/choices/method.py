@@ -1,0 +1,58 @@
+"""How margins are bounded: a method by name, and its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .tables import METHODS, RELAXATIONS
+
+TUNED_METHODS = ("alpha", "curve", "bab")  # each begins with what the ones before it do
+CURVED_METHODS = TUNED_METHODS[1:]
+
+ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise
+CURVE_STEPS = 40  # likewise of curved bounds
+TIME_LIMIT = 60.0  # seconds a sample of "bab", unless told otherwise
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and its settings; see ``utils.certify.certified_margin``.
+
+    Attributes:
+        name: a key of ``METHODS``.
+        relaxation: of gate products, a key of ``RELAXATIONS``.
+        alpha_steps: gradient steps of "alpha", and of what "curve" and "bab" do before.
+        curve_steps: gradient steps of "curve", and of what "bab" does before.
+        time_limit: seconds that "bab" may take for a sample.
+    """
+
+    name: str = "crown"
+    relaxation: str = "plane"
+    alpha_steps: int = ALPHA_STEPS
+    curve_steps: int = CURVE_STEPS
+    time_limit: float = TIME_LIMIT
+
+    def __post_init__(self):
+        METHODS.check(self.name)
+        RELAXATIONS.check(self.relaxation)
+        if self.alpha_steps < 1:
+            raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}")
+        if self.curve_steps < 0:
+            raise ValueError(f"curve_steps must not be negative, not {self.curve_steps}")
+        if not self.time_limit > 0:
+            raise ValueError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
+
+    @property
+    def tuned(self) -> bool:
+        """Whether slopes are tuned to the sample."""
+        return self.name in TUNED_METHODS
+
+    @property
+    def curved(self) -> bool:
+        """Whether curved bounds follow."""
+        return self.name in CURVED_METHODS
+
+    @property
+    def branches(self) -> bool:
+        """Whether each target is bounded by itself in the end, as long as there is time."""
+        return self.name == "bab"

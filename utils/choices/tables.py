@@ -1,0 +1,36 @@
+"""The tables: each name that a flag or a keyword argument takes, and what stands behind it."""
+
+from __future__ import annotations
+
+from .registry import Registry
+
+# Makes a pass from a graph, a perturbation set and slopes (or None); see ``utils.bounds.BoundPass``. The last three
+# are tuned: they begin with the pass that stands here, and ``utils.choices.Method`` says what follows.
+METHODS = Registry(
+    "method",
+    {
+        "crown": "bounds.passes:crown",
+        "ibp": "bounds.passes:ibp",
+        "crown-ibp": "bounds.passes:crown_ibp",
+        "alpha": "bounds.passes:crown",
+        "curve": "bounds.passes:crown",
+        "bab": "bounds.passes:crown",
+    },
+)
+
+# Slopes of the planes around a gate product, from the product and the box of its operands.
+RELAXATIONS = Registry(
+    "relaxation",
+    {
+        "plane": "relaxation.planes:contracting_slopes",
+        "volume": "relaxation.planes:volume_optimal_slopes",
+        "line": "relaxation.planes:line_slopes",
+        "constant": "relaxation.planes:constant_slopes",
+    },
+)
+
+# How the balls of frames make a set of sequences: a ``utils.perturbation.Ball``.
+BALLS = Registry("ball", {"frame": "perturbation.balls:FRAME", "sequence": "perturbation.balls:SEQUENCE"})
+
+# Attacks at a given eps, called like ``utils.attack.pgd``.
+ATTACKS = Registry("attack", {"pgd": "attack.pgd:pgd"})

@@ -1,0 +1,1 @@
+"""The experiments on images: flags, samples, figures and tables."""

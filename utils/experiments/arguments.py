@@ -1,0 +1,166 @@
+"""The flags of a bound script, whether they fit each other and the checkpoint, and where the results go."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from data.mnist import SIDE
+
+from ..choices.method import ALPHA_STEPS, CURVE_STEPS, CURVED_METHODS, TIME_LIMIT
+from ..choices.tables import BALLS, METHODS, RELAXATIONS
+from ..network.checkpoint import CheckpointError, Config, model_name
+from ..perturbation.lp_ball import INF
+from ..runs.cli import ROOT, add_common_arguments, non_negative_int, norm_value, positive_float, positive_int
+
+TARGETS = ("random", "runnerup", "least")
+
+
+def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidden_size: int, time_step: int) -> None:
+    """Add the flags of a bound script, with the given defaults, and the common ones; gated cells get one more."""
+    group = parser.add_argument_group("model (the checkpoint must agree)")
+    group.add_argument(
+        "--work-dir", type=Path, default=ROOT / "models" / "mnist_classifier", help="folder of the model folders"
+    )
+    group.add_argument("--model-name", default=architecture, help="name of the checkpoint in its model folder")
+    group.add_argument("--hidden-size", type=positive_int, default=hidden_size, help="size of the hidden state")
+    group.add_argument("--time-step", type=positive_int, default=time_step, help="frames an image is cut into")
+    group.add_argument("--num-layers", type=positive_int, default=1, help="recurrent layers on top of each other")
+    group.add_argument("--bidirectional", action="store_true", help="frames are read in both directions")
+    group = parser.add_argument_group("what is certified (eps and radii are in pixel values, which lie in [0, 1])")
+    group.add_argument("--N", type=positive_int, default=100, help="test images drawn; the misclassified get no radius")
+    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the perturbation: 1, 2 or inf")
+    group.add_argument("--untargeted", action="store_true", help="against all other classes instead of one target")
+    group.add_argument(
+        "--target",
+        type=target_choice,
+        metavar="{random,runnerup,least,K}",
+        help="class to keep away from: a random one, the one with the highest or the lowest logit besides the label, "
+        "or class K (default: random)",
+    )
+    group.add_argument("--per-frame", action="store_true", help="a radius for every single frame, the others exact")
+    group.add_argument("--frames", type=non_negative_int, nargs="+", help="perturb only these frames (0: the top one)")
+    group.add_argument(
+        "--ball", choices=tuple(BALLS), default="frame", help="a ball around every frame, or one around all"
+    )
+    group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
+    group = parser.add_argument_group("how")
+    group.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        default="crown",
+        help="bounds: backward, interval, or both; alpha: backward, slopes tuned to each image (10 times the time); "
+        "curve: curved bounds too, tuned (100 times and more); bab: each target by itself, up to --time-limit",
+    )
+    add_effort_arguments(group)
+    if architecture != "rnn":
+        group.add_argument(
+            "--relaxation",
+            choices=tuple(RELAXATIONS),
+            default="plane",
+            help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants",
+        )
+    group.add_argument("--eps0", type=positive_float, help="first eps of the search (default: from the gradient)")
+    group.add_argument("--tol", type=relative_tolerance, default=1e-3, help="relative width of the final bracket")
+    group.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="precision of the verdict")
+    group.add_argument(
+        "--batch-size", type=positive_int, help="images bounded and written at a time (default: 20, on a GPU 500)"
+    )
+    group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
+    group.add_argument(
+        "--save-certificate",
+        action="store_true",
+        help="write a file for every radius that scripts/check_certificate.py can confirm by itself",
+    )
+    add_common_arguments(parser)
+
+
+def add_effort_arguments(group) -> None:
+    """Flags for how much time the tuned methods may take."""
+    group.add_argument("--alpha-steps", type=positive_int, default=ALPHA_STEPS, help="gradient steps of --method alpha")
+    group.add_argument(
+        "--curve-steps",
+        type=non_negative_int,
+        default=CURVE_STEPS,
+        help="gradient steps of --method curve, after alpha",
+    )
+    group.add_argument("--time-limit", type=positive_float, default=TIME_LIMIT, help="seconds an image of --method bab")
+
+
+def target_choice(text: str) -> str | int:
+    """argparse type: a way to choose the target, or a class number."""
+    return text if text in TARGETS else non_negative_int(text)
+
+
+def relative_tolerance(text: str) -> float:
+    """argparse type: a number between 0 and 1."""
+    value = positive_float(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError if flags contradict each other or the data set."""
+    if args.untargeted and args.target is not None:
+        raise ValueError("--untargeted contradicts --target: leave out one of them")
+    if not args.untargeted and args.target is None:
+        args.target = "random"
+    if args.per_frame and args.frames:
+        raise ValueError("--per-frame bounds every frame by itself: leave out --frames")
+    if args.save_certificate and args.method in CURVED_METHODS:
+        raise ValueError("--save-certificate writes planes only: it needs --method alpha or cheaper")
+    if args.clip and args.p != INF:
+        raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
+    if args.frames:
+        args.frames = sorted(set(args.frames))
+        if args.frames[-1] >= args.time_step:
+            raise ValueError(f"--frames must be from 0 to {args.time_step - 1}, not {args.frames[-1]}")
+
+
+def checkpoint_path(args: argparse.Namespace, architecture: str, activation: str | None) -> Path:
+    """WORK_DIR/<model name>/MODEL_NAME."""
+    described = {"architecture": architecture, "activation": activation, "num_frames": args.time_step}
+    described |= {name: getattr(args, name) for name in ("hidden_size", "num_layers", "bidirectional")}
+    return args.work_dir / model_name(described | {"pooling": "last"}) / args.model_name
+
+
+def result_folder_name(args: argparse.Namespace) -> str:
+    """Name of the result folder: 2_norm_bound for p = 2 and all defaults, and a word for everything that differs.
+
+    In this order: untargeted, or target_runnerup, target_least, target_K; per_frame, or frames_0_3; sequence (the
+    ball); clip; the method (ibp, crown-ibp, alpha, curve, bab); the relaxation (line, constant). Number of images,
+    seed, tolerance, steps, time and precision have no word: a new run with others replaces the earlier one.
+    """
+    words = [f"{args.p:g}_norm_bound"]
+    words += ["untargeted"] * args.untargeted
+    words += [f"target_{args.target}"] * (args.target not in (None, "random"))
+    words += ["per_frame"] * args.per_frame
+    words += ["_".join(map(str, ["frames", *args.frames]))] if args.frames else []
+    words += [args.ball] * (args.ball != "frame")
+    words += ["clip"] * args.clip
+    words += [args.method] * (args.method != "crown")
+    words += [relaxation_of(args)] * (relaxation_of(args) != "plane")
+    return "_".join(words)
+
+
+def relaxation_of(args: argparse.Namespace) -> str:
+    """--relaxation; "plane" for a script without that flag."""
+    return getattr(args, "relaxation", "plane")
+
+
+def check_config(
+    config: Config, args: argparse.Namespace, architecture: str, activation: str | None, path: Path
+) -> None:
+    """Raise CheckpointError if the checkpoint holds another model than the flags name, or one for other data."""
+    if config["architecture"] != architecture:
+        raise CheckpointError(f"{path} holds a model of type {config['architecture']}, not {architecture}")
+    flags = {"num_frames": args.time_step, "hidden_size": args.hidden_size, "num_layers": args.num_layers}
+    flags |= {"bidirectional": args.bidirectional, "activation": activation}
+    for key, value in flags.items():
+        flag = "--time-step" if key == "num_frames" else f"--{key.replace('_', '-')}"
+        if config[key] != value:
+            raise CheckpointError(f"{path} holds a model with {key} = {config[key]}, but {flag} says {value}")
+    if config["input_size"] * config["num_frames"] != SIDE * SIDE or config["num_classes"] != 10:
+        size = f"{config['num_frames']} frames of {config['input_size']} values, {config['num_classes']} classes"
+        raise CheckpointError(f"{path} is no MNIST classifier: it takes {size}")

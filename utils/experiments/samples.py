@@ -1,0 +1,94 @@
+"""The images that get a radius, and the classes they must keep away from, drawn by a seed."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.mnist import ImageData, as_frames
+
+from ..network.models import SequenceClassifier
+from ..perturbation.lp_ball import INF
+
+
+@dataclass
+class Samples:
+    """The images that get a radius, (n, ...), in the order in which they were drawn.
+
+    Attributes:
+        index: their numbers in the test set.
+        images: (n, 28, 28) pixels in [0, 1].
+        labels: their classes, which the model predicts.
+        targets: classes to keep away from, or None for all others.
+        counts: images drawn, left out because their label is the target, misclassified, and kept.
+    """
+
+    index: Tensor
+    images: Tensor
+    labels: Tensor
+    targets: Tensor | None
+    counts: dict[str, int]
+
+    def frames(self, num_frames: int) -> Tensor:
+        return as_frames(self.images, num_frames)
+
+
+def draw_index(data: ImageData, args: argparse.Namespace) -> tuple[Tensor, torch.Generator]:
+    """Numbers of --N test images in the order of the seed, and the generator that goes on from there.
+
+    Raises:
+        ValueError: there are too few images.
+    """
+    total = len(data.test_y)
+    if total < args.N:
+        raise ValueError(f"--N {args.N} is more than the {total} test images of {data.source}")
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.randperm(total, generator=generator)[: args.N], generator
+
+
+def random_targets(data: ImageData, index: Tensor, generator: torch.Generator) -> Tensor:
+    """A random class besides the label for each image; ``generator`` comes from ``draw_index``."""
+    # Drawn for the whole test set, so that an image's target does not depend on how many are drawn.
+    offset = torch.randint(1, len(data.class_names), (len(data.test_y),), generator=generator)[index]
+    return (data.test_y[index] + offset) % len(data.class_names)
+
+
+def draw_samples(data: ImageData, model: SequenceClassifier, args: argparse.Namespace) -> Samples:
+    """Draw test images by the seed and keep those that have a target and are classified correctly.
+
+    An image's turn and its random target depend on the seed alone, so runs with other norms, batch sizes or numbers
+    of images are about the same ones.
+
+    Raises:
+        ValueError: there are too few images, no such target, or nothing is left.
+    """
+    index, generator = draw_index(data, args)
+    num_classes = len(data.class_names)
+    images, labels = data.test_x[index], data.test_y[index]
+    with torch.no_grad():
+        exact = copy.deepcopy(model).cpu().to(getattr(torch, args.dtype))
+        logits = exact(as_frames(images, args.time_step).to(exact.head.weight.dtype))
+    if args.untargeted:
+        targets = None
+    elif isinstance(args.target, int):
+        if args.target >= num_classes:
+            raise ValueError(f"--target {args.target} is no class: there are 0 to {num_classes - 1}")
+        targets = torch.full_like(labels, args.target)
+    elif args.target == "random":
+        targets = random_targets(data, index, generator)
+    else:
+        others = logits.clone()
+        others[torch.arange(len(labels)), labels] = -INF if args.target == "runnerup" else INF
+        targets = others.argmax(dim=1) if args.target == "runnerup" else others.argmin(dim=1)
+    left_out = torch.zeros_like(labels, dtype=torch.bool) if targets is None else targets == labels
+    wrong = ~left_out & (logits.argmax(dim=1) != labels)
+    kept = ~left_out & ~wrong
+    groups = {"left_out": left_out, "misclassified": wrong, "kept": kept}
+    counts = {"drawn": args.N} | {name: int(group.sum()) for name, group in groups.items()}
+    if not counts["kept"]:
+        raise ValueError(f"nothing to certify: none of the {args.N} images is classified correctly and has a target")
+    return Samples(index[kept], images[kept], labels[kept], None if targets is None else targets[kept], counts)

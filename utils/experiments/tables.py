@@ -1,0 +1,195 @@
+"""What the scripts behind the tables in docs/ and benchmarks/ share: models with their samples, and writing tables."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.mnist import ImageData, as_frames
+
+from ..network.checkpoint import Config, load_checkpoint, model_name
+from ..network.models import SequenceClassifier
+from ..runs.bound_rows import statistics
+from ..runs.cli import ROOT, add_common_arguments, git_commit, norm_value, positive_int, versions
+from ..runs.results import replacing
+from .arguments import check_arguments
+from .samples import draw_index, draw_samples, random_targets
+
+MODELS_DIR = ROOT / "models" / "mnist_classifier"
+QUICK_MODELS = ("rnn_4_32_tanh", "rnn_7_64_tanh", "lstm_4_32", "gru_4_32")
+
+
+@dataclass
+class Case:
+    """A checkpoint and the test images that a bound script draws for it: correctly classified, with random targets.
+
+    From ``load_all_images``, it has all images that were drawn, the misclassified as well.
+    """
+
+    name: str
+    config: Config
+    model: SequenceClassifier
+    x: Tensor
+    labels: Tensor
+    targets: Tensor | None
+    index: Tensor
+    path: Path
+
+    @property
+    def gated(self) -> bool:
+        return self.config["architecture"] != "rnn"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def add_table_arguments(parser: argparse.ArgumentParser, models: Sequence[str] | None, out_dir: Path) -> None:
+    """Add --models, --N, --p, --out-dir and the common flags."""
+    add_model_arguments(parser, models, out_dir)
+    parser.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball around every frame: 1, 2 or inf")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, models: Sequence[str] | None, out_dir: Path) -> None:
+    """Add --models, --N, --out-dir and the common flags."""
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=models,
+        metavar="MODEL",
+        help=f"folders in {MODELS_DIR.relative_to(ROOT)}, or paths of checkpoints",
+    )
+    parser.add_argument("--N", type=positive_int, default=20, help="test images drawn; the misclassified are left out")
+    parser.add_argument("--out-dir", type=Path, default=out_dir, help="folder of the table")
+    add_common_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, norms: Sequence[float], batch_size: int) -> None:
+    """Add --models, --N, --p (several), --batch-size, --resume, --quick, --out-dir and the common flags."""
+    add_model_arguments(parser, None, ROOT / "docs" / "tables")
+    parser.add_argument(
+        "--p", type=norm_value, nargs="+", default=list(norms), help="norms of the balls around the frames: 1, 2, inf"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="images of a batch of rows")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
+    parser.add_argument("--quick", action="store_true", help="few images of small models: under two minutes")
+
+
+def finish_run_arguments(args: argparse.Namespace, quick_images: int, gated: bool = False) -> argparse.Namespace:
+    """Models and images if they are not given: all committed models, or a few with --quick."""
+    if args.models is None:
+        args.models = list(QUICK_MODELS) if args.quick else committed_models()
+        args.models = [name for name in args.models if not (gated and name.startswith("rnn"))]
+    if args.quick:
+        args.N = min(args.N, quick_images)
+    args.p = list(dict.fromkeys(args.p))
+    return args
+
+
+def committed_models() -> list[str]:
+    """Names of all folders that hold a checkpoint."""
+    return sorted(path.parent.name for path in MODELS_DIR.glob("*/*") if path.name in ("rnn", "lstm", "gru"))
+
+
+def case_path(name: str) -> Path:
+    """The checkpoint of a model folder in ``MODELS_DIR``, or the file that ``name`` is the path of."""
+    return Path(name) if Path(name).is_file() else MODELS_DIR / name / name.split("_")[0]
+
+
+def load_case(name: str, data: ImageData, args: argparse.Namespace, device: torch.device) -> Case:
+    """A model and the images and targets that its bound script draws with the same --N and --seed.
+
+    ``name`` is a folder in ``MODELS_DIR`` or a checkpoint file.
+
+    Raises:
+        CheckpointError, ValueError: there is no such model, or nothing to certify.
+    """
+    path = case_path(name)
+    model, config = load_checkpoint(path, device)
+    options = {"time_step": config["num_frames"], "dtype": "float64", "untargeted": False, "target": "random"}
+    options |= {"per_frame": False, "frames": None, "clip": False, "p": 2.0, "save_certificate": False}
+    drawing = argparse.Namespace(**(vars(copy.copy(args)) | options))
+    check_arguments(drawing)
+    samples = draw_samples(data, model, drawing)
+    x = samples.frames(config["num_frames"]).to(device)
+    labels, targets = samples.labels.to(device), samples.targets.to(device)
+    return Case(case_name(name, path, config), config, model, x, labels, targets, samples.index, path)
+
+
+def load_all_images(
+    name: str, data: ImageData, args: argparse.Namespace, device: torch.device, targeted: bool = False
+) -> Case:
+    """As ``load_case``, with all images that are drawn, and without targets unless ``targeted``."""
+    path = case_path(name)
+    model, config = load_checkpoint(path, device)
+    index, generator = draw_index(data, args)
+    targets = random_targets(data, index, generator).to(device) if targeted else None
+    x = as_frames(data.test_x[index], config["num_frames"]).to(device)
+    return Case(case_name(name, path, config), config, model, x, data.test_y[index].to(device), targets, index, path)
+
+
+def case_name(name: str, path: Path, config: Config) -> str:
+    """The model folder's name, or what a checkpoint elsewhere is to be called."""
+    return name if path.parent.name == name else model_name(config)
+
+
+def script_name() -> str:
+    """The running script, relative to the repository."""
+    return Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix()
+
+
+def provenance(args: argparse.Namespace, device: torch.device, source: str) -> list[str]:
+    """Markdown lines that say what made a table. Where the data lie on this machine does not belong there."""
+    words = [script_name(), *sys.argv[1:]]
+    for flag in ("--data-dir", "--out-dir"):
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return [
+        f"- command: `python {' '.join(words)}`",
+        f"- made {datetime.now(timezone.utc):%Y-%m-%d} at commit {(git_commit() or 'unknown')[:10]}, torch "
+        f"{versions()['torch']}, {kind}",
+        f"- test images of {source}: {args.N} drawn with seed {args.seed}, the misclassified left out; one random "
+        "target class each",
+    ]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> list[str]:
+    """Lines of a Markdown table; columns after the first ``text_columns`` are set to the right."""
+    rule = [":--" if number < text_columns else "--:" for number in range(len(header))]
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, records: Sequence[dict]) -> None:
+    """Write records of the same keys under a header, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def mean_std(values: Sequence[float]) -> str:
+    """Mean and standard deviation as a cell of a table."""
+    found = statistics(values)
+    return f"{found['mean']:.3g} ± {found['std']:.2g}"
+
+
+def norm_text(norm: float) -> str:
+    """l_2, or l_∞."""
+    return f"l_{norm:g}".replace("inf", "∞")

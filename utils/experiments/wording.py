@@ -1,0 +1,55 @@
+"""What a bound script's arguments certify, in words."""
+
+from __future__ import annotations
+
+import argparse
+
+from data.mnist import SIDE
+
+from .arguments import relaxation_of
+
+UNIT = "pixel values, which lie in [0, 1]"
+
+
+def describe_threat(args: argparse.Namespace) -> str:
+    """What may be done to an image, in words."""
+    rows, norm = SIDE // args.time_step, f"l_{args.p:g}"
+    band = f"{rows} rows, {rows * SIDE} pixels"
+    moved = args.time_step if args.frames is None else len(args.frames)
+    listed = f"all {args.time_step} frames"
+    if args.frames is not None:
+        listed = f"frames {', '.join(map(str, args.frames))} of {args.time_step}"
+    if args.per_frame:
+        text = f"one of {args.time_step} frames ({band}) moves by at most eps in the {norm} norm, the others are exact"
+    elif args.ball == "sequence":
+        text = f"{listed} ({band} each) together move by at most eps in the {norm} norm"
+    else:
+        every = "at most the same eps" if moved > 1 else "at most eps"
+        text = f"{listed} ({band} each) move, each by {every} in the {norm} norm"
+    return text + ("; pixels stay in [0, 1]" if args.clip else "")
+
+
+def describe_goal(args: argparse.Namespace) -> str:
+    """What is certified, in words."""
+    if args.untargeted:
+        return "no such image is classified differently"
+    if isinstance(args.target, int):
+        return f"no such image is classified as {args.target}"
+    kind = {"random": "random", "runnerup": "highest logit besides the label", "least": "lowest logit"}[args.target]
+    return f"no such image is classified as its target class ({kind})"
+
+
+def short_title(args: argparse.Namespace) -> str:
+    """The threat model in a few words, for figures."""
+    if args.untargeted:
+        goal = "untargeted"
+    else:
+        goal = f"{args.target} target" if isinstance(args.target, str) else f"target {args.target}"
+    if args.per_frame:
+        place = "one frame at a time"
+    else:
+        place = "every frame" if args.frames is None else "frames " + ", ".join(map(str, args.frames))
+        place = f"one ball around {place}" if args.ball == "sequence" else place
+    method = [args.method] * (args.method != "crown")
+    method += [relaxation_of(args)] * (relaxation_of(args) != "plane")
+    return ", ".join([goal, place, *["clipped"] * args.clip, *method])

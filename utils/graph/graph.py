@@ -1,0 +1,84 @@
+"""A classifier as a list of nodes in topological order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .nodes import Frame, Linear, Node
+
+
+class Graph:
+    """Nodes in topological order; the last one is the output (logits)."""
+
+    def __init__(self):
+        self.nodes: list[Node] = []
+        self.samples: int | None = None  # of the nodes that are added next
+        self._reduced: dict[tuple, Tensor] = {}
+
+    def add(self, node: Node) -> Node:
+        """Append a node whose parents are in the graph already, and return it."""
+        for parent in node.parents:
+            if not 0 <= parent.index < len(self.nodes) or self.nodes[parent.index] is not parent:
+                raise ValueError("a node's parents must be added to the graph before it")
+            if isinstance(parent, Frame) and not isinstance(node, Linear):
+                raise ValueError("an input frame must enter through a Linear node (the identity, if nothing else)")
+        for parent, weight in zip(node.parents, node.weights, strict=True) if isinstance(node, Linear) else ():
+            if isinstance(parent, Frame):
+                parent.child_weights.append(weight)
+        node.samples = self.samples
+        node.index = len(self.nodes)
+        self.nodes.append(node)
+        return node
+
+    @property
+    def output(self) -> Node:
+        return self.nodes[-1]
+
+    def detach(self) -> Graph:
+        """Let the graph's own tensors carry no gradients to the model, which stays as it is; returns the graph."""
+        for node in self.nodes:
+            node.detach()
+        return self
+
+    def reduced_weight(self, frame: Frame, weight: Tensor) -> Tensor:
+        """``weight`` times an orthonormal basis of the space spanned by the rows of all weights that meet the frame."""
+        children = frame.child_weights
+        if sum(child.shape[0] for child in children) >= frame.size:
+            return weight
+        # Frames share weights, of which each holds views of its own.
+        key = tuple((child.data_ptr(), child.shape, child.stride()) for child in (weight, *children))
+        if key not in self._reduced:
+            basis, _ = torch.linalg.qr(torch.cat(children).detach().T)
+            self._reduced[key] = weight.detach() @ basis
+        return self._reduced[key]
+
+    @property
+    def frames(self) -> list[Frame]:
+        return [node for node in self.nodes if isinstance(node, Frame)]
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """The output at the sequences x, (batch, T, n): the forward pass."""
+        return self._values(x)[-1]
+
+    def term_sizes(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Sums of the absolute values of the terms that make ``rows @ output`` at x, (batch, n_rows).
+
+        Rounding is in proportion to these, not to what is left when terms cancel. Rows are (batch or 1, n_rows, size).
+        """
+        values, output = self._values(x), self.output
+        pairs = [(values[-1], rows)]
+        if isinstance(output, Linear):
+            pairs = [(values[p.index], rows @ weight) for p, weight in zip(output.parents, output.weights, strict=True)]
+            pairs.append((output.bias[None], rows))
+        return sum((factors.abs() @ part.abs().unsqueeze(-1)).squeeze(-1) for part, factors in pairs)
+
+    def _values(self, x: Tensor) -> list[Tensor]:
+        """Every node's value."""
+        values: list[Tensor] = []
+        for node in self.nodes:
+            if isinstance(node, Frame):
+                values.append(x[:, node.frame])
+            else:
+                values.append(node.value(*(values[parent.index] for parent in node.parents)))
+        return values

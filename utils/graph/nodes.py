@@ -1,0 +1,289 @@
+"""Nodes of an unrolled classifier: what they compute, their intervals and how coefficients pass back through them.
+
+Each is a vector of ``size`` numbers a sample. Few kinds suffice for recurrent cells, bidirectional and deep stacks, and
+feed-forward nets: those that are linear stand here, the others in ``utils.graph.nonlinear``. An architecture builds
+them in ``utils.network.unroll``; ``utils.bounds.passes`` walks them.
+
+Backward mode keeps, for each node v, coefficients A of shape (batch or 1, rows, size) in the lower bound
+``sum_v A_v v + bias`` of the rows being bounded. Handing them to the parents, a non-linear node replaces itself by its
+lower plane where a coefficient is positive and by its upper plane where it is negative.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..relaxation.lines import Relaxation
+
+Interval = tuple[Tensor, Tensor]
+
+
+class Bounds(Protocol):
+    """What a node may ask of the pass that walks it, and how it hands coefficients on; see ``utils.bounds``."""
+
+    def is_exact(self, node: Node) -> bool: ...
+
+    def exact_value(self, node: Node) -> Tensor: ...
+
+    def known_part(self, node: Node) -> Tensor | None: ...
+
+    def interval(self, node: Node) -> Interval: ...
+
+    def ball_weight(self, frame: Frame, weight: Tensor) -> Tensor: ...
+
+    def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor: ...
+
+    def offset(self, node: Linear) -> Tensor: ...
+
+    def relaxation(self, node: Node) -> Relaxation: ...
+
+    def signed_parts(self, coefficients: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None, first_sample: int = 0) -> None: ...
+
+
+def apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
+    """A v for every row: (batch or 1, rows, n) and (batch or 1, n) to (batch, rows)."""
+    if coefficients.shape[0] == 1:
+        return values @ coefficients[0].T
+    if values.shape[0] == 1:
+        return coefficients @ values[0]
+    # As a row vector times a matrix: a batch of matrices times column vectors runs ten times slower.
+    return torch.bmm(values.unsqueeze(1), coefficients.mT).squeeze(1)
+
+
+class Node:
+    """One vector of the unrolled network.
+
+    Attributes:
+        index: its place in the graph.
+        samples: how many samples have it, the first ones of the batch; None for all. It is bounded for these alone.
+    """
+
+    index: int = -1
+    samples: int | None = None
+
+    def __init__(self, size: int, parents: tuple[Node, ...]):
+        self.size, self.parents = size, parents
+
+    def value(self, *parents: Tensor) -> Tensor:
+        """The node at exact parent values, (batch, size)."""
+        raise NotImplementedError
+
+    def interval(self, bounds: Bounds) -> Interval:
+        """Bounds from the parents' intervals, (batch, size) each."""
+        raise NotImplementedError
+
+    def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor | None:
+        """Hand coefficients to the parents by ``bounds.pass_to``; return the constant term, (batch, rows), if any."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Let the node's own tensors carry no gradients."""
+
+    @property
+    def relaxed_operands(self) -> tuple[Node, ...]:
+        """Parents whose bounds the node's relaxation needs."""
+        return ()
+
+    @property
+    def bounded_through(self) -> Node:
+        """The node whose bounds give this one's without loss: itself, or what a slice or negation is taken of."""
+        return self
+
+
+class Frame(Node):
+    """The input of time step ``frame``. Its children are Linear nodes only, which account for the ball's centre."""
+
+    def __init__(self, size: int, frame: int):
+        super().__init__(size, ())
+        self.frame = frame
+        self.child_weights: list[Tensor] = []
+
+    def detach(self) -> None:
+        self.child_weights = [weight.detach() for weight in self.child_weights]
+
+
+class Constant(Node):
+    """A vector known beforehand, such as an initial state: (size,) or (batch, size)."""
+
+    def __init__(self, vector: Tensor):
+        super().__init__(vector.shape[-1], ())
+        self.vector = vector if vector.dim() == 2 else vector[None]
+
+    def detach(self) -> None:
+        self.vector = self.vector.detach()
+
+    def value(self) -> Tensor:
+        return self.vector
+
+
+class Linear(Node):
+    """``sum_i weights[i] @ parents[i] + bias``, weights (size, parent size), bias (size,)."""
+
+    def __init__(self, parents: tuple[Node, ...], weights: tuple[Tensor, ...], bias: Tensor):
+        super().__init__(bias.shape[0], tuple(parents))
+        self.weights, self.bias = tuple(weights), bias
+
+    def detach(self) -> None:
+        self.weights, self.bias = tuple(weight.detach() for weight in self.weights), self.bias.detach()
+
+    def value(self, *parents: Tensor) -> Tensor:
+        return self.bias + sum(v @ w.T for v, w in zip(parents, self.weights, strict=True))
+
+    def offset(self, bounds: Bounds) -> Tensor:
+        """Bias plus all that exact parents and the centres of perturbed frames contribute, (batch or 1, size)."""
+        total = self.bias[None]
+        for parent, weight in zip(self.parents, self.weights, strict=True):
+            known = bounds.known_part(parent)
+            if known is not None:
+                total = total + known @ weight.T
+        return total
+
+    def inexact_parents(self, bounds: Bounds):
+        """The (parent, weight) pairs through which the perturbation comes; of a frame, what acts on its deviation."""
+        pairs = zip(self.parents, self.weights, strict=True)
+        return [
+            (parent, bounds.ball_weight(parent, weight) if isinstance(parent, Frame) else weight)
+            for parent, weight in pairs
+            if not bounds.is_exact(parent)
+        ]
+
+    def interval(self, bounds: Bounds) -> Interval:
+        center, radius = self.center_radius(bounds, None)
+        return center - radius, center + radius
+
+    def center_radius(self, bounds: Bounds, rows: Tensor | None) -> Interval:
+        """Interval of ``rows @ node`` as centre and radius, (batch, n_rows).
+
+        Rows are (batch or 1, n_rows, size), or None for the node itself. They are
+        folded into the weights first: the interval of a difference, not the difference of intervals.
+        """
+        center, radius = bounds.offset(self), 0.0
+        if rows is not None:
+            center = apply_rows(rows, center)
+        for parent, weight in self.inexact_parents(bounds):
+            folded = weight[None] if rows is None else rows @ weight
+            if isinstance(parent, Frame):
+                radius = radius + bounds.deviation(parent, folded)
+                continue
+            low, high = bounds.interval(parent)
+            center = center + apply_rows(folded, 0.5 * (low + high))
+            radius = radius + apply_rows(folded.abs(), 0.5 * (high - low))
+        return center, radius
+
+    def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor:
+        for parent, weight in self.inexact_parents(bounds):
+            bounds.pass_to(parent, coefficients @ weight)
+        return apply_rows(coefficients, bounds.offset(self))
+
+
+class WeightedSum(Node):
+    """``sum_i factors[i] * parents[i]``, element-wise: additions, means, and choices between states by a mask.
+
+    A factor is a number or a tensor that broadcasts to (batch, size).
+    """
+
+    def __init__(self, parents: tuple[Node, ...], factors: tuple[float | Tensor, ...] | None = None):
+        super().__init__(parents[0].size, tuple(parents))
+        self.factors = (1.0,) * len(parents) if factors is None else tuple(factors)
+
+    def value(self, *parents: Tensor) -> Tensor:
+        return sum(f * v for f, v in zip(self.factors, parents, strict=True))
+
+    def interval(self, bounds: Bounds) -> Interval:
+        lower = upper = 0.0
+        for parent, factor in zip(self.parents, self.factors, strict=True):
+            low, high = (factor * end for end in bounds.interval(parent))
+            lower, upper = lower + torch.minimum(low, high), upper + torch.maximum(low, high)
+        return lower, upper
+
+    def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor | None:
+        constant = None
+        for parent, factor in zip(self.parents, self.factors, strict=True):
+            scaled = coefficients * _per_row(factor) if isinstance(factor, Tensor) or factor != 1.0 else coefficients
+            if bounds.is_exact(parent):
+                term = apply_rows(scaled, bounds.exact_value(parent))
+                constant = term if constant is None else constant + term
+            else:
+                bounds.pass_to(parent, scaled)
+        return constant
+
+
+def _per_row(factor: float | Tensor) -> float | Tensor:
+    return factor.unsqueeze(-2) if isinstance(factor, Tensor) and factor.dim() > 1 else factor
+
+
+class LastState(Node):
+    """Each sample's own last state, where samples of a batch are in the order of their ends, the last one first.
+
+    Parent k is the last state of samples starts[k] ... starts[k + 1] - 1.
+    """
+
+    def __init__(self, parents: tuple[Node, ...], starts: tuple[int, ...]):
+        super().__init__(parents[0].size, parents)
+        self.starts = starts
+
+    def _join(self, parents: tuple[Tensor, ...]) -> Tensor:
+        ends = zip(parents, self.starts, (*self.starts[1:], None), strict=True)
+        return torch.cat([parent[start:end] for parent, start, end in ends])
+
+    def value(self, *parents: Tensor) -> Tensor:
+        return self._join(parents)
+
+    def interval(self, bounds: Bounds) -> Interval:
+        lows, highs = zip(*(bounds.interval(parent) for parent in self.parents), strict=True)
+        return self._join(lows), self._join(highs)
+
+    def backward(self, coefficients: Tensor, bounds: Bounds) -> None:
+        for parent, start, end in zip(self.parents, self.starts, (*self.starts[1:], None), strict=True):
+            bounds.pass_to(parent, coefficients[start:end], first_sample=start)
+
+
+class Slice(Node):
+    """Elements start ... start + size of the parent: one gate of a stack of them."""
+
+    def __init__(self, parent: Node, start: int, size: int):
+        super().__init__(size, (parent,))
+        self.start = start
+
+    def of(self, vector: Tensor) -> Tensor:
+        return vector[..., self.start : self.start + self.size]
+
+    def value(self, parent: Tensor) -> Tensor:
+        return self.of(parent)
+
+    def interval(self, bounds: Bounds) -> Interval:
+        low, high = bounds.interval(self.parents[0])
+        return self.of(low), self.of(high)
+
+    def backward(self, coefficients: Tensor, bounds: Bounds) -> None:
+        bounds.pass_to(self.parents[0], coefficients, start=self.start)
+
+    @property
+    def bounded_through(self) -> Node:
+        return self.parents[0].bounded_through
+
+
+class Negative(Node):
+    """Minus the parent."""
+
+    def __init__(self, parent: Node):
+        super().__init__(parent.size, (parent,))
+
+    def value(self, parent: Tensor) -> Tensor:
+        return -parent
+
+    def interval(self, bounds: Bounds) -> Interval:
+        low, high = bounds.interval(self.parents[0])
+        return -high, -low
+
+    def backward(self, coefficients: Tensor, bounds: Bounds) -> None:
+        bounds.pass_to(self.parents[0], -coefficients)
+
+    @property
+    def bounded_through(self) -> Node:
+        return self.parents[0].bounded_through

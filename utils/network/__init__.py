@@ -1,0 +1,32 @@
+"""What is certified: models and checkpoints, and how they, any module and ONNX files become graphs."""
+
+from .checkpoint import CONFIG_KEYS, CheckpointError, build_model, load_checkpoint, save_checkpoint
+from .models import SequenceClassifier
+from .onnx_export import export_onnx
+from .onnx_graph import OnnxNetwork, import_onnx, read_onnx
+from .reading import Network, check_network, graph_of, num_classes, read_network
+from .symbolic import UnsupportedError
+from .trace import TracedModule
+from .unroll import Cell, unroll
+
+__all__ = [
+    "CONFIG_KEYS",
+    "Cell",
+    "CheckpointError",
+    "Network",
+    "OnnxNetwork",
+    "SequenceClassifier",
+    "TracedModule",
+    "UnsupportedError",
+    "build_model",
+    "check_network",
+    "export_onnx",
+    "graph_of",
+    "import_onnx",
+    "load_checkpoint",
+    "num_classes",
+    "read_network",
+    "read_onnx",
+    "save_checkpoint",
+    "unroll",
+]

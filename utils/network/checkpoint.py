@@ -1,0 +1,209 @@
+"""Checkpoints: plain torch files {"config", "state_dict"} with everything needed to rebuild a classifier.
+
+The state dict has the names of a stock ``nn.RNN``/``nn.LSTM``/``nn.GRU`` (``weight_ih_l0`` ...) and ``head.weight``,
+``head.bias``. The config holds plain Python values; ``CONFIG_KEYS`` are the ones that a model is built from, further
+ones (accuracy, seed, versions ...) tell where it comes from.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models import POOLINGS, SequenceClassifier
+
+ARCHITECTURES = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+ACTIVATIONS = ("tanh", "relu")
+SIZES = ("input_size", "num_frames", "hidden_size", "num_layers", "num_classes")
+FLAGS = ("bidirectional", "bias")
+CONFIG_KEYS = ("architecture", *SIZES, *FLAGS, "activation", "pooling", "input_mean", "input_std")
+FOLDER_NAME = re.compile(
+    r"(?P<architecture>rnn|lstm|gru)_(?P<frames>\d+)_(?P<hidden>\d+)"
+    r"(_(?P<activation>tanh|relu))?(_(?P<layers>\d+)layer)?(?P<bidirectional>_bi)?"
+)
+
+Config = dict[str, Any]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line that names the file."""
+
+
+def model_name(config: Config) -> str:
+    """Folder name of a model: rnn_7_64_tanh, lstm_4_32, lstm_7_32_2layer, gru_7_64_bi ..."""
+    name = f"{config['architecture']}_{config['num_frames']}_{config['hidden_size']}"
+    if config["architecture"] == "rnn":
+        name += f"_{config['activation']}"
+    if config["num_layers"] != 1:
+        name += f"_{config['num_layers']}layer"
+    return name + "_bi" * config["bidirectional"] + "_mean" * (config["pooling"] == "mean")
+
+
+def build_model(config: Config, dtype: torch.dtype = torch.float32) -> SequenceClassifier:
+    """An untrained classifier (torch's random initial weights) of the size and kind that config describes.
+
+    Raises:
+        ValueError: a key is missing or its value makes no model.
+    """
+    check_config(config)
+    kind = ARCHITECTURES[config["architecture"]]
+    nonlinearity = {"nonlinearity": config["activation"]} if config["architecture"] == "rnn" else {}
+    rnn = kind(
+        config["input_size"],
+        config["hidden_size"],
+        config["num_layers"],
+        bias=config["bias"],
+        bidirectional=config["bidirectional"],
+        batch_first=True,
+        dtype=dtype,
+        **nonlinearity,
+    )
+    width = config["hidden_size"] * (2 if config["bidirectional"] else 1)
+    head = nn.Linear(width, config["num_classes"], dtype=dtype)
+    return SequenceClassifier(
+        rnn, head, pooling=config["pooling"], mean=_statistic(config["input_mean"]), std=_statistic(config["input_std"])
+    )
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError, naming the key, if config does not describe a model."""
+    missing = [key for key in CONFIG_KEYS if key not in config]
+    if missing:
+        raise ValueError(f"the config lacks {', '.join(missing)}")
+    for key in SIZES:
+        if type(config[key]) is not int or config[key] < 1:
+            raise ValueError(f"{key} in the config must be a positive integer, not {config[key]!r}")
+    for key in FLAGS:
+        if type(config[key]) is not bool:
+            raise ValueError(f"{key} in the config must be True or False, not {config[key]!r}")
+    activations = ACTIVATIONS if config["architecture"] == "rnn" else (None,)
+    for key, known in (("architecture", tuple(ARCHITECTURES)), ("activation", activations), ("pooling", POOLINGS)):
+        if config[key] not in known:
+            raise ValueError(f"{key} in the config must be one of {known}, not {config[key]!r}")
+    _check_normalisation(config)
+
+
+def _check_normalisation(config: Config) -> None:
+    for key in ("input_mean", "input_std"):
+        values = config[key] if isinstance(config[key], (list, tuple)) else [config[key]]
+        numbers = all(type(v) in (int, float) and math.isfinite(v) for v in values)
+        if not numbers or len(values) not in (1, config["input_size"]) or (key == "input_std" and min(values) <= 0):
+            raise ValueError(f"{key} in the config must be a number or one per input, a std above 0")
+
+
+def _statistic(value: float | list[float]) -> float | Tensor:
+    return torch.tensor(value) if isinstance(value, (list, tuple)) else value
+
+
+def save_checkpoint(path: str | Path, model: SequenceClassifier, config: Config) -> None:
+    """Write model and config to path, whole or not at all, so that an interruption leaves the earlier file.
+
+    Raises:
+        ValueError: the config does not describe the model.
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    check_config(config)
+    state = {key.removeprefix("rnn."): value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    problem = _shape_problem(state, config)
+    if problem:
+        raise ValueError(f"the config does not describe the model: {problem}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        torch.save({"config": dict(config), "state_dict": state}, temporary)
+        os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[SequenceClassifier, Config]:
+    """The classifier, in evaluation mode, and the config of a checkpoint. Leaves torch's random state alone.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, not a checkpoint of this project, does not fit its own
+            config, or holds weights that are NaN or infinite.
+    """
+    path = Path(path)
+    config, state = _parts(_read(path), path)
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not usable: {error}") from error
+    problem = _shape_problem(state, config) or _value_problem(state)
+    if problem:
+        raise CheckpointError(f"{path} is not usable: {problem}")
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(config, state["head.weight"].dtype)
+    model.load_state_dict(dict(state))
+    return model.to(device).eval(), config
+
+
+def _read(path: Path) -> object:
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}: {train_command(path)}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file fails in whatever way its bytes lead to
+        raise CheckpointError(
+            f"{path} is damaged or is not a plain torch checkpoint ({type(error).__name__})"
+        ) from error
+
+
+def _parts(content: object, path: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Config and state dict of what a file holds. Raises CheckpointError that says what is missing."""
+    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(
+            f"{path} holds bare weights without a config: save it by utils.network.save_checkpoint, which adds one"
+        )
+    if not isinstance(content, dict) or not {"config", "state_dict"} <= set(content):
+        raise CheckpointError(f"{path} is not a checkpoint of this project: it needs a config and a state_dict")
+    config, state = content["config"], content["state_dict"]
+    tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+    if not isinstance(config, dict) or not tensors:
+        raise CheckpointError(f"{path} is not a checkpoint of this project: config and state_dict must be dicts")
+    return config, {key.removeprefix("rnn."): value for key, value in state.items()}
+
+
+def _shape_problem(state: dict[str, Tensor], config: Config) -> str | None:
+    """What is wrong with names and shapes of the weights, if they are to fill the model of config."""
+    with torch.device("meta"):  # shapes only: a wrong size in the config must not cost memory
+        model = build_model(config)
+    expected = {key.removeprefix("rnn."): tuple(value.shape) for key, value in model.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in state:
+            return f"the weights lack {name}"
+        if tuple(state[name].shape) != shape:
+            return f"{name} has shape {tuple(state[name].shape)}, the config makes it {shape}"
+    unknown = sorted(set(state) - set(expected))
+    return f"the config has no place for {unknown[0]}" if unknown else None
+
+
+def _value_problem(state: dict[str, Tensor]) -> str | None:
+    for name, value in state.items():
+        if not value.is_floating_point():
+            return f"{name} is of type {value.dtype}, not floating point"
+        if not torch.isfinite(value).all():
+            return f"{name} contains NaN or infinite values"
+    return None
+
+
+def train_command(path: Path) -> str:
+    """A sentence with the command that would train the model that path names, as far as the names tell."""
+    known = FOLDER_NAME.fullmatch(path.parent.name)
+    if known is None:
+        return "train one by one of the train_*_classifier.py scripts, or check the path"
+    architecture = known["architecture"]
+    folder = "vanilla_rnn" if architecture == "rnn" else architecture
+    command = f"python {folder}/train_{architecture}_mnist_classifier.py"
+    command += f" --time-step {known['frames']} --hidden-size {known['hidden']}"
+    command += f" --activation {known['activation']}" if known["activation"] else ""
+    command += f" --num-layers {known['layers']}" if known["layers"] else ""
+    return f"train it by {command}" + " --bidirectional" * bool(known["bidirectional"])

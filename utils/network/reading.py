@@ -1,0 +1,85 @@
+"""What can be certified: sequence classifiers, any other module that can be read, and graphs, behind one interface."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.graph import Graph
+from .models import SequenceClassifier
+from .symbolic import as_graph
+from .trace import TracedModule
+from .unroll import unroll
+
+Network = SequenceClassifier | TracedModule | Graph
+
+
+def read_network(model: nn.Module | Graph, x: Tensor) -> tuple[Network, Tensor]:
+    """What is certified of ``model``, and its input as frames, (batch, T, n).
+
+    A sequence classifier takes the frames as they are, with lengths if need be. Any other module is read by
+    ``utils.network.trace``. A graph's single frame takes all values of an input of another shape.
+    """
+    if isinstance(model, Graph):
+        return model, x if x.dim() == 3 or x.dim() < 2 else x.flatten(1)[:, None]
+    if isinstance(model, nn.Module) and not isinstance(model, SequenceClassifier):
+        traced = TracedModule(model, x)
+        return traced, traced.frames
+    return model, x
+
+
+def num_classes(network: Network) -> int:
+    if isinstance(network, Graph):
+        return network.output.size
+    return network.num_classes if isinstance(network, TracedModule) else network.head.out_features
+
+
+def graph_of(
+    network: Network, num_frames: int, dtype: torch.dtype, relaxation: str, lengths: Tensor | None = None
+) -> Graph:
+    """The network's graph over ``num_frames`` frames."""
+    if isinstance(network, Graph):
+        weights = (value for node in network.nodes for value in vars(node).values() if isinstance(value, Tensor))
+        device = next((value.device for value in weights), "cpu")
+        return as_graph(network, dtype, device, relaxation)
+    if isinstance(network, TracedModule):
+        return network.graph(dtype, relaxation)
+    return unroll(network, num_frames, dtype, relaxation, lengths)
+
+
+def check_network(network: Network, x: Tensor, lengths: Tensor | None) -> None:
+    """Raise ValueError, saying what is wrong, unless the frames x, (batch, T, n), fit the network."""
+    if isinstance(network, (Graph, TracedModule)):
+        if lengths is not None:
+            raise ValueError("lengths are for a SequenceClassifier: give other networks sequences of one length")
+        if isinstance(network, Graph):
+            _check_graph(network, x)
+        return
+    if x.shape[2] != network.rnn.input_size:
+        raise ValueError(f"x has {x.shape[2]} values a frame, the model takes {network.rnn.input_size}")
+    for name, parameter in (*network.named_parameters(), *network.named_buffers()):
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"the model's parameter {name} is not finite")
+    if bool((network.std == 0).any()):
+        raise ValueError("the model divides its inputs by a std of 0")
+
+
+def _check_graph(graph: Graph, x: Tensor) -> None:
+    frames = sorted(graph.frames, key=lambda node: node.frame)
+    if [node.frame for node in frames] != list(range(x.shape[1])) or any(node.size != x.shape[2] for node in frames):
+        shape = f"{len(frames)} frames of {frames[0].size if frames else 0} values"
+        raise ValueError(f"x has {x.shape[1]} frames of {x.shape[2]} values, the graph takes {shape}")
+    for node in graph.nodes:
+        for value in _tensors(vars(node)):
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"a weight of the graph's node {node.index} is not finite")
+
+
+def _tensors(value):
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)

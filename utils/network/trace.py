@@ -1,0 +1,690 @@
+"""Reads any module's forward into a graph: its own Python code runs once, on symbolic tensors.
+
+``Traced`` is a tensor that has shape, dtype and device but no values. Every torch function that meets one comes to
+``Traced.__torch_function__``, where ``OPERATIONS`` says what it does to symbols (``symbolic``). Loops over time
+steps, hand-written cells and everything else that depends on shapes alone just run. What has no bound, or depends on
+the values of the input, is refused with the line of the forward that does it.
+"""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import resolve_name
+
+from ..graph.graph import Graph
+from .symbolic import Builder, Symbol, UnsupportedError, as_graph, check_scores, constant, join
+
+BATCH = 2  # samples that are traced together, to see that they are not mixed
+# Largest difference, relative to the largest output, between a graph and its module, by the module's precision.
+SAME = {torch.float32: 1e-3, torch.float64: 1e-9}
+HIDDEN_FILES = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("symbolic.py")))
+
+Handler = Callable[..., object]
+OPERATIONS: dict[str, Handler] = {}
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+METADATA = _names(
+    "size dim ndimension numel nelement element_size is_same_size is_floating_point is_complex is_contiguous "
+    "get_device __len__ __repr__ __hash__ __class__"
+)
+PROPERTIES = _names(
+    "shape dtype device ndim layout requires_grad names grad_fn is_leaf itemsize is_cuda is_sparse is_nested is_mps "
+    "is_xpu is_quantized is_meta is_mkldnn"
+)
+VIEWS = _names(
+    "reshape flatten unflatten ravel permute transpose swapaxes swapdims t movedim moveaxis squeeze unsqueeze expand "
+    "broadcast_to repeat repeat_interleave tile flip fliplr flipud roll narrow select index_select __getitem__ gather "
+    "take_along_dim split split_with_sizes tensor_split chunk unbind diagonal contiguous clone"
+)
+# Besides the views, operations whose result shares its memory with their operand.
+ALIASES = _names(
+    "view view_as reshape_as expand_as T mT __iter__ to float double type_as type cpu cuda detach data requires_grad "
+    "positive __pos__ dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout"
+)
+FILLED = _names("zeros_like ones_like full_like new_zeros new_ones new_full")
+REASONS = {
+    "layer_norm": "LayerNorm divides by a standard deviation of the perturbed values, which has no bound here",
+    "group_norm": "GroupNorm divides by a standard deviation of the perturbed values, which has no bound here",
+    "instance_norm": "InstanceNorm divides by a standard deviation of the perturbed values, which has no bound here",
+    "scaled_dot_product_attention": "attention multiplies perturbed values with each other",
+    "_pack_padded_sequence": "packed sequences are not read: give sequences of one length",
+    "__bool__": "the forward must not depend on the input's values, but its truth value is asked for",
+    "item": "the forward must not depend on the input's values, but one is asked for",
+    "__setitem__": "values are written into a tensor: collect them in a list and torch.stack them",
+}
+MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "max", "amax")
+
+
+class Traced(torch.Tensor):
+    """A tensor without values, and the symbol that it stands for.
+
+    Tensors that share memory share ``storage_version``, a count of changes in place. One that has not seen the last
+    change is not used any more.
+    """
+
+    symbol: Symbol
+    builder: Builder
+    storage_version: list[int]
+    seen_version: int
+
+    @staticmethod
+    def of(builder: Builder, symbol: Symbol, like: Tensor, storage: list[int] | None = None) -> Traced:
+        shell = torch.zeros((), dtype=like.dtype, device=like.device).expand(symbol.shape).as_subclass(Traced)
+        shell.builder, shell.symbol = builder, symbol
+        shell.storage_version = [0] if storage is None else storage
+        shell.seen_version = shell.storage_version[0]
+        return shell
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", str(function))
+        if name == "__get__":
+            name = resolve_name(function).split(".")[-2]
+            if name in PROPERTIES:
+                return _plainly(function, args, kwargs)
+        if name in METADATA:
+            return _plainly(function, args, kwargs)
+        try:
+            return _apply(name, function, args, kwargs)
+        except UnsupportedError as error:
+            if getattr(error, "located", False):
+                raise
+            raise located(f"{_spoken(name)}: {error}") from None
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise located(f"{_spoken(name)}: {' '.join(str(error).split())}") from error
+
+
+def _plainly(function, args, kwargs):
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
+
+
+def _spoken(name: str) -> str:
+    return name if name.startswith("__") else name.strip("_")
+
+
+def located(message: str) -> UnsupportedError:
+    """An error that says where in the user's code it happened."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(HIDDEN_FILES):
+        frame = frame.f_back
+    if frame is not None:
+        file, number = frame.f_code.co_filename, frame.f_lineno
+        line = linecache.getline(file, number).strip()
+        message += f" ({Path(file).name}, line {number}{': ' + line if line else ''})"
+    error = UnsupportedError(message)
+    error.located = True
+    return error
+
+
+def _apply(name: str, function, args, kwargs):
+    """Run an operation on symbols and wrap what it gives."""
+    some = next(value for value in _flat((args, kwargs)) if isinstance(value, Traced))
+    for value in _flat((args, kwargs)):
+        if isinstance(value, Traced) and value.seen_version != value.storage_version[0]:
+            raise UnsupportedError("a tensor that it reads was changed in place through another view of it")
+    name, in_place = _in_place(name, kwargs)
+    symbols, options = _unwrap(args), _unwrap(kwargs)
+    storage = some.storage_version if name in VIEWS | ALIASES and name != "clone" else None
+    if name in FILLED:
+        return _filled(name, some, args, kwargs)
+    if name in VIEWS:
+        result = _view(function, symbols, options)
+    elif name in OPERATIONS:
+        result = OPERATIONS[name](some.builder, *symbols, **options)
+    elif name in REASONS:
+        raise UnsupportedError(REASONS[name])
+    elif name.strip("_").removesuffix("_with_indices") in MAX_POOLS:
+        raise UnsupportedError("a maximum has no bound here: pool by the mean or the last state")
+    else:
+        raise UnsupportedError("this operation is not supported")
+    if in_place:
+        target = args[0]
+        if not isinstance(target, Traced) or result.shape != target.shape:
+            raise UnsupportedError("values are written in place into another tensor: write it without")
+        target.symbol = result
+        target.storage_version[0] += 1
+        target.seen_version = target.storage_version[0]
+        return target
+    wrapped = _wrap(result, some, storage)
+    return iter(wrapped) if name == "__iter__" else wrapped
+
+
+def _in_place(name: str, kwargs: dict) -> tuple[str, bool]:
+    """The operation's name without the mark of the in-place variant, and whether it is one."""
+    if kwargs.pop("inplace", False):
+        return name.removesuffix("_"), True
+    if name.startswith("__i") and name.endswith("__") and f"__{name[3:]}" in OPERATIONS:
+        return f"__{name[3:]}", True
+    if name.endswith("_") and not name.endswith("__") and name[:-1] in OPERATIONS:
+        return name[:-1], True
+    return name, False
+
+
+def _flat(value):
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
+def _unwrap(value):
+    if isinstance(value, Traced):
+        return value.symbol
+    if isinstance(value, dict):
+        return {key: _unwrap(part) for key, part in value.items()}
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return type(value)(_unwrap(part) for part in value)
+    return value.cpu() if isinstance(value, Tensor) else value  # symbols are there, wherever the module is
+
+
+def _wrap(result, like: Traced, storage):
+    if isinstance(result, Symbol):
+        return Traced.of(like.builder, result, like, storage)
+    if isinstance(result, (tuple, list)):
+        return type(result)(_wrap(part, like, storage) for part in result)
+    return result
+
+
+def _filled(name: str, like: Traced, args, kwargs) -> Tensor:
+    """Constants with the shape, type or device of a traced tensor: an ordinary tensor."""
+    first, *rest = args
+    real = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    if first is not like:
+        raise UnsupportedError("constants must not depend on the input's values")
+    return getattr(torch if name.endswith("like") else torch.Tensor, name)(real, *rest, **kwargs)
+
+
+def _view(function, args, kwargs):
+    symbol, *rest = args
+    if not isinstance(symbol, Symbol) or any(isinstance(value, Symbol) for value in _flat((rest, kwargs))):
+        raise UnsupportedError("an index or shape must not depend on the input")
+    outputs = [function(part, *rest, **kwargs) for part in (symbol.ids, symbol.scale, symbol.shift)]
+    if isinstance(outputs[0], Tensor):
+        return Symbol(*outputs, symbol.softmax)
+    return tuple(Symbol(*parts, symbol.softmax) for parts in zip(*outputs, strict=True))
+
+
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+def operation(*names: str):
+    """Register a handler: called with the builder and the call's arguments, symbols in place of traced tensors."""
+
+    def register(handler: Handler) -> Handler:
+        OPERATIONS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+def as_symbol(value) -> Symbol:
+    return value if isinstance(value, Symbol) else constant(value)
+
+
+def _shaped(change: Callable[[Tensor, Sequence[int]], Tensor]) -> Handler:
+    def handler(builder, x, *shape, **kwargs):
+        shape = kwargs.get("size", kwargs.get("other", shape[0] if len(shape) == 1 else shape))
+        if isinstance(shape, torch.dtype):
+            raise UnsupportedError("bits are read as another type")
+        target = shape.shape if isinstance(shape, (Symbol, Tensor)) else shape
+        return x.view(lambda part: change(part, (target,) if isinstance(target, int) else tuple(target)))
+
+    return handler
+
+
+for _name in ("view", "view_as", "reshape_as"):
+    OPERATIONS[_name] = _shaped(lambda part, shape: part.reshape(shape))
+OPERATIONS["expand_as"] = _shaped(lambda part, shape: part.expand(shape))
+
+
+@operation("T", "mT")
+def _transposed(builder, x):
+    if len(x.shape) != 2:
+        raise UnsupportedError("T and mT are read of matrices only")
+    return x.view(lambda part: part.T)
+
+
+@operation("__iter__")
+def _iterate(builder, x):
+    return [x.view(lambda part, k=k: part[k]) for k in range(x.shape[0])]
+
+
+@operation("to", "float", "double", "type_as", "type", "cpu", "cuda", "detach", "requires_grad", "data")
+def _same_values(builder, x, *args, **kwargs):
+    for value in _flat((args, kwargs)):
+        if isinstance(value, torch.dtype) and value not in SAME:
+            raise UnsupportedError(f"numbers are rounded to {value}")
+    return x
+
+
+@operation("cat", "concat", "concatenate")
+def _cat(builder, tensors, dim=0, axis=None):
+    return join(lambda parts: torch.cat(parts, dim=dim if axis is None else axis), [as_symbol(x) for x in tensors])
+
+
+@operation("stack")
+def _stack(builder, tensors, dim=0):
+    return join(lambda parts: torch.stack(parts, dim=dim), [as_symbol(x) for x in tensors])
+
+
+@operation("hstack")
+def _hstack(builder, tensors):
+    return join(torch.hstack, [as_symbol(x) for x in tensors])
+
+
+@operation("vstack")
+def _vstack(builder, tensors):
+    return join(torch.vstack, [as_symbol(x) for x in tensors])
+
+
+@operation("pad")
+def _pad(builder, x, pad, mode="constant", value=None):
+    if mode != "constant":
+        raise UnsupportedError(f"padding by {mode!r} is not supported")
+    fills = (-1, 0.0, value or 0.0)
+    return Symbol(*(F.pad(p, pad, value=fill) for p, fill in zip((x.ids, x.scale, x.shift), fills, strict=True)))
+
+
+@operation("where")
+def _where(builder, condition, x, y):
+    if isinstance(condition, Symbol):
+        raise UnsupportedError("what is chosen must not depend on the input's values")
+    return join(lambda parts: torch.where(condition, *parts), [as_symbol(x), as_symbol(y)])
+
+
+@operation("masked_fill")
+def _masked_fill(builder, x, mask, value):
+    return _where(builder, mask, value, x)
+
+
+@operation("add", "__add__", "__radd__")
+def _add(builder, x, y, alpha=1):
+    y = as_symbol(y)
+    return builder.add(as_symbol(x), y if alpha == 1 else builder.scaled(y, constant(alpha)))
+
+
+@operation("sub", "subtract", "__sub__")
+def _sub(builder, x, y, alpha=1):
+    return builder.add(as_symbol(x), builder.scaled(as_symbol(y), constant(-alpha)))
+
+
+@operation("rsub", "__rsub__")
+def _rsub(builder, x, y, alpha=1):
+    return _sub(builder, y, x, alpha)
+
+
+@operation("neg", "negative", "__neg__")
+def _negative(builder, x):
+    return builder.scaled(x, constant(-1.0))
+
+
+@operation("positive", "__pos__")
+def _positive(builder, x):
+    return x
+
+
+@operation("mul", "multiply", "__mul__", "__rmul__")
+def _multiply(builder, x, y):
+    return builder.multiply(as_symbol(x), as_symbol(y))
+
+
+@operation("div", "divide", "true_divide", "__truediv__")
+def _divide(builder, x, y, rounding_mode=None):
+    if isinstance(y, Symbol) or rounding_mode is not None:
+        raise UnsupportedError("only a division by constants is supported")
+    return builder.scaled(x, constant(1.0 / torch.as_tensor(y, dtype=torch.float64)))
+
+
+@operation("sum")
+def _sum(builder, x, dim=None, keepdim=False, axis=None, dtype=None):
+    return builder.sum(x, _axes(dim if axis is None else axis), keepdim)
+
+
+@operation("mean")
+def _mean(builder, x, dim=None, keepdim=False, axis=None, dtype=None):
+    return builder.mean(x, _axes(dim if axis is None else axis), keepdim)
+
+
+def _axes(dim) -> tuple[int, ...]:
+    return () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+
+
+# --- activations ---
+
+
+def _activation(name: str) -> Handler:
+    return lambda builder, x: builder.activation(x, name)
+
+
+for _name in ("relu", "tanh", "sigmoid"):
+    OPERATIONS[_name] = _activation(_name)
+OPERATIONS["expit"] = _activation("sigmoid")
+OPERATIONS["relu6"] = _activation("hardtanh(0,6)")
+
+
+@operation("leaky_relu")
+def _leaky_relu(builder, x, negative_slope=0.01):
+    return builder.activation(x, f"leaky_relu({negative_slope!r})")
+
+
+def _hardtanh(builder, x, min_val=-1.0, max_val=1.0):
+    return builder.activation(x, f"hardtanh({float(min_val)!r},{float(max_val)!r})")
+
+
+def _clip(builder, x, min=None, max=None):
+    if isinstance(min, (Tensor, Symbol)) or isinstance(max, (Tensor, Symbol)):
+        raise UnsupportedError("only numbers are supported as ends")
+    return _hardtanh(builder, x, -math.inf if min is None else min, math.inf if max is None else max)
+
+
+OPERATIONS.update({"hardtanh": _hardtanh, "clamp": _clip, "clip": _clip})
+OPERATIONS["clamp_min"] = lambda builder, x, min: _clip(builder, x, min, None)
+OPERATIONS["clamp_max"] = lambda builder, x, max: _clip(builder, x, None, max)
+
+
+@operation("hardsigmoid")
+def _hardsigmoid(builder, x):
+    shifted = builder.add(builder.scaled(x, constant(1 / 6)), constant(0.5))
+    return builder.activation(shifted, "hardtanh(0,1)")
+
+
+@operation("silu")
+def _silu(builder, x):
+    return builder.multiply(x, builder.activation(x, "sigmoid"))
+
+
+@operation("softmax", "log_softmax")
+def _softmax(builder, x, dim=None, _stacklevel=3, dtype=None, name="softmax"):
+    check_scores(x)
+    if len(x.shape) != 2 or dim not in (1, -1, None):
+        raise UnsupportedError("a softmax is supported at the end of the network only, over the classes")
+    return Symbol(x.ids, x.scale, x.shift, name)
+
+
+OPERATIONS["log_softmax"] = functools.partial(_softmax, name="log_softmax")
+
+
+@operation(
+    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d"
+)
+def _dropout(builder, x, p=0.5, training=True, train=None):
+    if (training if train is None else train) and p > 0:
+        raise UnsupportedError("dropout is random in training mode: call model.eval() first")
+    return x
+
+
+# --- linear layers ---
+
+
+@operation("linear")
+def _linear(builder, x, weight, bias=None):
+    _need_constants(weight, bias)
+    return builder.linear(x, weight, bias)
+
+
+def _need_constants(*values) -> None:
+    if any(isinstance(value, Symbol) for value in _flat(values)):
+        raise UnsupportedError("a product of two tensors that both depend on the input has no bound here")
+
+
+@operation("matmul", "__matmul__", "mm", "mv", "bmm", "dot")
+def _matmul(builder, x, y):
+    if isinstance(x, Symbol) and isinstance(y, Symbol):
+        _need_constants(y)
+    if isinstance(y, Symbol):  # (W y) = (y' W')'
+        if x.dim() != 2 or len(y.shape) < 2:
+            raise UnsupportedError("only a matrix is supported as the constant factor")
+        return builder.linear(y.view(lambda part: part.mT), x).view(lambda part: part.mT)
+    if y.dim() == 1:
+        return builder.linear(x, y[None]).view(lambda part: part.squeeze(-1))
+    if y.dim() != 2:
+        raise UnsupportedError("only a matrix is supported as the constant factor")
+    return builder.linear(x, y.T)
+
+
+@operation("__rmatmul__")
+def _rmatmul(builder, x, y):
+    return _matmul(builder, y, x)
+
+
+@operation("addmm", "addmv")
+def _addmm(builder, x, a, b, beta=1, alpha=1):
+    product = builder.scaled(_matmul(builder, a, b), constant(alpha))
+    return builder.add(builder.scaled(as_symbol(x), constant(beta)), product)
+
+
+def _convolution(function) -> Handler:
+    def handler(builder, x, weight, bias=None, *args, **kwargs):
+        _need_constants(weight, bias)
+        weight = weight.to("cpu", torch.float64)
+        if bias is not None:
+            bias = bias.reshape(-1, *[1] * (len(x.shape) - 2))
+        return builder.linear_map(x, lambda part: function(part, weight, None, *args, **kwargs), bias)
+
+    return handler
+
+
+for _name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+    OPERATIONS[_name] = _convolution(getattr(F, _name))
+
+
+def _pooling(function) -> Handler:
+    return lambda builder, x, *args, **kwargs: builder.linear_map(x, lambda part: function(part, *args, **kwargs))
+
+
+for _name in ("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"):
+    OPERATIONS[_name] = _pooling(getattr(F, _name))
+
+
+@operation("batch_norm")
+def _batch_norm(builder, x, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if training or mean is None:
+        raise UnsupportedError("it mixes the samples of a batch in training mode: call model.eval() first")
+    shape = (-1, *[1] * (len(x.shape) - 2))
+    factor = 1.0 / (var.to("cpu", torch.float64) + eps).sqrt()
+    factor = factor if weight is None else factor * weight.to("cpu", torch.float64)
+    shift = -mean.to("cpu", torch.float64) * factor
+    shift = shift if bias is None else shift + bias.to("cpu", torch.float64)
+    return builder.add(builder.scaled(x, constant(factor.reshape(shape))), constant(shift.reshape(shape)))
+
+
+# --- recurrent layers ---
+
+
+def _recurrent(kind: str, nonlinearity: str = "tanh") -> Handler:
+    def handler(builder, x, state, weights, biases, layers, dropout, train, bidirectional, batch_first=False):
+        if not isinstance(biases, bool):
+            raise UnsupportedError("packed sequences are not read: give sequences of one length")
+        if train and dropout > 0 and layers > 1:
+            raise UnsupportedError("dropout is random in training mode: call model.eval() first")
+        directions = 2 if bidirectional else 1
+        each = len(weights) // (layers * directions)
+        if each != (4 if biases else 2):
+            raise UnsupportedError("proj_size is not supported")
+        if batch_first:
+            x = as_symbol(x).view(lambda part: part.transpose(0, 1))
+        state = [as_symbol(part) for part in (state if kind == "lstm" else (state,))]
+        frames = _iterate(builder, as_symbol(x))
+        finals = []
+        for layer in range(layers):
+            runs = []
+            for direction in range(directions):
+                row = layer * directions + direction
+                own = [*weights[row * each : (row + 1) * each], None, None][:4]
+                start = tuple(part.view(lambda p, row=row: p[row]) for part in state)
+                hidden, final = builder.recurrent(kind, frames, start, own, nonlinearity, backwards=bool(direction))
+                runs.append(hidden)
+                finals.append(final)
+            frames = [join(lambda parts: torch.cat(parts, dim=-1), pair) for pair in zip(*runs, strict=True)]
+        output = join(lambda parts: torch.stack(parts, dim=1 if batch_first else 0), frames)
+        return output, *(join(torch.stack, parts) for parts in zip(*finals, strict=True))
+
+    return handler
+
+
+def _cell(kind: str, nonlinearity: str = "tanh") -> Handler:
+    def handler(builder, x, state, w_ih, w_hh, b_ih=None, b_hh=None):
+        state = tuple(as_symbol(part) for part in (state if kind == "lstm" else (state,)))
+        weights = (w_ih, w_hh, b_ih, b_hh)
+        _, final = builder.recurrent(kind, [as_symbol(x)], state, weights, nonlinearity)
+        return final if kind == "lstm" else final[0]
+
+    return handler
+
+
+OPERATIONS.update({"lstm": _recurrent("lstm"), "gru": _recurrent("gru"), "lstm_cell": _cell("lstm")})
+OPERATIONS["gru_cell"] = _cell("gru")
+for _name in ("tanh", "relu"):
+    OPERATIONS[f"rnn_{_name}"], OPERATIONS[f"rnn_{_name}_cell"] = _recurrent("rnn", _name), _cell("rnn", _name)
+
+
+@operation("embedding")
+def _embedding(builder, x, weight, padding_idx=None, max_norm=None, *args, **kwargs):
+    raise UnsupportedError("it needs whole numbers: give the word numbers themselves as the input")
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+class Tokens(torch.Tensor):
+    """Word numbers as a module's input: nothing may be done with them but to look up their vectors, and that once."""
+
+    vectors: Symbol | None
+    table: Tensor | None
+
+    @staticmethod
+    def of(builder: Builder, batch: int, length: int) -> Tokens:
+        tokens = torch.zeros(batch, length, dtype=torch.int64).as_subclass(Tokens)
+        tokens.builder, tokens.table = builder, None
+        return tokens
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", str(function))
+        if name == "__get__":
+            name = resolve_name(function).split(".")[-2]
+        if name in METADATA | PROPERTIES:
+            return _plainly(function, args, kwargs or {})
+        if name != "embedding":
+            raise located(f"{_spoken(name)}: word numbers may only go into an embedding")
+        return cls._look_up(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _look_up(tokens, weight, padding_idx=None, max_norm=None, *args, **kwargs):
+        if max_norm is not None:
+            raise located("embedding: max_norm changes the vectors as they are read")
+        if tokens.table is None:
+            tokens.table = weight
+            tokens.vectors = tokens.builder.input(len(tokens), (tokens.shape[1], weight.shape[1]))
+        elif tokens.table is not weight:
+            raise located("embedding: the word numbers go into two embeddings; one can be perturbed")
+        return Traced.of(tokens.builder, tokens.vectors, weight)
+
+
+class TracedModule:
+    """A module and how it reads its input: what ``utils.certify.interface`` needs of it.
+
+    Attributes:
+        frames: the input as (batch, T, n): the sequence itself, the vectors of its words, or one frame of all values.
+        softmax: name of the function that the forward ends with and the graph leaves out; "" if it has none.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError("a scripted module's forward cannot be read: give the module that it was made from")
+        if x.dim() < 2 or len(x) == 0 or x[0].numel() == 0:
+            raise ValueError(f"x must be (batch, T, n), (batch, n) or (batch, C, H, W), not {tuple(x.shape)}")
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            raise ValueError("x must be finite floating-point numbers")
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ValueError(f"the model's parameter {name} is not finite")
+        self.module, self.x, self.softmax = module, x, ""
+        like = next((value for value in module.parameters() if value.is_floating_point()), x)
+        self.like = torch.empty(0, dtype=like.dtype, device=like.device)
+        self.frames = x
+        self._graph: dict[str, Graph] = {}
+        graph = self._trace("plane")
+        self.num_classes = graph.output.size
+        if not x.is_floating_point():
+            self.frames = self._table.detach()[x]
+        elif x.dim() != 3:
+            self.frames = x.flatten(1)[:, None]
+        self._check(graph)
+
+    def graph(self, dtype: torch.dtype, relaxation: str) -> Graph:
+        return as_graph(self._trace(relaxation), dtype, self.frames.device)
+
+    def _trace(self, relaxation: str) -> Graph:
+        builder = Builder(relaxation)
+        tokens = not self.x.is_floating_point()
+        if tokens:
+            if self.x.dim() != 2 or self.x.dtype == torch.bool:
+                raise ValueError(f"word numbers must be (batch, T), not {tuple(self.x.shape)} of {self.x.dtype}")
+            given = Tokens.of(builder, BATCH, self.x.shape[1])
+        else:
+            given = Traced.of(builder, builder.input(BATCH, self.x.shape[1:]), self.like)
+        try:
+            output = self.module(given)
+        except (RuntimeError, IndexError, TypeError) as error:
+            shape = (len(self.x), *self.x.shape[1:])
+            reason = " ".join(str(error).split())
+            raise UnsupportedError(f"the forward fails on x of shape {shape}: {reason}") from error
+        if isinstance(output, (tuple, list, dict)):
+            raise UnsupportedError(
+                f"the forward must return the scores of the classes alone, not a {type(output).__name__}"
+            )
+        if not isinstance(output, Traced):
+            raise UnsupportedError("the forward's result does not depend on the input")
+        if tokens:
+            self._table = given.table
+        self.softmax = output.symbol.softmax
+        return builder.finish(output.symbol)
+
+    @torch.no_grad()
+    def _check(self, graph: Graph) -> None:
+        """The graph must compute what the module does, or the forward has done something behind its back."""
+        some = self.x[:4] if not self.x.is_floating_point() else self.x[:4].to(self.like)
+        expected = self.module(some).to("cpu", torch.float64)
+        found = graph.evaluate(self.frames[:4].to("cpu", torch.float64))
+        if self.softmax:
+            found = getattr(torch, self.softmax)(found, dim=-1)
+        room = SAME.get(self.like.dtype, SAME[torch.float32]) * (1.0 + expected.abs().amax())
+        if expected.shape != found.shape or not bool(((expected - found).abs() <= room).all()):
+            raise UnsupportedError(
+                "the forward computes something else than what was read of it: it must not be random, "
+                "depend on the input's values or on the size of the batch"
+            )
+
+
+def trace(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64, relaxation: str = "plane") -> Graph:
+    """The graph of a module's forward.
+
+    Args:
+        module: anything that maps x to (batch, classes); in evaluation mode if it has dropout.
+        x: an input, which also checks that the graph computes what the module does: (batch, T, n) for T frames of n
+            values, (batch, T) of whole numbers for words whose embeddings are the frames, else any (batch, ...), which
+            is one frame.
+
+    Raises:
+        UnsupportedError: the forward does something that has no bound here; the message has its line.
+    """
+    return TracedModule(module, x).graph(dtype, relaxation)

@@ -1,0 +1,8 @@
+"""Where the input may lie: sets of sequences, and how coefficients, projections and random points meet them."""
+
+from .balls import Ball
+from .lp_ball import INF, NORMS, dual_norm
+from .moves import FrameBalls
+from .sets import Perturbation, clip_of
+
+__all__ = ["INF", "NORMS", "Ball", "FrameBalls", "Perturbation", "clip_of", "dual_norm"]

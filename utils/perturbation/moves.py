@@ -1,0 +1,113 @@
+"""Perturbation sets as attacks see them: projection, steepest direction and random points of sets of frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..choices.tables import BALLS
+from .lp_ball import NORMS, dual_norm, random_in_ball, random_on_sphere, steepest
+
+
+@dataclass
+class FrameBalls:
+    """Where x' may lie: balls around the chosen frames of x (or one around all of them), in the valid input range.
+
+    Attributes:
+        x: sequences, (batch, T, n).
+        mask: which frames are perturbed, (batch, T) of bool; the others are exact.
+        norm: p, one of 1, 2 and inf.
+        ball: a key of ``BALLS``, see ``utils.perturbation.balls``.
+        clip: (lowest, highest) valid input value, for any p, or None.
+
+    Perturbations are delta = x' - x, (batch, T,
+    n) or with more dimensions between the batch and T; radii are eps, (batch, groups) or with the same dimensions.
+    """
+
+    x: Tensor
+    mask: Tensor
+    norm: float = 2.0
+    ball: str = "frame"
+    clip: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if self.norm not in NORMS:
+            raise ValueError(f"p must be 1, 2 or inf, not {self.norm}")
+        self._ball = BALLS[self.ball]
+        if self.clip is not None and bool(((self.x < self.clip[0]) | (self.x > self.clip[1])).any()):
+            raise ValueError(f"inputs lie outside the range {list(self.clip)} that they are to be clipped to")
+
+    def select(self, rows: Tensor | slice, dtype: torch.dtype) -> FrameBalls:
+        """The set of some of the samples, in a precision."""
+        return FrameBalls(self.x[rows].to(dtype), self.mask[rows], self.norm, self.ball, self.clip)
+
+    @property
+    def groups(self) -> int:
+        return self._ball.groups(self.x.shape[1])
+
+    def per_group(self, eps: Tensor) -> Tensor:
+        """Radii (batch, groups) from one a sample, (batch,), or one a frame, (batch, T); 0 for exact frames."""
+        return self._ball.per_group(eps, self.mask)
+
+    def _between(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """A tensor of the samples (batch, a, ...) with the dimensions that ``like`` has between batch and T."""
+        return tensor.reshape(tensor.shape[0], *([1] * (like.dim() - 3)), *tensor.shape[1:])
+
+    def group(self, delta: Tensor) -> Tensor:
+        """(..., groups, elements) of what is perturbed, zeros elsewhere."""
+        return self._ball.group(delta * self._between(self.mask, delta)[..., None])
+
+    def frames(self, grouped: Tensor) -> Tensor:
+        """Back from groups to (..., T, n)."""
+        return self._ball.frames(grouped, self.x.shape[1:])
+
+    def sizes(self, delta: Tensor) -> Tensor:
+        """||.||_p of each group, (..., groups)."""
+        return self._ball.sizes(self.group(delta), self.norm)
+
+    def size(self, delta: Tensor) -> Tensor:
+        """The largest ||.||_p of a group: the smallest common eps whose set contains delta."""
+        return self.sizes(delta).amax(dim=-1)
+
+    def gradient_norms(self, gradient: Tensor) -> Tensor:
+        """Most that a linear function of this gradient changes per unit of eps of each group, (..., groups)."""
+        return dual_norm(self.group(gradient), self.norm)
+
+    def steepest(self, gradient: Tensor, delta: Tensor) -> Tensor:
+        """Direction of size 1 in each group along which a function of this gradient grows fastest from delta.
+
+        Elements that the valid range lets go no further are left out: an l_1 step would choose one of them for ever.
+        """
+        if self.clip is not None:
+            x = self._between(self.x, delta) + delta
+            gradient = gradient.masked_fill((x >= self.clip[1]) & (gradient > 0), 0.0)
+            gradient = gradient.masked_fill((x <= self.clip[0]) & (gradient < 0), 0.0)
+        return self.frames(steepest(self.group(gradient), self.norm))
+
+    def scaled(self, delta: Tensor, eps: Tensor) -> Tensor:
+        """Each group of delta, (batch or 1, ..., T, n), times its eps, (batch, groups)."""
+        return self.frames(self.group(delta.expand(len(eps), *delta.shape[1:])) * self._spread(eps, delta)[..., None])
+
+    def _spread(self, eps: Tensor, delta: Tensor) -> Tensor:
+        return eps if eps.dim() == delta.dim() - 1 else self._between(eps[..., None], delta).squeeze(-1)
+
+    def project(self, delta: Tensor, eps: Tensor) -> Tensor:
+        """A near point of the set: the nearest of the balls, then moved towards x into the valid range."""
+        nearest = self._ball.project(self.group(delta), self._spread(eps, delta), self.norm)
+        return self.clip_range(self.frames(nearest))
+
+    def clip_range(self, delta: Tensor) -> Tensor:
+        """Perturbations cut to the valid range: as x is in it, no element grows, so no ball is left."""
+        if self.clip is None:
+            return delta
+        x = self._between(self.x, delta)
+        return (x + delta).clamp(*self.clip) - x
+
+    def random_starts(self, count: int, generator: torch.Generator) -> Tensor:
+        """(1, count, T, n) perturbations of eps = 1, the same for all samples: half of them on the boundary."""
+        shape = (1, count, self.groups, self.x.shape[1:].numel() // self.groups)
+        points = random_on_sphere(shape, self.norm, generator)
+        points[:, ::2] = random_in_ball(shape, self.norm, generator)[:, ::2]
+        return self.frames(points).to(self.x)

@@ -1,0 +1,145 @@
+"""Where the true input may lie: l_p balls around the frames of a sequence, and how coefficients meet them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..choices.tables import BALLS
+from .balls import floored
+from .lp_ball import INF, NORMS, dual_norm
+
+
+def clip_of(clip: tuple[float, float] | None, dtype: torch.dtype) -> tuple[float, float] | None:
+    """A valid range as inputs of a precision have it: 0.1 in float32 is above 0.1, and no reason to be refused."""
+    return clip and tuple(float(torch.tensor(end, dtype=dtype)) for end in clip)
+
+
+@dataclass
+class Perturbation:
+    """The set of sequences x' that a bound has to hold for.
+
+    Attributes:
+        x: the sequences, (batch, T, n), in the model's own input units.
+        eps: radius of each frame's ball, (batch, T), same units; 0 where a frame is exact.
+        norm: p, one of 1, 2 and inf.
+        ball: a key of ``BALLS``. "frame": every frame has its own ball, ||x'_t - x_t||_p <= eps[:, t]; "sequence": one
+            ball around the whole sequence, ||x' - x||_p <= eps, over the frames whose eps is not 0.
+        clip: (lowest, highest) valid input value, to which l_inf boxes are cut, or None.
+    """
+
+    x: Tensor
+    eps: Tensor
+    norm: float = 2.0
+    ball: str = "frame"
+    clip: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        if self.norm not in NORMS:
+            raise ValueError(f"p must be 1, 2 or inf, not {self.norm}")
+        self._ball = BALLS[self.ball]
+        if self.clip is not None and self.norm != INF:
+            raise ValueError("only l_inf boxes can be cut to the valid input range: leave out clip or take p = inf")
+        if self.x.dim() != 3 or self.eps.shape != self.x.shape[:2]:
+            shapes = f"{tuple(self.x.shape)} and {tuple(self.eps.shape)}"
+            raise ValueError(f"x must be (batch, T, n) and eps (batch, T), not {shapes}")
+        if not bool(((self.eps >= 0) & self.eps.isfinite()).all()):
+            raise ValueError("eps must be a finite number >= 0 for every frame")
+        self._ball.check(self.eps)
+        self._box = self._cut_box() if self.clip is not None else None
+        self._exact = (self.eps == 0).all(dim=0).tolist()
+
+    def _cut_box(self) -> tuple[Tensor, Tensor]:
+        """Centre and half-width, (batch, T, n) each, of the boxes cut to the valid range (which must hold x itself).
+
+        Exact frames, such as padding, stay as they are, wherever they lie.
+        """
+        low, high = self.clip
+        moved = self.eps[..., None] > 0
+        if bool((((self.x < low) | (self.x > high)) & moved).any()):
+            raise ValueError(f"inputs lie outside the range [{low}, {high}] that they are to be clipped to")
+        below = torch.where(moved, (self.x - self.eps[..., None]).clamp(min=low), self.x)
+        above = torch.where(moved, (self.x + self.eps[..., None]).clamp(max=high), self.x)
+        return 0.5 * (below + above), 0.5 * (above - below)
+
+    def of_first(self, samples: int) -> Perturbation:
+        """The part of the first samples of the batch."""
+        part = copy.copy(self)
+        part.x, part.eps = self.x[:samples], self.eps[:samples]
+        part._box = None if self._box is None else tuple(side[:samples] for side in self._box)
+        return part
+
+    def is_exact(self, frame: int) -> bool:
+        """True where no sample of the batch perturbs the frame."""
+        return self._exact[frame]
+
+    def center(self, frame: int) -> Tensor:
+        """Centre of the frame's ball or cut box, (batch, n)."""
+        return self.x[:, frame] if self._box is None else self._box[0][:, frame]
+
+    def half_widths(self, frame: int) -> Tensor:
+        """Half the sides of the frame's l_inf box, cut or not, (batch, n)."""
+        if self._box is not None:
+            return self._box[1][:, frame]
+        return self.eps[:, frame, None].expand_as(self.x[:, frame])
+
+    def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
+        """Most that A_t x'_t can deviate from A_t center_t, (batch, rows), for A_t (batch or 1, rows, n).
+
+        For a ball around the sequence that is the deviation if the frame has the ball to itself.
+        """
+        if self._box is not None:
+            return (coefficients.abs() @ self._box[1][:, frame, :, None]).squeeze(-1)
+        return self.eps[:, frame, None] * dual_norm(coefficients, self.norm)
+
+    def total_deviation(self, deviations: list[Tensor]) -> Tensor:
+        """Most that sum_t A_t x'_t can deviate, (batch, rows), from the deviations of the frames."""
+        return self._ball.total(torch.stack(torch.broadcast_tensors(*deviations), dim=-1), self.norm)
+
+    def linear_deviation(self, gradients: Tensor) -> Tensor:
+        """Most that sum_t g_t x'_t can deviate, (batch,), for g of the shape of x: as if no range were valid."""
+        return self._ball.total(self.eps * dual_norm(gradients, self.norm), self.norm)
+
+    # --- for squares of linear functions: ``utils.bounds.curve`` ---
+
+    @property
+    def is_box(self) -> bool:
+        return self.norm == INF
+
+    @property
+    def is_round(self) -> bool:
+        """Whether balls look the same in any orthonormal coordinates."""
+        return self.norm == 2.0
+
+    def box(self, frames: list[int], squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales s, (batch, n), and half-widths of the box of delta_j / s_j over some frames.
+
+        They depend on how much coordinates matter, by their ``squares`` of coefficients; others would be sound too.
+        """
+        sides = torch.cat([self.half_widths(frame) for frame in frames], dim=-1)
+        root = floored(squares).sqrt()
+        return (sides / root).sqrt(), (sides * root).sqrt()
+
+    def ellipsoid(self, frames: list[int], squares: Tensor, widths: list[int]) -> tuple[Tensor, Tensor]:
+        """``Ball.ellipsoid`` for some frames of such widths."""
+        eps = torch.stack([self.eps[:, frame] for frame in frames], dim=-1)
+        return self._ball.ellipsoid(eps, squares, widths)
+
+    def most_of_squares(self, frames: list[int], weights: Tensor, jacobian: Tensor) -> Tensor | None:
+        """A bound of  max over the set of  sum_k w_k (J_k delta)^2,  (batch, rows), where vertices give a good one.
+
+        Over l_1 balls a convex function's maximum is at a vertex of each, and roots of frames add up. None for other
+        norms. Weights are (batch, rows, size), J is (batch, size, n).
+        """
+        if self.norm != 1.0:
+            return None
+        roots = []
+        for frame, part in zip(frames, jacobian.split(jacobian.shape[-1] // len(frames), dim=-1), strict=True):
+            squares = (weights @ part**2).amax(dim=-1)
+            # The root has no gradient at 0.
+            root = torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
+            roots.append(self.eps[:, frame, None] * root)
+        return sum(roots) ** 2

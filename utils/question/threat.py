@@ -1,0 +1,77 @@
+"""Threat models: what may be done to a batch of sequences, whatever its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..perturbation.moves import FrameBalls
+from ..perturbation.sets import Perturbation, clip_of
+
+Frames = int | Sequence[int] | Tensor | None
+
+
+def frame_mask(frames: Frames, batch: int, num_frames: int) -> Tensor:
+    """Which frames are perturbed, (batch, T) of bool: None for all, a frame, a list of frames, or a mask.
+
+    Raises:
+        ValueError: there is no such frame, or a mask has another shape.
+    """
+    if frames is None:
+        return torch.ones(batch, num_frames, dtype=torch.bool)
+    frames = torch.as_tensor(frames)
+    if frames.dtype == torch.bool:
+        if frames.shape not in ((num_frames,), (batch, num_frames)):
+            raise ValueError(f"a frame mask is (T,) or (batch, T) = {(batch, num_frames)}, not {tuple(frames.shape)}")
+        return frames.expand(batch, num_frames).clone()
+    chosen = frames.reshape(-1).tolist()
+    if not chosen or frames.is_floating_point() or any(not 0 <= frame < num_frames for frame in chosen):
+        raise ValueError(f"frames must be from 0 ... {num_frames - 1}, not {chosen}")
+    mask = torch.zeros(batch, num_frames, dtype=torch.bool)
+    mask[:, chosen] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What may be done to sequences; see ``utils.certify.certified_margin``.
+
+    Attributes:
+        norm: p of the l_p balls: 1, 2 or inf.
+        ball: a key of ``utils.choices.BALLS``.
+        frames: which frames are perturbed; once the threat is ``to`` a batch, a mask, (batch, T) of bool.
+        clip: valid input range (lowest, highest), or None.
+        lengths: (batch,) number of frames that count in each sample; None for all.
+    """
+
+    norm: float = 2.0
+    ball: str = "frame"
+    frames: Frames = None
+    clip: tuple[float, float] | None = None
+    lengths: Tensor | None = None
+
+    def to(self, x: Tensor) -> Threat:
+        """The threat to the batch x, (batch, T, n), with a mask of frames. Raises ValueError if it does not fit."""
+        mask = frame_mask(self.frames, *x.shape[:2]).to(x.device)
+        lengths = None if self.lengths is None else self.lengths.to(x.device)
+        if lengths is not None:
+            mask &= torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        clip = clip_of(self.clip, x.dtype)
+        return replace(self, norm=float(self.norm), frames=mask, clip=clip, lengths=lengths)
+
+    def part(self, samples: Tensor | slice) -> Threat:
+        """The threat to some samples of its batch."""
+        lengths = None if self.lengths is None else self.lengths[samples]
+        return replace(self, frames=self.frames[samples], lengths=lengths)
+
+    def around(self, x: Tensor, eps: Tensor) -> Perturbation:
+        """The set for bounds, of size eps, (batch,) or (batch, T), around the batch x, (batch, T, n)."""
+        eps = (eps[:, None] if eps.dim() == 1 else eps).to(x.dtype) * self.frames
+        return Perturbation(x, eps, self.norm, self.ball, self.clip)
+
+    def moves(self, x: Tensor) -> FrameBalls:
+        """The set for attacks, of any size, around the batch x, (batch, T, n)."""
+        return FrameBalls(x, self.frames, self.norm, self.ball, self.clip)

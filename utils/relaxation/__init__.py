@@ -1,0 +1,18 @@
+"""One non-linearity over a box: lines and planes with exact intercepts, and curved bounds."""
+
+from .curves import CURVED, CurvedFunction, Curves, curved_relaxation
+from .lines import ACTIVATIONS, Activation, Plane, Relaxation
+from .planes import PRODUCTS, relax_product
+
+__all__ = [
+    "ACTIVATIONS",
+    "CURVED",
+    "PRODUCTS",
+    "Activation",
+    "CurvedFunction",
+    "Curves",
+    "Plane",
+    "Relaxation",
+    "curved_relaxation",
+    "relax_product",
+]

@@ -1,0 +1,1 @@
+"""Bounds of single steps, words and pen strokes, and what is reported of them."""
