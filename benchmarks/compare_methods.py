@@ -17,25 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from data.mnist import load_mnist
-from utils.certify import certified_margin, certified_radius
 from utils.choices import RELAXATIONS
-from utils.experiments.tables import (
-    Case,
-    add_table_arguments,
-    committed_models,
-    load_case,
-    markdown_table,
-    provenance,
-    write_csv,
-    write_lines,
-)
+from utils.experiments.table_arguments import add_table_arguments, committed_models
 from utils.runs.cli import ROOT, ArgumentParser, apply_common_arguments, positive_float, run_main
 
 QUICK_MODELS = ("rnn_4_32_tanh", "lstm_4_32", "gru_4_32")
-DTYPE = torch.float64
 
 
 def get_args() -> argparse.Namespace:
@@ -50,6 +36,18 @@ def get_args() -> argparse.Namespace:
     if args.quick:
         args.N = min(args.N, 5)
     return args
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+import torch
+
+from data.mnist import load_mnist
+from utils.certify import certified_margin, certified_radius
+from utils.experiments.tables import Case, load_case, markdown_table, provenance, write_csv, write_lines
+
+DTYPE = torch.float64
 
 
 def methods_of(case: Case, quick: bool) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.runs.cli import ArgumentParser, run_main
-from utils.steps.word_bounds import add_word_arguments, bound_text_classifier
+from utils.steps.arguments import add_word_arguments
 from utils.training.tasks import QUESTIONS
 
 
@@ -25,6 +25,12 @@ def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     add_word_arguments(parser, "gru", QUESTIONS)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+from utils.steps.word_bounds import bound_text_classifier
 
 
 def main() -> None:

@@ -16,13 +16,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.runs.cli import ArgumentParser, run_main
-from utils.steps.stroke_bounds import add_stroke_arguments, bound_stroke_classifier
+from utils.steps.arguments import add_stroke_arguments
 
 
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     add_stroke_arguments(parser, "gru")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+from utils.steps.stroke_bounds import bound_stroke_classifier
 
 
 def main() -> None:

@@ -9,14 +9,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.runs.cli import ArgumentParser, run_main
+from utils.training.arguments import add_text_training_arguments
 from utils.training.tasks import QUESTIONS
-from utils.training.text import add_text_training_arguments, train_text_classifier
 
 
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add_text_training_arguments(parser, QUESTIONS)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+from utils.training.text import train_text_classifier
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.experiments.arguments import add_bound_arguments
-from utils.experiments.mnist import bound_mnist_classifier
 from utils.runs.cli import ArgumentParser, run_main
 
 
@@ -27,8 +26,63 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data.mnist import load_mnist
+from utils.certify import MarginProblem, search_radius
+from utils.choices import Method
+from utils.experiments.arguments import result_folder_name
+from utils.experiments.mnist import Run, largest_eps, load_classifier, make_record, print_introduction, started
+from utils.experiments.samples import draw_samples
+from utils.question import Question, Threat
+
+
 def main() -> None:
-    bound_mnist_classifier(get_args(), "lstm")
+    args = get_args()
+    with started(args) as (device, ranks):
+        # Load.
+        model, config, path = load_classifier(args, "lstm", None, device)
+        data = load_mnist(args.data_dir)
+
+        # Draw --N test images by the seed; those that are misclassified, or of the target's class, are left out.
+        samples = draw_samples(data, model, args)
+        images, labels = samples.frames(args.time_step).to(device), samples.labels.to(device)
+        targets = None if samples.targets is None else samples.targets.to(device)
+
+        # Ask: what may move, which classes must not be reached, and how that is bounded.
+        threat = Threat(args.p, args.ball, args.frames, clip=(0.0, 1.0) if args.clip else None)
+        method = Method(args.method, args.relaxation, args.alpha_steps, args.curve_steps, args.time_limit)
+
+        def problem_of(chosen: list[int], frame: int | None) -> MarginProblem:
+            own = threat if frame is None else replace(threat, frames=frame)  # one frame after the other
+            goal = None if targets is None else targets[chosen]
+            return MarginProblem(Question(model, images[chosen], labels[chosen], goal, own), method)
+
+        def columns_of(problem: MarginProblem) -> dict[str, Tensor]:
+            how = {
+                "tol": args.tol,
+                "eps0": args.eps0,
+                "max_eps": largest_eps(args),
+                "dtype": getattr(torch, args.dtype),
+            }
+            found = search_radius(problem, batch_size=len(problem.x), **how)
+            columns = {"radius": found.radius, "failed_eps": found.failed}
+            return columns | {"margin": found.margin, "evaluations": found.evaluations}
+
+        # Write a row for every image (and frame) as they are found; then summarise and draw.
+        run = Run(args, samples, problem_of, columns_of)
+        record = make_record(args, samples, path, config, data, device)
+        print_introduction(record)
+        if args.dry_run:
+            run.rehearse()
+        else:
+            run.write(path.parent / result_folder_name(args), record, ranks)
 
 
 if __name__ == "__main__":

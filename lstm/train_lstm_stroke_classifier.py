@@ -9,13 +9,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.runs.cli import ArgumentParser, run_main
-from utils.training.strokes import add_stroke_training_arguments, train_stroke_classifier
+from utils.training.arguments import add_stroke_training_arguments
 
 
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add_stroke_training_arguments(parser)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+from utils.training.strokes import train_stroke_classifier
 
 
 def main() -> None:

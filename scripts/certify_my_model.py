@@ -16,24 +16,40 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.runs.cli import ArgumentParser, apply_common_arguments, non_negative_int, norm_value, positive_int, run_main
+
+UNIT = "amplitude of the wave"  # in which eps and radius are: that of the input
+CELLS = ("lstm", "gru", "rnn")
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument("--cell", choices=CELLS, default="lstm", help="recurrent layer")
+    parser.add_argument("--epochs", type=non_negative_int, default=20, help="passes over the training data")
+    parser.add_argument("--weights", type=Path, help="load this state dict instead of training")
+    parser.add_argument("--save-weights", type=Path, help="write the state dict after training")
+    parser.add_argument("--p", type=norm_value, default=2.0, help=f"norm of the balls: 1, 2, inf; eps in {UNIT}")
+    parser.add_argument("--samples", type=positive_int, default=20, help="test sequences to certify")
+    parser.add_argument("--save-certificates", type=Path, metavar="FOLDER", help="for scripts/check_certificate.py")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of every random choice")
+    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda or cuda:K")
+    parser.add_argument("--cuda", action="store_true", help="short for --device cuda")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--dry-run", action="store_true", help="go through one tiny step and write nothing")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
 import torch
 from torch import Tensor, nn
 
 from utils.certify import certified_radius
 from utils.certify.certificate import save_certificates
 from utils.network.models import SequenceClassifier
-from utils.runs.cli import (
-    ArgumentParser,
-    apply_common_arguments,
-    non_negative_int,
-    norm_value,
-    positive_int,
-    run_main,
-)
 
 NUM_FRAMES, FRAME_SIZE, NUM_CLASSES, HIDDEN_SIZE = 8, 4, 3, 16
-UNIT = "amplitude of the wave"  # in which eps and radius are: that of the input
-CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 def load_data(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +68,7 @@ def build(cell: str) -> SequenceClassifier:
 
     If your inputs are normalised, give mean= and std= here and raw inputs in load_data: eps is in raw units then.
     """
-    rnn = CELLS[cell](FRAME_SIZE, HIDDEN_SIZE, num_layers=1, batch_first=True)
+    rnn = getattr(nn, cell.upper())(FRAME_SIZE, HIDDEN_SIZE, num_layers=1, batch_first=True)
     return SequenceClassifier(rnn, nn.Linear(HIDDEN_SIZE, NUM_CLASSES))
 
 
@@ -75,23 +91,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise
     except Exception as error:  # a damaged or foreign file fails in whatever way its bytes lead to
         raise ValueError(f"{path} holds no weights of this model ({type(error).__name__})") from error
-
-
-def get_args() -> argparse.Namespace:
-    parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("--cell", choices=tuple(CELLS), default="lstm", help="recurrent layer")
-    parser.add_argument("--epochs", type=non_negative_int, default=20, help="passes over the training data")
-    parser.add_argument("--weights", type=Path, help="load this state dict instead of training")
-    parser.add_argument("--save-weights", type=Path, help="write the state dict after training")
-    parser.add_argument("--p", type=norm_value, default=2.0, help=f"norm of the balls: 1, 2, inf; eps in {UNIT}")
-    parser.add_argument("--samples", type=positive_int, default=20, help="test sequences to certify")
-    parser.add_argument("--save-certificates", type=Path, metavar="FOLDER", help="for scripts/check_certificate.py")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of every random choice")
-    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda or cuda:K")
-    parser.add_argument("--cuda", action="store_true", help="short for --device cuda")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--dry-run", action="store_true", help="go through one tiny step and write nothing")
-    return parser.parse_args()
 
 
 def main() -> None:

@@ -25,18 +25,9 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from torch import Tensor
-
-from data.mnist import load_mnist
-from utils.attack.attack_file import replay_attack, save_attack
-from utils.attack.pgd import VERDICT, AttackProblem, AttackResult
-from utils.certify.bab import VERDICTS, decide
 from utils.choices import TIME_LIMIT
 from utils.experiments.arguments import check_arguments
-from utils.experiments.table_run import make_record
-from utils.experiments.tables import MODELS_DIR, Case, load_all_images, norm_text
-from utils.experiments.wording import UNIT, describe_goal, describe_threat
+from utils.experiments.table_arguments import MODELS_DIR
 from utils.runs.cli import (
     ROOT,
     ArgumentParser,
@@ -49,12 +40,56 @@ from utils.runs.cli import (
     run_main,
     utc_now,
 )
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", required=True, help=f"folder in {MODELS_DIR.relative_to(ROOT)}, or the path of a checkpoint"
+    )
+    group = parser.add_argument_group("what is decided")
+    group.add_argument(
+        "--eps", type=positive_float, required=True, help="how far every frame may move, in pixel values in [0, 1]"
+    )
+    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball around every frame: 1, 2 or inf")
+    group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
+    kind = group.add_mutually_exclusive_group()
+    kind.add_argument("--targeted", action="store_true", help="against one random other class an image")
+    kind.add_argument(
+        "--untargeted", dest="targeted", action="store_false", help="against all other classes (this is the default)"
+    )
+    parser.set_defaults(targeted=False)
+    group.add_argument("--N", type=positive_int, default=20, help="test images drawn, the misclassified among them")
+    group = parser.add_argument_group("how")
+    group.add_argument(
+        "--time-limit", type=positive_float, default=TIME_LIMIT, help="seconds an image; a step begun is finished"
+    )
+    group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
+    group.add_argument(
+        "--out-dir", type=Path, help="folder of the results (default: P_norm_verdicts beside the checkpoint)"
+    )
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+import torch
+from torch import Tensor
+
+from data.mnist import load_mnist
+from utils.attack.attack_file import replay_attack, save_attack
+from utils.attack.pgd import VERDICT, AttackProblem, AttackResult
+from utils.certify.bab import VERDICTS, decide
+from utils.experiments.table_run import make_record
+from utils.experiments.tables import Case, load_all_images, norm_text
+from utils.experiments.wording import UNIT, describe_goal, describe_threat
 from utils.runs.ranks import Ranks, joined
-from utils.runs.results import Record, exclusive, read_record
+from utils.runs.results import Record, check_writable, exclusive, read_record
 from utils.runs.rows import KeyedRow
 from utils.runs.work import Job, find_rows
 from utils.steps.step_runs import digest
-from utils.training.mnist import check_writable
 
 CSV_NAME, EXAMPLES_NAME = "verdicts.csv", "counterexamples"
 DRY_SECONDS = 1.0  # at most, for the only image of a dry run
@@ -91,36 +126,6 @@ class VerdictRow(VerdictKey, KeyedRow):
     verdict: str
     margin: float
     seconds: float
-
-
-def get_args() -> argparse.Namespace:
-    parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", required=True, help=f"folder in {MODELS_DIR.relative_to(ROOT)}, or the path of a checkpoint"
-    )
-    group = parser.add_argument_group("what is decided")
-    group.add_argument(
-        "--eps", type=positive_float, required=True, help="how far every frame may move, in pixel values in [0, 1]"
-    )
-    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball around every frame: 1, 2 or inf")
-    group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
-    kind = group.add_mutually_exclusive_group()
-    kind.add_argument("--targeted", action="store_true", help="against one random other class an image")
-    kind.add_argument(
-        "--untargeted", dest="targeted", action="store_false", help="against all other classes (this is the default)"
-    )
-    parser.set_defaults(targeted=False)
-    group.add_argument("--N", type=positive_int, default=20, help="test images drawn, the misclassified among them")
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--time-limit", type=positive_float, default=TIME_LIMIT, help="seconds an image; a step begun is finished"
-    )
-    group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
-    group.add_argument(
-        "--out-dir", type=Path, help="folder of the results (default: P_norm_verdicts beside the checkpoint)"
-    )
-    add_common_arguments(parser)
-    return parser.parse_args()
 
 
 def described(args: argparse.Namespace, num_frames: int) -> argparse.Namespace:

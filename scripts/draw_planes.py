@@ -13,6 +13,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.runs.cli import ROOT, ArgumentParser, run_main
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument("--out-dir", type=Path, default=ROOT / "docs" / "figures", help="folder of the figure")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -20,18 +32,11 @@ from matplotlib.figure import Figure
 
 from utils.relaxation.lines import Relaxation
 from utils.relaxation.planes import PRODUCTS, relax_product
-from utils.runs.cli import ROOT, ArgumentParser, run_main
 from utils.runs.results import replacing
 
 X, Y = (-1.5, 2.0), (-1.5, 2.5)  # the box
 TITLES = {"x*sigmoid(y)": r"$x\,\sigma(y)$", "tanh(x)*sigmoid(y)": r"$\tanh(x)\,\sigma(y)$"}
 CHOICES = {"plane": ("contracting", "tab:blue"), "volume": ("least volume", "tab:orange")}
-
-
-def get_args() -> argparse.Namespace:
-    parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("--out-dir", type=Path, default=ROOT / "docs" / "figures", help="folder of the figure")
-    return parser.parse_args()
 
 
 def relaxations(name: str) -> dict[str, Relaxation]:

@@ -15,14 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from data.mnist import load_mnist
-from utils.certify.vnnlib import write_robustness
-from utils.experiments.samples import draw_samples
-from utils.network.checkpoint import load_checkpoint
-from utils.network.onnx_export import export_onnx
-from utils.network.onnx_graph import read_onnx
 from utils.runs.cli import (
     ArgumentParser,
     add_common_arguments,
@@ -31,9 +23,6 @@ from utils.runs.cli import (
     positive_int,
     run_main,
 )
-from utils.runs.results import replacing
-
-SAME = 1e-4  # of the file's outputs and the classifier's, relative to the largest
 
 
 def get_args() -> argparse.Namespace:
@@ -53,6 +42,22 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--timeout", type=positive_float, default=60.0, help="seconds per instance, for instances.csv")
     add_common_arguments(parser)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+import torch
+
+from data.mnist import load_mnist
+from utils.certify.vnnlib import write_robustness
+from utils.experiments.samples import draw_samples
+from utils.network.checkpoint import load_checkpoint
+from utils.network.onnx_export import export_onnx
+from utils.network.onnx_graph import read_onnx
+from utils.runs.results import replacing
+
+SAME = 1e-4  # of the file's outputs and the classifier's, relative to the largest
 
 
 def find_checkpoint(path: Path) -> Path:

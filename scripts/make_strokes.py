@@ -12,27 +12,31 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.mnist import load_mnist
-from data.strokes import DATA_FOLDER, FILE_NAME, image_to_sequence, skeleton, write_strokes
-from utils.runs.cli import ArgumentParser, positive_int, run_main
-from utils.runs.results import replacing
-from utils.training.mnist import check_writable
+from utils.runs.cli import ROOT, ArgumentParser, positive_int, run_main
 
 
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help="folder that holds MNIST/raw (default: data/)")
-    parser.add_argument("--save-dir", type=Path, default=DATA_FOLDER, help="where strokes.npz is written")
+    parser.add_argument("--save-dir", type=Path, default=ROOT / "data" / "strokes", help="where strokes.npz is written")
     parser.add_argument("--stride", type=positive_int, default=3, help="keep every so many pixels of a stroke")
     parser.add_argument("--num-train", type=positive_int, help="training digits (default: all)")
     parser.add_argument("--num-test", type=positive_int, help="test digits (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="trace one digit and write nothing")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+import numpy as np
+from tqdm import tqdm
+
+from data.mnist import load_mnist
+from data.strokes import FILE_NAME, image_to_sequence, skeleton, write_strokes
+from utils.runs.results import check_writable, replacing
 
 
 def main() -> None:

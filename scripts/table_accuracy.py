@@ -16,10 +16,32 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
+from utils.runs.cli import ArgumentParser, positive_float, positive_int, run_main
+
+EPS = {1.0: (0.05, 0.1, 0.2, 0.5, 1.0), 2.0: (0.02, 0.05, 0.1, 0.2, 0.3), inf: (0.002, 0.005, 0.01, 0.02, 0.03)}
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_run_arguments(parser, norms=(inf,), batch_size=25)
+    parser.add_argument(
+        "--eps", type=positive_float, nargs="+", help=f"radii in pixel values (default for inf: {EPS[inf]})"
+    )
+    parser.add_argument("--steps", type=positive_int, default=40, help="steps of the attack")
+    parser.add_argument("--restarts", type=positive_int, default=1, help="random starts of the attack for each class")
+    parser.set_defaults(N=50)
+    return finish_run_arguments(parser.parse_args(), quick_images=10)
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
 
 import torch
 from matplotlib.figure import Figure
@@ -28,21 +50,11 @@ from torch import Tensor
 from utils.attack.pgd import AttackProblem, AttackResult, pgd
 from utils.certify import certified_margin, margin_problem
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
-from utils.experiments.tables import (
-    Case,
-    add_run_arguments,
-    finish_run_arguments,
-    load_all_images,
-    markdown_table,
-    norm_text,
-)
-from utils.perturbation.lp_ball import INF
-from utils.runs.cli import ArgumentParser, positive_float, positive_int, run_main
+from utils.experiments.tables import Case, load_all_images, markdown_table, norm_text
 from utils.runs.rows import KeyedRow
 
 NAME = "accuracy"
 KINDS = ("clean", "attacked", "verified")
-EPS = {1.0: (0.05, 0.1, 0.2, 0.5, 1.0), 2.0: (0.02, 0.05, 0.1, 0.2, 0.3), INF: (0.002, 0.005, 0.01, 0.02, 0.03)}
 DTYPE = torch.float64
 
 
@@ -70,18 +82,6 @@ class AccuracyRow(AccuracyKey, KeyedRow):
     attacked: int
     verified: int
     seconds: float
-
-
-def get_args() -> argparse.Namespace:
-    parser = ArgumentParser(__doc__.splitlines()[0])
-    add_run_arguments(parser, norms=(INF,), batch_size=25)
-    parser.add_argument(
-        "--eps", type=positive_float, nargs="+", help=f"radii in pixel values (default for inf: {EPS[INF]})"
-    )
-    parser.add_argument("--steps", type=positive_int, default=40, help="steps of the attack")
-    parser.add_argument("--restarts", type=positive_int, default=1, help="random starts of the attack for each class")
-    parser.set_defaults(N=50)
-    return finish_run_arguments(parser.parse_args(), quick_images=10)
 
 
 def eps_of(norm: float, args: argparse.Namespace) -> list[float]:

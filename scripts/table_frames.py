@@ -14,20 +14,32 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
+from utils.runs.cli import ArgumentParser, run_main
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_run_arguments(parser, norms=(2.0,), batch_size=20)
+    return finish_run_arguments(parser.parse_args(), quick_images=10)
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
 
 from matplotlib.figure import Figure
 
 from data.mnist import SIDE
 from utils.certify import certified_radius
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table
-from utils.experiments.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, norm_text
-from utils.perturbation.lp_ball import INF
+from utils.experiments.tables import Case, markdown_table, norm_text
 from utils.runs.bound_rows import statistics
-from utils.runs.cli import ArgumentParser, run_main
 from utils.runs.rows import KeyedRow
 
 STYLES = {"rnn": "o-", "lstm": "s--", "gru": "^:"}
@@ -55,12 +67,6 @@ class FrameRow(FrameKey, KeyedRow):
     seconds: float
 
 
-def get_args() -> argparse.Namespace:
-    parser = ArgumentParser(__doc__.splitlines()[0])
-    add_run_arguments(parser, norms=(2.0,), batch_size=20)
-    return finish_run_arguments(parser.parse_args(), quick_images=10)
-
-
 def plan(cases: list[Case], args: argparse.Namespace) -> Table:
     return Table("frames", FrameRow, batch_jobs(cases, args.p, args.batch_size, keys_of, measure), report)
 
@@ -72,7 +78,7 @@ def keys_of(case: Case, norm: float, sample: int) -> list[FrameKey]:
 
 def measure(case: Case, norm: float, batch: list[int]) -> list[FrameRow]:
     """The radii of all slices of some samples; no ball is larger than one that holds every slice."""
-    largest = 1.0 if norm == INF else case.x.shape[2] ** (1 / norm)
+    largest = 1.0 if norm == inf else case.x.shape[2] ** (1 / norm)
     radii, seconds = [], []
     for frame in range(case.config["num_frames"]):
         started = time.perf_counter()

@@ -18,10 +18,42 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.choices import METHODS
+from utils.choices.method import TUNED_METHODS
+from utils.experiments.arguments import add_effort_arguments
+from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
+from utils.runs.cli import ArgumentParser, run_main
+
+# Each of these begins with what the one before it does, so it must not certify less.
+NESTED = ("crown", *TUNED_METHODS)
+CHEAPEST_FIRST = tuple(dict.fromkeys(("ibp", "crown-ibp", *METHODS)))
+QUICK = {"alpha_steps": 6, "curve_steps": 2, "time_limit": 1.0}  # at most, with --quick
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_run_arguments(parser, norms=(2.0, inf), batch_size=10)
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=NESTED, help="methods to compare")
+    parser.add_argument(
+        "--targeted", action="store_true", help="keep away from one random class an image, not from all others"
+    )
+    add_effort_arguments(parser)
+    args = finish_run_arguments(parser.parse_args(), quick_images=2)
+    args.methods = sorted(set(args.methods), key=CHEAPEST_FIRST.index)
+    if args.quick:
+        for name, most in QUICK.items():
+            setattr(args, name, min(getattr(args, name), most))
+    return args
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,25 +61,16 @@ from matplotlib.figure import Figure
 
 from utils.attack.pgd import AttackResult, RadiusAttackResult, attack_radius
 from utils.certify import certified_radius
-from utils.choices import METHODS
-from utils.choices.method import TUNED_METHODS
-from utils.experiments.arguments import add_effort_arguments
 from utils.experiments.plots import stairs, tidy
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
-from utils.experiments.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, norm_text
-from utils.perturbation.lp_ball import INF
+from utils.experiments.tables import Case, markdown_table, norm_text
 from utils.runs.bound_rows import statistics
-from utils.runs.cli import ArgumentParser, run_main
 from utils.runs.rows import KeyedRow
 
 NAME = "methods"
-# Each of these begins with what the one before it does, so it must not certify less.
-NESTED = ("crown", *TUNED_METHODS)
-CHEAPEST_FIRST = tuple(dict.fromkeys(("ibp", "crown-ibp", *METHODS)))
 COLORS = {"ibp": "tab:gray", "crown-ibp": "tab:brown", "crown": "tab:blue", "alpha": "tab:green"}
 COLORS |= {"curve": "tab:purple", "bab": "black"}
 TOL = 1e-3  # the search's: a radius is at most this share below what its method could certify
-QUICK = {"alpha_steps": 6, "curve_steps": 2, "time_limit": 1.0}  # at most, with --quick
 COLUMNS = 4  # panels beside each other
 
 
@@ -82,22 +105,6 @@ class MethodRow(MethodKey, KeyedRow):
     @property
     def share(self) -> float:
         return self.radius / self.attack
-
-
-def get_args() -> argparse.Namespace:
-    parser = ArgumentParser(__doc__.splitlines()[0])
-    add_run_arguments(parser, norms=(2.0, INF), batch_size=10)
-    parser.add_argument("--methods", choices=METHODS, nargs="+", default=NESTED, help="methods to compare")
-    parser.add_argument(
-        "--targeted", action="store_true", help="keep away from one random class an image, not from all others"
-    )
-    add_effort_arguments(parser)
-    args = finish_run_arguments(parser.parse_args(), quick_images=2)
-    args.methods = sorted(set(args.methods), key=CHEAPEST_FIRST.index)
-    if args.quick:
-        for name, most in QUICK.items():
-            setattr(args, name, min(getattr(args, name), most))
-    return args
 
 
 def plan(cases: list[Case], args: argparse.Namespace) -> Table:

@@ -17,10 +17,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
+from utils.runs.cli import ArgumentParser, run_main
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_run_arguments(parser, norms=(1.0, 2.0, inf), batch_size=10)
+    parser.set_defaults(N=100)
+    return finish_run_arguments(parser.parse_args(), quick_images=6)
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
 
 from matplotlib.figure import Figure
 
@@ -29,10 +44,8 @@ from utils.attack.clever import clever
 from utils.attack.pgd import AttackResult, attack_radius
 from utils.certify import certified_radius
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
-from utils.experiments.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, mean_std, norm_text
-from utils.perturbation.lp_ball import INF
+from utils.experiments.tables import Case, markdown_table, mean_std, norm_text
 from utils.runs.bound_rows import statistics
-from utils.runs.cli import ArgumentParser, run_main
 from utils.runs.rows import KeyedRow
 
 NAME = "radii"
@@ -71,13 +84,6 @@ class RadiusRow(RadiusKey, KeyedRow):
     @property
     def attacked(self) -> float:
         return min(self.carlini_wagner, self.pgd)
-
-
-def get_args() -> argparse.Namespace:
-    parser = ArgumentParser(__doc__.splitlines()[0])
-    add_run_arguments(parser, norms=(1.0, 2.0, INF), batch_size=10)
-    parser.set_defaults(N=100)
-    return finish_run_arguments(parser.parse_args(), quick_images=6)
 
 
 def plan(cases: list[Case], args: argparse.Namespace) -> Table:

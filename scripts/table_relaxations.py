@@ -17,19 +17,35 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
+from utils.runs.cli import ArgumentParser, run_main
+
+MODELS = tuple(f"{kind}_{size}" for kind in ("lstm", "gru") for size in ("4_32", "7_64", "14_64"))
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_run_arguments(parser, norms=(2.0,), batch_size=20)
+    args = parser.parse_args()
+    if args.models is None and not args.quick:
+        args.models = list(MODELS)
+    return finish_run_arguments(args, quick_images=4, gated=True)
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
 import torch
 from matplotlib.figure import Figure
 
 from utils.certify import certified_radius
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table
-from utils.experiments.tables import Case, add_run_arguments, finish_run_arguments, markdown_table, norm_text
+from utils.experiments.tables import Case, markdown_table, norm_text
 from utils.runs.bound_rows import statistics
-from utils.runs.cli import ArgumentParser, run_main
 from utils.runs.rows import KeyedRow
 
 RELAXATIONS = ("plane", "line", "constant")
 COLORS = ("tab:blue", "tab:orange", "tab:gray")
-MODELS = tuple(f"{kind}_{size}" for kind in ("lstm", "gru") for size in ("4_32", "7_64", "14_64"))
 # Mean bounds that Ko et al., "POPQORN: Quantifying robustness of recurrent neural networks" (ICML 2019), report for
 # their own LSTMs, by the number of slices of an MNIST image: 2-D planes, 1-D lines, constants; p = 2.
 PAPER = {4: (0.232, 0.071, 0.041), 7: (0.140, 0.015, 0.012), 14: (0.059, 1.5e-4, 2e-5)}
@@ -62,15 +78,6 @@ class RelaxationRow(RelaxationKey, KeyedRow):
     @property
     def in_order(self) -> bool:
         return self.plane >= self.line >= self.constant
-
-
-def get_args() -> argparse.Namespace:
-    parser = ArgumentParser(__doc__.splitlines()[0])
-    add_run_arguments(parser, norms=(2.0,), batch_size=20)
-    args = parser.parse_args()
-    if args.models is None and not args.quick:
-        args.models = list(MODELS)
-    return finish_run_arguments(args, quick_images=4, gated=True)
 
 
 def plan(cases: list[Case], args: argparse.Namespace) -> Table:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.experiments.tables import MODELS_DIR
+from utils.experiments.table_arguments import MODELS_DIR
 from utils.runs.cli import ROOT, ArgumentParser, positive_int, run_main
 
 SCRIPTS = {

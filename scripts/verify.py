@@ -19,16 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from utils.certify.verify import Verdict, Verifier
-from utils.certify.vnnlib import counter_example, read_vnnlib
-from utils.network.onnx_graph import OnnxNetwork, read_onnx
 from utils.runs.cli import ArgumentParser, describe_error, non_negative_int, positive_float, positive_int, run_main
-from utils.runs.results import replacing
-
-COLUMNS = ("onnx", "vnnlib", "timeout", "result", "seconds", "boxes", "message")
-DEFAULT_TIMEOUT = 60.0
 
 
 def get_args() -> argparse.Namespace:
@@ -51,6 +42,20 @@ def get_args() -> argparse.Namespace:
     if not (all(single) and not any(listed)) and not (all(listed) and not any((*single, args.out))):
         parser.error("give --onnx and --vnnlib (and --out), or --instances and --results")
     return args
+
+
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+import torch
+
+from utils.certify.verify import Verdict, Verifier
+from utils.certify.vnnlib import counter_example, read_vnnlib
+from utils.network.onnx_graph import OnnxNetwork, read_onnx
+from utils.runs.results import replacing
+
+COLUMNS = ("onnx", "vnnlib", "timeout", "result", "seconds", "boxes", "message")
+DEFAULT_TIMEOUT = 60.0
 
 
 def verify(args: argparse.Namespace, onnx: Path, vnnlib: Path, timeout: float, networks: dict) -> Verdict:

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.runs.cli import ArgumentParser, run_main
-from utils.training.mnist import add_stack_arguments, add_training_arguments, train_mnist_classifier
+from utils.training.arguments import add_stack_arguments, add_training_arguments
 
 
 def get_args() -> argparse.Namespace:
@@ -20,9 +20,45 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == "__main__":
+    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+
+from data.mnist import as_frames, load_mnist
+from utils.network.checkpoint import build_model, model_name, save_checkpoint
+from utils.runs.cli import apply_common_arguments
+from utils.runs.results import check_writable
+from utils.training.loop import accuracy, plot_history, rehearse, train
+from utils.training.mnist import check_slices, make_config
+
+
 def main() -> None:
     args = get_args()
-    train_mnist_classifier(args, "rnn", args.activation)
+    device = apply_common_arguments(args)
+    check_slices(args.time_step)  # before minutes are spent on data
+
+    # Load: images as sequences of slices, (N, T, n), for training and test.
+    data = load_mnist(args.data_dir)
+    frames = [as_frames(images, args.time_step).to(device) for images in (data.train_x, data.test_x)]
+    labels = [classes.to(device) for classes in (data.train_y, data.test_y)]
+
+    # Build.
+    config = make_config(args, "rnn", args.activation, data)
+    model = build_model(config).to(device)
+    path = args.save_dir / model_name(config) / "rnn"
+    if args.dry_run:
+        return rehearse(model, frames[0], labels[0], args, path)
+    check_writable(path.parent)
+
+    # Train.
+    history = train(model, frames, labels, args)
+
+    # Evaluate, save and draw.
+    config["train_accuracy"] = accuracy(model, frames[0], labels[0])
+    config["test_accuracy"] = accuracy(model, frames[1], labels[1])
+    save_checkpoint(path, model, config)
+    plot_history(history, path.parent / "training_curve.png", model_name(config))
+    print(f"test accuracy {config['test_accuracy']:.4f} ({len(labels[1])} images of {data.source}), ", end="")
+    print(f"training accuracy {config['train_accuracy']:.4f}; saved {path}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from utils.network.unroll import unroll
 from utils.perturbation.lp_ball import INF
 from utils.perturbation.sets import Perturbation
 from utils.runs.results import ResultFolder
+from utils.steps.arguments import COMPARED_COLUMNS
 from utils.steps.step_bounds import sequence_radii, step_attacks, step_batches, step_radii
 from utils.steps.word_bounds import neighbours
 from utils.steps.word_report import html_page, most_sensitive, plot_sentences, plot_summary, sentence_lines, shade
-from utils.steps.word_results import COMPARED_COLUMNS, SentenceRow, WordRow, read_results, write_sentences
+from utils.steps.word_results import SentenceRow, WordRow, read_results, write_sentences
 from utils.steps.word_summary import kind_of, place_bin, rank_correlation, summarize
 from utils.training.text_models import TextModel
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from mnist_files import ROOT, assert_one_line_error, run_script, write_mnist_folder
+from test_bound_scripts import call
 
 from data.mnist import as_frames, load_mnist
 from utils.network.checkpoint import load_checkpoint
 from utils.runs import cli
-from utils.training.mnist import accuracy, rate_factor, train_mnist_classifier
+from utils.training.loop import accuracy, rate_factor
 
 RNN = "vanilla_rnn/train_rnn_mnist_classifier.py"
 LSTM = "lstm/train_lstm_mnist_classifier.py"
@@ -31,26 +32,6 @@ def data(tmp_path_factory):
 
 def files_under(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def arguments(save_dir, **changes):
-    """What a train script's parser returns, for runs inside this process."""
-    values = {
-        "hidden_size": 8,
-        "time_step": 7,
-        "epochs": 2,
-        "batch_size": 50,
-        "lr": 1e-2,
-        "weight_decay": 0.1,
-        "save_dir": save_dir,
-        "data_dir": None,
-        "seed": 0,
-        "device": "cpu",
-        "cuda": False,
-        "threads": None,
-        "dry_run": False,
-    }
-    return argparse.Namespace(**values | changes)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +55,13 @@ def test_scripts_train_from_another_folder(tmp_path, data, script, flags, name):
     assert accuracy(model, x, test.test_y) == config["test_accuracy"]
 
 
-@pytest.mark.parametrize(("architecture", "activation"), [("rnn", "tanh"), ("lstm", None), ("gru", None)])
-def test_training_learns_and_repeats(tmp_path, data, architecture, activation):
+@pytest.mark.parametrize("script", [RNN, LSTM, GRU])
+def test_training_learns_and_repeats(tmp_path, data, script):
+    architecture = Path(script).name.split("_")[1]
     for run in ("one", "two"):
-        args = arguments(tmp_path / run, data_dir=data, epochs=60, hidden_size=16, lr=0.02)
-        train_mnist_classifier(args, architecture, activation)
+        flags = ("--time-step", 7, "--hidden-size", 16, "--epochs", 60, "--batch-size", 50, "--lr", 0.02)
+        flags = (*flags, "--weight-decay", 0.1, "--data-dir", data, "--save-dir", tmp_path / run)
+        assert call(script, *flags).code == 0
     one, two = (next((tmp_path / run).rglob(architecture)) for run in ("one", "two"))
     (model, config), (again, _) = load_checkpoint(one), load_checkpoint(two)
     assert config["test_accuracy"] > 0.8
@@ -145,7 +128,7 @@ def test_interruption_leaves_the_earlier_checkpoint(tmp_path, data):
         "import runpy, signal, sys, torch; sys.argv = sys.argv[1:]; "
         # A shell's background jobs, and their children, ignore the signal.
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
-        f"sys.path.insert(0, {str(ROOT)!r}); import utils.training.mnist as t; stock = t.accuracy; "
+        f"sys.path.insert(0, {str(ROOT)!r}); import utils.training.loop as t; stock = t.accuracy; "
         "t.accuracy = lambda *a: (print('training', flush=True), stock(*a))[1]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )

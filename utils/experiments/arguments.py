@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
-
-from data.mnist import SIDE
 
 from ..choices.method import ALPHA_STEPS, CURVE_STEPS, CURVED_METHODS, TIME_LIMIT
 from ..choices.tables import BALLS, METHODS, RELAXATIONS
-from ..network.checkpoint import CheckpointError, Config, model_name
-from ..perturbation.lp_ball import INF
 from ..runs.cli import ROOT, add_common_arguments, non_negative_int, norm_value, positive_float, positive_int
 
 TARGETS = ("random", "runnerup", "least")
@@ -110,19 +107,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--per-frame bounds every frame by itself: leave out --frames")
     if args.save_certificate and args.method in CURVED_METHODS:
         raise ValueError("--save-certificate writes planes only: it needs --method alpha or cheaper")
-    if args.clip and args.p != INF:
+    if args.clip and args.p != math.inf:
         raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
     if args.frames:
         args.frames = sorted(set(args.frames))
         if args.frames[-1] >= args.time_step:
             raise ValueError(f"--frames must be from 0 to {args.time_step - 1}, not {args.frames[-1]}")
-
-
-def checkpoint_path(args: argparse.Namespace, architecture: str, activation: str | None) -> Path:
-    """WORK_DIR/<model name>/MODEL_NAME."""
-    described = {"architecture": architecture, "activation": activation, "num_frames": args.time_step}
-    described |= {name: getattr(args, name) for name in ("hidden_size", "num_layers", "bidirectional")}
-    return args.work_dir / model_name(described | {"pooling": "last"}) / args.model_name
 
 
 def result_folder_name(args: argparse.Namespace) -> str:
@@ -147,20 +137,3 @@ def result_folder_name(args: argparse.Namespace) -> str:
 def relaxation_of(args: argparse.Namespace) -> str:
     """--relaxation; "plane" for a script without that flag."""
     return getattr(args, "relaxation", "plane")
-
-
-def check_config(
-    config: Config, args: argparse.Namespace, architecture: str, activation: str | None, path: Path
-) -> None:
-    """Raise CheckpointError if the checkpoint holds another model than the flags name, or one for other data."""
-    if config["architecture"] != architecture:
-        raise CheckpointError(f"{path} holds a model of type {config['architecture']}, not {architecture}")
-    flags = {"num_frames": args.time_step, "hidden_size": args.hidden_size, "num_layers": args.num_layers}
-    flags |= {"bidirectional": args.bidirectional, "activation": activation}
-    for key, value in flags.items():
-        flag = "--time-step" if key == "num_frames" else f"--{key.replace('_', '-')}"
-        if config[key] != value:
-            raise CheckpointError(f"{path} holds a model with {key} = {config[key]}, but {flag} says {value}")
-    if config["input_size"] * config["num_frames"] != SIDE * SIDE or config["num_classes"] != 10:
-        size = f"{config['num_frames']} frames of {config['input_size']} values, {config['num_classes']} classes"
-        raise CheckpointError(f"{path} is no MNIST classifier: it takes {size}")

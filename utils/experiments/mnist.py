@@ -1,84 +1,120 @@
-"""Certified radii of an MNIST classifier's test images, from the arguments of a bound script to the result folder."""
+"""What the bound scripts of MNIST classifiers share: models by their flags, rows and how they are written, words."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from data.mnist import SIDE, ImageData, as_frames, load_mnist
+from data.mnist import SIDE, ImageData
 
 from ..certify.certificate import FOLDER_NAME as CERTIFICATES_NAME
 from ..certify.certificate import write_certificates
-from ..certify.interface import RadiusResult, search_radius
-from ..certify.problem import MarginProblem, margin_problem
-from ..network.checkpoint import Config, load_checkpoint, model_name
+from ..certify.problem import MarginProblem
+from ..network.checkpoint import CheckpointError, Config, load_checkpoint, model_name
 from ..network.models import SequenceClassifier
-from ..perturbation.lp_ball import INF
 from ..runs.bound_rows import Key, Row, summarize
 from ..runs.cli import apply_common_arguments, checkpoint_facts, run_facts, utc_now
 from ..runs.ranks import Ranks, joined
-from ..runs.results import EXAMPLES_NAME, Record, exclusive, read_record, replacing
+from ..runs.results import CSV_NAME, EXAMPLES_NAME, Record, check_writable, exclusive, read_record, replacing
 from ..runs.work import Job, batches, explained, find_rows
-from ..training.mnist import check_writable
-from .arguments import check_arguments, check_config, checkpoint_path, result_folder_name
+from ..training.mnist import check_slices
+from .arguments import check_arguments
 from .plots import plot_results
-from .samples import Samples, draw_samples
+from .samples import Samples
 from .wording import UNIT, describe_goal, describe_threat, short_title
 
 DEFAULT_BATCH = {"cpu": 20, "cuda": 500}
 NUM_EXAMPLES = 4  # images drawn beside the heat-map
 
+# Of some samples, one only of whose frames moves (None: as the threat says): the problem; columns of results by name.
+ProblemOf = Callable[[list[int], int | None], MarginProblem]
+ColumnsOf = Callable[[MarginProblem], dict[str, Tensor]]
 
-def bound_mnist_classifier(args: argparse.Namespace, architecture: str, activation: str | None = None) -> None:
-    """Search the certified radii that a script's arguments ask for and write them to the result folder.
 
-    Everything is checked first; what lies in the folder is replaced when the first radii are there.
-
-    Raises:
-        ValueError: arguments, checkpoint, data or earlier results do not fit; the message says which.
-        OSError: a file cannot be read or the folder cannot be written.
-    """
+@contextmanager
+def started(args: argparse.Namespace) -> Iterator[tuple[torch.device, Ranks]]:
+    """Check a bound script's arguments, and join the other processes of the run. Raises ValueError if they clash."""
     check_arguments(args)
     device = apply_common_arguments(args)
     args.batch_size = args.batch_size or DEFAULT_BATCH[device.type]
-    as_frames(torch.empty(0, SIDE, SIDE), args.time_step)
+    check_slices(args.time_step)
     with joined(device) as ranks:
-        _bound(args, architecture, activation, device, ranks)
+        yield device, ranks
 
 
-def _bound(
-    args: argparse.Namespace, architecture: str, activation: str | None, device: torch.device, ranks: Ranks
-) -> None:
+def load_classifier(
+    args: argparse.Namespace, architecture: str, activation: str | None, device: torch.device
+) -> tuple[SequenceClassifier, Config, Path]:
+    """The model that the flags describe, its config and its path. Raises CheckpointError if there is none like it."""
     path = checkpoint_path(args, architecture, activation)
     model, config = load_checkpoint(path, device)
     check_config(config, args, architecture, activation, path)
-    data = load_mnist(args.data_dir)
-    samples = draw_samples(data, model, args)
-    run = Run(args, model, samples)
-    record = make_record(run, path, config, data)
-    print_introduction(record)
-    if args.dry_run:
-        rows = run.search([0])
-        print(f"dry run: image {rows[0].index} has radius {rows[0].radius:.4g}, nothing written")
-        return
-    folder = path.parent / result_folder_name(args)
-    check_writable(folder)
-    with exclusive(folder, ranks):
-        run_and_write(run, folder, record, ranks)
+    return model, config, path
+
+
+def checkpoint_path(args: argparse.Namespace, architecture: str, activation: str | None) -> Path:
+    """WORK_DIR/<model name>/MODEL_NAME."""
+    described = {"architecture": architecture, "activation": activation, "num_frames": args.time_step}
+    described |= {name: getattr(args, name) for name in ("hidden_size", "num_layers", "bidirectional")}
+    return args.work_dir / model_name(described | {"pooling": "last"}) / args.model_name
+
+
+def check_config(
+    config: Config, args: argparse.Namespace, architecture: str, activation: str | None, path: Path
+) -> None:
+    """Raise CheckpointError if the checkpoint holds another model than the flags name, or one for other data."""
+    if config["architecture"] != architecture:
+        raise CheckpointError(f"{path} holds a model of type {config['architecture']}, not {architecture}")
+    flags = {"num_frames": args.time_step, "hidden_size": args.hidden_size, "num_layers": args.num_layers}
+    flags |= {"bidirectional": args.bidirectional, "activation": activation}
+    for key, value in flags.items():
+        flag = "--time-step" if key == "num_frames" else f"--{key.replace('_', '-')}"
+        if config[key] != value:
+            raise CheckpointError(f"{path} holds a model with {key} = {config[key]}, but {flag} says {value}")
+    if config["input_size"] * config["num_frames"] != SIDE * SIDE or config["num_classes"] != 10:
+        size = f"{config['num_frames']} frames of {config['input_size']} values, {config['num_classes']} classes"
+        raise CheckpointError(f"{path} is no MNIST classifier: it takes {size}")
+
+
+def largest_eps(args: argparse.Namespace) -> float:
+    """A ball of this radius around an image holds all images, so a larger radius says nothing more."""
+    if args.p == math.inf:
+        return 1.0
+    moved = args.time_step if args.frames is None else len(args.frames)
+    frames = moved if args.ball == "sequence" and not args.per_frame else 1
+    return (SIDE * SIDE // args.time_step * frames) ** (1 / args.p)
 
 
 class Run:
-    """The rows of a run and how they are found."""
+    """The rows of a run and how they are found.
 
-    def __init__(self, args: argparse.Namespace, model: SequenceClassifier, samples: Samples):
-        self.args, self.model, self.samples = args, model, samples
-        self.device = model.head.weight.device
+    Args:
+        samples: what was drawn.
+        problem_of: the question about some samples, and how it is answered.
+        columns_of: what is found, a tensor (batch,) for every field of ``kind`` that is not in its key, but seconds.
+        kind: the class of the rows.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        samples: Samples,
+        problem_of: ProblemOf,
+        columns_of: ColumnsOf,
+        kind: type[Row] = Row,
+    ):
+        self.args, self.samples, self.kind = args, samples, kind
+        self.problem_of, self.columns_of = problem_of, columns_of
         self.frames = list(range(args.time_step)) if args.per_frame else [None]
         targets = ["all"] * len(samples.labels) if samples.targets is None else samples.targets.tolist()
         self.keys = [
@@ -86,10 +122,6 @@ class Run:
             for index, label, target in zip(samples.index.tolist(), samples.labels.tolist(), targets, strict=True)
             for frame in self.frames
         ]
-        num_moved = args.time_step if args.frames is None else len(args.frames)
-        values = SIDE * SIDE // args.time_step * (num_moved if args.ball == "sequence" and not args.per_frame else 1)
-        # A ball of this radius around an image holds all images, so a larger radius says nothing more.
-        self.max_eps = 1.0 if args.p == INF else values ** (1 / args.p)
 
     def jobs(self) -> list[Job]:
         """A job for every batch of samples."""
@@ -99,46 +131,23 @@ class Run:
             for batch in batches(len(self.samples.labels), self.args.batch_size)
         ]
 
+    @torch.no_grad()
     def search(self, chosen: list[int]) -> list[Row]:
         """The rows of the chosen samples, which follow each other."""
-        width = len(self.frames)
-        found = {}
+        width, found = len(self.frames), {}
         for position, frame in enumerate(self.frames):
-            started = time.perf_counter()
-            result = self._search_frame(chosen, frame)
-            values = {
-                "radius": result.radius.tolist(),
-                "failed_eps": result.failed.tolist(),
-                "margin": result.margin.tolist(),
-                "evaluations": result.evaluations.tolist(),
-            }
-            seconds = (time.perf_counter() - started) / len(chosen)
+            begun = time.perf_counter()
+            with explained(f"in the batch of test image {self.samples.index[chosen[0]]}", len(chosen)):
+                columns = self.columns_of(self.problem_of(chosen, frame))
+            values = {name: column.tolist() for name, column in columns.items()}
+            seconds = (time.perf_counter() - begun) / len(chosen)
             for n, sample in enumerate(chosen):
                 number = sample * width + position
                 own = {name: column[n] for name, column in values.items()}
-                found[number] = Row(**vars(self.keys[number]), **own, seconds=seconds)
+                found[number] = self.kind(**vars(self.keys[number]), **own, seconds=seconds)
         return [found[number] for number in sorted(found)]
 
-    def _problem(self, chosen: list[int], frame: int | None) -> MarginProblem:
-        args, samples = self.args, self.samples
-        relaxation = {"relaxation": args.relaxation} if hasattr(args, "relaxation") else {}
-        return margin_problem(
-            self.model,
-            samples.frames(args.time_step)[chosen].to(self.device),
-            samples.labels[chosen].to(self.device),
-            norm=args.p,
-            targets=None if samples.targets is None else samples.targets[chosen].to(self.device),
-            frames=args.frames if frame is None else frame,
-            clip=(0.0, 1.0) if args.clip else None,
-            ball=args.ball,
-            method=args.method,
-            alpha_steps=args.alpha_steps,
-            curve_steps=args.curve_steps,
-            time_limit=args.time_limit,
-            **relaxation,
-        )
-
-    def save_certificates(self, rows: list[Row], folder: Path) -> None:
+    def save_certificates(self, rows: Sequence[Row], folder: Path) -> None:
         """Write the certificates of some rows."""
         number = {index: sample for sample, index in enumerate(self.samples.index.tolist())}
         for frame in self.frames:
@@ -146,26 +155,50 @@ class Run:
             if own:
                 suffix = "" if frame is None else f"_frame_{frame}"
                 names = [f"{row.index:05d}{suffix}" for row in own]
-                radius = torch.tensor([row.radius for row in own], dtype=torch.float64, device=self.device)
-                write_certificates(folder, self._problem([number[row.index] for row in own], frame), radius, names)
+                problem = self.problem_of([number[row.index] for row in own], frame)
+                radius = torch.tensor([row.radius for row in own], dtype=torch.float64, device=problem.x.device)
+                write_certificates(folder, problem, radius, names)
 
-    @torch.no_grad()
-    def _search_frame(self, chosen: list[int], frame: int | None) -> RadiusResult:
-        args, samples = self.args, self.samples
-        with explained(f"in the batch of test image {samples.index[chosen[0]]}", len(chosen)):
-            return search_radius(
-                self._problem(chosen, frame),
-                tol=args.tol,
-                eps0=args.eps0,
-                max_eps=self.max_eps,
-                dtype=getattr(torch, args.dtype),
-                batch_size=len(chosen),
-            )
+    def rehearse(self) -> None:
+        """The first image, for --dry-run."""
+        rows = self.search([0])
+        print(f"dry run: image {rows[0].index} has radius {rows[0].radius:.4g}, nothing written")
+
+    def write(self, folder: Path, record: Record, ranks: Ranks) -> list[Row]:
+        """Search, write batch by batch, and report; what lies in the folder is replaced, or continued by --resume.
+
+        Every process of the run comes here; the first one gets all rows.
+        """
+        args, certificates = self.args, folder / CERTIFICATES_NAME
+        save = partial(self.save_certificates, folder=certificates) if args.save_certificate else None
+        check_writable(folder)
+        with exclusive(folder, ranks):
+            layout = {"kind": self.kind, "ranks": ranks, "attached": (CERTIFICATES_NAME,)}
+            results = find_rows(folder, record, self.jobs(), resume=args.resume, before_writing=save, **layout)
+            if not ranks.first:
+                return []
+            if args.per_frame:
+                write_examples(self.samples, folder)
+            results.finish(summarize(results.rows), utc_now())
+            report(folder)
+            if args.save_certificate:
+                print(
+                    f"certificates in {certificates}: check them by python scripts/check_certificate.py {certificates}"
+                )
+            return results.rows
 
 
-def make_record(run: Run, path: Path, config: Config, data: ImageData) -> Record:
+def report(folder: Path) -> None:
+    """Print the summary of a finished run and draw its figures."""
+    print_summary(read_record(folder)["summary"])
+    figures = plot_results(folder)
+    print(f"results in {folder}: {CSV_NAME}, run.json, {', '.join(figures)}")
+
+
+def make_record(
+    args: argparse.Namespace, samples: Samples, path: Path, config: Config, data: ImageData, device: torch.device
+) -> Record:
     """What run.json says about the run; paths inside the repository are relative to it."""
-    args, samples = run.args, run.samples
     pixels = (255 * samples.images).round().to(torch.uint8).numpy()
     return {
         "title": short_title(args),
@@ -179,7 +212,7 @@ def make_record(run: Run, path: Path, config: Config, data: ImageData) -> Record
             "drawn_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
         },
         "counts": samples.counts,
-        **run_facts(args, run.device, args.dtype),
+        **run_facts(args, device, args.dtype),
     }
 
 
@@ -195,24 +228,6 @@ def print_introduction(record: Record) -> None:
         print(f"note: the model was trained on {trained_on}, which may contain images of {data['source']}")
     print(f"perturbation: {record['threat_model']}")
     print(f"certified: {record['goal']}; eps and radius are in {record['unit']}", flush=True)
-
-
-def run_and_write(run: Run, folder: Path, record: Record, ranks: Ranks) -> None:
-    """Search and write batch by batch, then summarize and draw."""
-    args, certificates = run.args, folder / CERTIFICATES_NAME
-    save = partial(run.save_certificates, folder=certificates) if args.save_certificate else None
-    layout = {"ranks": ranks, "attached": (CERTIFICATES_NAME,)}
-    results = find_rows(folder, record, run.jobs(), resume=args.resume, before_writing=save, **layout)
-    if not ranks.first:
-        return
-    if args.per_frame:
-        write_examples(run.samples, folder)
-    results.finish(summarize(results.rows), utc_now())
-    print_summary(read_record(folder)["summary"])
-    figures = plot_results(folder)
-    print(f"results in {folder}: {results.csv_path.name}, run.json, {', '.join(figures)}")
-    if args.save_certificate:
-        print(f"certificates in {certificates}: check them by python scripts/check_certificate.py {certificates}")
 
 
 def write_examples(samples: Samples, folder: Path) -> None:

@@ -34,7 +34,16 @@ class Samples:
     counts: dict[str, int]
 
     def frames(self, num_frames: int) -> Tensor:
+        """(n, T, values a frame)"""
         return as_frames(self.images, num_frames)
+
+    def where(self, chosen: Tensor) -> Samples:
+        """Those for which ``chosen``, (n,) of bool, is true. Raises ValueError if there are none."""
+        if not bool(chosen.any()):
+            raise ValueError("nothing to certify: none of the images is chosen")
+        targets = None if self.targets is None else self.targets[chosen]
+        counts = self.counts | {"kept": int(chosen.sum())}
+        return Samples(self.index[chosen], self.images[chosen], self.labels[chosen], targets, counts)
 
 
 def draw_index(data: ImageData, args: argparse.Namespace) -> tuple[Tensor, torch.Generator]:

@@ -25,10 +25,9 @@ from ..attack.attack_file import save_attack
 from ..attack.pgd import AttackResult
 from ..runs.cli import ContradictionError, apply_common_arguments, git_commit, json_value, utc_now, versions
 from ..runs.ranks import joined, world_size
-from ..runs.results import FREE_ARGUMENTS, Record, ResultFolder, exclusive, read_record, replacing
+from ..runs.results import FREE_ARGUMENTS, Record, ResultFolder, check_writable, exclusive, read_record, replacing
 from ..runs.rows import KeyedRow
 from ..runs.work import Job, work_through
-from ..training.mnist import check_writable
 from .plots import DPI
 from .tables import Case, load_case, script_name, write_csv, write_lines
 

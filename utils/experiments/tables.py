@@ -19,13 +19,11 @@ from data.mnist import ImageData, as_frames
 from ..network.checkpoint import Config, load_checkpoint, model_name
 from ..network.models import SequenceClassifier
 from ..runs.bound_rows import statistics
-from ..runs.cli import ROOT, add_common_arguments, git_commit, norm_value, positive_int, versions
+from ..runs.cli import ROOT, git_commit, versions
 from ..runs.results import replacing
 from .arguments import check_arguments
 from .samples import draw_index, draw_samples, random_targets
-
-MODELS_DIR = ROOT / "models" / "mnist_classifier"
-QUICK_MODELS = ("rnn_4_32_tanh", "rnn_7_64_tanh", "lstm_4_32", "gru_4_32")
+from .table_arguments import MODELS_DIR
 
 
 @dataclass
@@ -50,53 +48,6 @@ class Case:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def add_table_arguments(parser: argparse.ArgumentParser, models: Sequence[str] | None, out_dir: Path) -> None:
-    """Add --models, --N, --p, --out-dir and the common flags."""
-    add_model_arguments(parser, models, out_dir)
-    parser.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball around every frame: 1, 2 or inf")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, models: Sequence[str] | None, out_dir: Path) -> None:
-    """Add --models, --N, --out-dir and the common flags."""
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=models,
-        metavar="MODEL",
-        help=f"folders in {MODELS_DIR.relative_to(ROOT)}, or paths of checkpoints",
-    )
-    parser.add_argument("--N", type=positive_int, default=20, help="test images drawn; the misclassified are left out")
-    parser.add_argument("--out-dir", type=Path, default=out_dir, help="folder of the table")
-    add_common_arguments(parser)
-
-
-def add_run_arguments(parser: argparse.ArgumentParser, norms: Sequence[float], batch_size: int) -> None:
-    """Add --models, --N, --p (several), --batch-size, --resume, --quick, --out-dir and the common flags."""
-    add_model_arguments(parser, None, ROOT / "docs" / "tables")
-    parser.add_argument(
-        "--p", type=norm_value, nargs="+", default=list(norms), help="norms of the balls around the frames: 1, 2, inf"
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="images of a batch of rows")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
-    parser.add_argument("--quick", action="store_true", help="few images of small models: under two minutes")
-
-
-def finish_run_arguments(args: argparse.Namespace, quick_images: int, gated: bool = False) -> argparse.Namespace:
-    """Models and images if they are not given: all committed models, or a few with --quick."""
-    if args.models is None:
-        args.models = list(QUICK_MODELS) if args.quick else committed_models()
-        args.models = [name for name in args.models if not (gated and name.startswith("rnn"))]
-    if args.quick:
-        args.N = min(args.N, quick_images)
-    args.p = list(dict.fromkeys(args.p))
-    return args
-
-
-def committed_models() -> list[str]:
-    """Names of all folders that hold a checkpoint."""
-    return sorted(path.parent.name for path in MODELS_DIR.glob("*/*") if path.name in ("rnn", "lstm", "gru"))
 
 
 def case_path(name: str) -> Path:

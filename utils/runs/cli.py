@@ -1,4 +1,7 @@
-"""What the command-line scripts share: arguments, devices, provenance, and how errors reach the user."""
+"""What the command-line scripts share: arguments, devices, provenance, and how errors reach the user.
+
+PyTorch takes seconds to import, so it is imported where it is used: --help is answered without.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from .ranks import world_size
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACEBACK_VARIABLE = "SHOW_TRACEBACK"
@@ -62,6 +65,8 @@ def add_common_arguments(
 
 def apply_common_arguments(args: argparse.Namespace) -> torch.device:
     """Seed torch, set its thread count and return the device. Raises ValueError if the device is not there."""
+    import torch
+
     device = resolve_device(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -71,6 +76,8 @@ def apply_common_arguments(args: argparse.Namespace) -> torch.device:
 
 def resolve_device(args: argparse.Namespace) -> torch.device:
     """The device of --device/--cuda. Raises ValueError if its name is unknown or it is not available."""
+    import torch
+
     name = "cuda" if args.cuda and args.device == "cpu" else args.device
     try:
         device = torch.device(name)
@@ -153,6 +160,8 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     # The metadata leave out the build (cpu, cu126), which can change the last digits of a result.
+    import torch
+
     return found | {"torch": str(torch.__version__)}
 
 
@@ -189,7 +198,7 @@ def run_facts(args: argparse.Namespace, device: torch.device, dtype: str = "floa
         "dtype": dtype,
         "versions": versions(),
         "commit": git_commit(),
-        "processes": world_size(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "started": utc_now(),
     }
 

@@ -71,6 +71,13 @@ def identity(record: Record) -> dict[str, Any]:
     return arguments | facts
 
 
+def check_writable(folder: Path) -> None:
+    """Make the folder and try to write in it. Raises OSError if either fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 class ResultFolder:
     """Writes the results of one run, which one process or several share.
 

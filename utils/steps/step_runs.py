@@ -10,30 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..choices.tables import RELAXATIONS
-from ..experiments.arguments import relative_tolerance
 from ..network.models import SequenceClassifier
-from ..runs.cli import positive_int
 from .step_bounds import step_attacks, step_radii
-
-
-def add_step_arguments(parser: argparse.ArgumentParser, sample: str, step: str, batch_size: int):
-    """Add the flags that say how steps are bounded; returns their group. A step is a word or a point of a sample."""
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--relaxation",
-        choices=tuple(RELAXATIONS),
-        default="plane",
-        help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants",
-    )
-    group.add_argument("--no-attack", action="store_true", help=f"leave out the attack on every {step}")
-    group.add_argument("--tol", type=relative_tolerance, default=1e-3, help="relative width of the final bracket")
-    group.add_argument("--batch-size", type=positive_int, default=batch_size, help=f"{step}s bounded at a time")
-    group.add_argument(
-        "--save-every", type=positive_int, default=20, help=f"{sample}s whose rows are found and written at a time"
-    )
-    group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
-    return group
 
 
 @dataclass(frozen=True)

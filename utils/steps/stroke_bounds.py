@@ -23,23 +23,18 @@ from data.strokes import POINT_SIZE, StrokeData, load_strokes, sequence_lengths
 from ..network.checkpoint import CheckpointError, Config, load_checkpoint
 from ..network.models import SequenceClassifier
 from ..runs.cli import (
-    ROOT,
-    add_common_arguments,
     apply_common_arguments,
     checkpoint_facts,
-    norm_value,
-    positive_int,
     run_facts,
     utc_now,
 )
 from ..runs.ranks import Ranks, joined
-from ..runs.results import CSV_NAME, Record, exclusive, read_record, replacing
+from ..runs.results import CSV_NAME, Record, check_writable, exclusive, read_record, replacing
 from ..runs.rows import KeyedRow, read_rows
 from ..runs.work import Job, batches, explained, find_rows
-from ..training.mnist import check_writable
-from ..training.strokes import DATA_HELP, predict_strokes
+from ..training.strokes import predict_strokes
 from .step_bounds import check_steps
-from .step_runs import Steps, add_step_arguments, digest, find_steps
+from .step_runs import Steps, digest, find_steps
 from .word_report import figure_title
 from .word_summary import mean_and_error, rank_correlation
 
@@ -83,21 +78,6 @@ class PointRow(PointKey, KeyedRow):
     failed_eps: float
     attack: float
     seconds: float
-
-
-def add_stroke_arguments(parser: argparse.ArgumentParser, architecture: str) -> None:
-    """Add the flags of a stroke bound script and the common ones."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--work-dir", type=Path, default=ROOT / "models" / "stroke_classifier", help="folder of the model folders"
-    )
-    group.add_argument("--model-name", default=architecture, help="name of the checkpoint in its model folder")
-    group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
-    group = parser.add_argument_group("what is certified (eps and radii: pixels of dx and dy, units of the two flags)")
-    group.add_argument("--N", type=positive_int, default=200, help="test digits drawn; the misclassified get no radius")
-    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the perturbation: 1, 2 or inf")
-    add_step_arguments(parser, "digit", "point", batch_size=100)
-    add_common_arguments(parser, data=DATA_HELP)
 
 
 def bound_stroke_classifier(args: argparse.Namespace, architecture: str) -> None:

@@ -21,27 +21,21 @@ from data.text import MAX_WORDS, PADDING, UNKNOWN, TextData, tokenize
 from ..network.checkpoint import CheckpointError
 from ..perturbation.lp_ball import INF
 from ..runs.cli import (
-    ROOT,
-    add_common_arguments,
     apply_common_arguments,
     checkpoint_facts,
-    norm_value,
-    positive_int,
     run_facts,
     utc_now,
 )
 from ..runs.ranks import Ranks, joined
-from ..runs.results import CSV_NAME, Record, exclusive
+from ..runs.results import CSV_NAME, Record, check_writable, exclusive
 from ..runs.work import Job, batches, explained, find_rows
-from ..training.mnist import check_writable
-from ..training.text import TextTask, text_model_name
+from ..training.tasks import TextTask, text_model_name
 from ..training.text_models import TextModel, load_text_model, tokens_of
+from .arguments import COMPARED, COMPARED_COLUMNS
 from .step_bounds import check_steps, sequence_radii, step_radii
-from .step_runs import Steps, add_step_arguments, digest, find_steps, search_options
+from .step_runs import Steps, digest, find_steps, search_options
 from .word_report import REPORTS, print_sentences, print_summary, write_reports
 from .word_results import (
-    COMPARED,
-    COMPARED_COLUMNS,
     SENTENCES_NAME,
     SentenceRow,
     WordKey,
@@ -68,28 +62,6 @@ class Text:
     text: str
     tokens: list[str]
     label: int
-
-
-def add_word_arguments(parser: argparse.ArgumentParser, architecture: str, task: TextTask) -> None:
-    """Add the flags of a word bound script and the common ones."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--work-dir", type=Path, default=ROOT / "models" / task.folder, help="folder of the model folders"
-    )
-    group.add_argument("--model-name", default=architecture, help="name of the checkpoint in its model folder")
-    group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
-    group.add_argument("--embedding-size", type=positive_int, default=100, help="numbers in a word's vector")
-    group = parser.add_argument_group("what is certified (eps and radii are in units of the word vectors)")
-    group.add_argument("--N", type=positive_int, default=200, help=f"test {task.item}s drawn")
-    group.add_argument(
-        "--text", action="append", metavar="TEXT", help=f"certify this {task.item} instead; may be given several times"
-    )
-    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the perturbation: 1, 2 or inf")
-    group = add_step_arguments(parser, task.item, "word", batch_size=200)
-    group.add_argument("--compare", action="store_true", help=f"also find the radii by {' and '.join(COMPARED[1:])}s")
-    group.add_argument("--show", type=positive_int, default=10, help=f"{task.item}s printed")
-    group.add_argument("--sample", action="store_true", help=f"use the small built-in sample of made-up {task.item}s")
-    add_common_arguments(parser, data=f"folder that holds the {task.item}s (default: data/)")
 
 
 def bound_text_classifier(args: argparse.Namespace, architecture: str, task: TextTask) -> None:

@@ -12,8 +12,6 @@ from ..runs.results import CSV_NAME, replacing
 from ..runs.rows import KeyedRow, ResultError, read_rows
 
 SENTENCES_NAME = "sentences.csv"
-COMPARED = ("plane", "line", "constant")
-COMPARED_COLUMNS = tuple(f"{name}_{value}" for name in COMPARED for value in ("radius", "seconds"))
 
 
 @dataclass(frozen=True)

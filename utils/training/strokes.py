@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +13,13 @@ from data.strokes import POINT_SIZE, StrokeData, load_strokes, sequence_lengths
 from ..network.checkpoint import Config, build_model
 from ..network.models import SequenceClassifier
 from ..runs.cli import (
-    ROOT,
-    add_common_arguments,
     apply_common_arguments,
-    non_negative_float,
-    positive_float,
-    positive_int,
 )
-from .mnist import check_writable, train_and_save, training_facts
+from ..runs.results import check_writable
+from .loop import train_and_save, training_facts
 
 # Movements are divided by this many pixels in the model's first layer; radii stay in pixels.
 INPUT_STD = [3.0, 3.0, 1.0, 1.0]
-DATA_HELP = "folder that holds strokes/strokes.npz or the published sequences (default: data/)"
 
 
 class StrokeNet(nn.Module):
@@ -38,21 +32,6 @@ class StrokeNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         lengths = sequence_lengths(x)
         return self.classifier(x[:, : int(lengths.max())], lengths)
-
-
-def add_stroke_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a stroke train script and the common ones."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive_int, default=12, help="passes over the training set")
-    group.add_argument("--batch-size", type=positive_int, default=128, help="digits per step")
-    group.add_argument("--lr", type=positive_float, default=1e-2, help="largest learning rate of Adam")
-    group.add_argument("--weight-decay", type=non_negative_float, default=0.05, help="decoupled weight decay of Adam")
-    group.add_argument(
-        "--save-dir", type=Path, default=ROOT / "models" / "stroke_classifier", help="folder of the model folders"
-    )
-    add_common_arguments(parser, data=DATA_HELP)
 
 
 def train_stroke_classifier(args: argparse.Namespace, architecture: str) -> None:

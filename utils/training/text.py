@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,74 +11,14 @@ from data.text import PADDING, UNKNOWN, TextData, Vocabulary, build_vocabulary, 
 
 from ..network.checkpoint import Config, build_model, save_checkpoint
 from ..runs.cli import (
-    ROOT,
-    add_common_arguments,
     apply_common_arguments,
-    non_negative_float,
-    positive_float,
-    positive_int,
 )
-from .mnist import accuracy, check_writable, plot_history, rehearse, train, training_facts
+from ..runs.results import check_writable
+from .loop import accuracy, plot_history, rehearse, train, training_facts
+from .tasks import TextTask, text_model_name
 from .text_models import TextNet
 
 EMBEDDING_SCALE = 0.1  # standard deviation of the first random vectors
-
-
-@dataclass(frozen=True)
-class TextTask:
-    """What the scripts of a text data set have in common.
-
-    Attributes:
-        name: in script names; ``folder`` that of its models.
-        load: reads the data: (data_dir, sample) to TextData.
-        item: what a text is, for the user.
-        epochs: passes over the training set, if not told otherwise.
-    """
-
-    name: str
-    folder: str
-    load: Callable[[Path | None, bool], TextData]
-    item: str
-    epochs: int
-
-
-def text_model_name(architecture: str, hidden_size: int, embedding_size: int) -> str:
-    """Folder name of a text model: lstm_32 with vectors of 100 numbers, lstm_32_d50 with others."""
-    return f"{architecture}_{hidden_size}" + (f"_d{embedding_size}" if embedding_size != 100 else "")
-
-
-def add_text_training_arguments(parser: argparse.ArgumentParser, task: TextTask) -> None:
-    """Add the flags of a text train script and the common ones."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
-    group.add_argument("--embedding-size", type=positive_int, default=100, help="numbers in a word's vector")
-    group.add_argument("--min-count", type=positive_int, default=2, help="rarer words of the training set are unknown")
-    group.add_argument(
-        "--embeddings",
-        type=Path,
-        metavar="FILE",
-        help="text file of word vectors to start from (GloVe's format); its vectors set --embedding-size",
-    )
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive_int, default=task.epochs, help="passes over the training set")
-    group.add_argument("--batch-size", type=positive_int, default=64, help=f"{task.item}s per step")
-    group.add_argument("--lr", type=positive_float, default=3e-3, help="largest learning rate of Adam")
-    group.add_argument("--weight-decay", type=non_negative_float, default=0.1, help="decoupled weight decay of Adam")
-    group.add_argument("--dropout", type=probability, default=0.5, help="share of zeros in word vectors and last state")
-    group.add_argument("--word-dropout", type=probability, default=0.1, help="share of words read as unknown")
-    group.add_argument(
-        "--save-dir", type=Path, default=ROOT / "models" / task.folder, help="folder of the model folders"
-    )
-    group.add_argument("--sample", action="store_true", help=f"use the small built-in sample of made-up {task.item}s")
-    add_common_arguments(parser, data=f"folder that holds the {task.item}s (default: data/)")
-
-
-def probability(text: str) -> float:
-    """argparse type: a number from 0 to below 1."""
-    value = non_negative_float(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
-    return value
 
 
 def train_text_classifier(args: argparse.Namespace, architecture: str, task: TextTask) -> None:

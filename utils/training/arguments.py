@@ -1,0 +1,90 @@
+"""The flags of the train scripts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..runs.cli import ROOT, add_common_arguments, non_negative_float, positive_float, positive_int
+from .tasks import TextTask
+
+STROKES_HELP = "folder that holds strokes/strokes.npz or the published sequences (default: data/)"
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, hidden_size: int = 64, time_step: int = 7) -> None:
+    """Add the flags that all MNIST train scripts share, with the given defaults, and the common ones."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--hidden-size", type=positive_int, default=hidden_size, help="size of the hidden state")
+    group.add_argument(
+        "--time-step", type=positive_int, default=time_step, help="frames an image is cut into; must divide 28"
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive_int, default=30, help="passes over the training set")
+    group.add_argument("--batch-size", type=positive_int, default=128, help="images per step")
+    group.add_argument("--lr", type=positive_float, default=3e-3, help="largest learning rate of Adam")
+    group.add_argument(
+        "--weight-decay",
+        type=non_negative_float,
+        default=0.3,
+        help="decoupled weight decay of Adam; more of it makes smaller weights and larger radii",
+    )
+    group.add_argument(
+        "--save-dir", type=Path, default=ROOT / "models" / "mnist_classifier", help="folder of the model folders"
+    )
+    add_common_arguments(parser)
+
+
+def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --num-layers and --bidirectional."""
+    group = parser.add_argument_group("stack")
+    group.add_argument("--num-layers", type=positive_int, default=1, help="recurrent layers on top of each other")
+    group.add_argument("--bidirectional", action="store_true", help="read the frames in both directions")
+
+
+def add_text_training_arguments(parser: argparse.ArgumentParser, task: TextTask) -> None:
+    """Add the flags of a text train script and the common ones."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
+    group.add_argument("--embedding-size", type=positive_int, default=100, help="numbers in a word's vector")
+    group.add_argument("--min-count", type=positive_int, default=2, help="rarer words of the training set are unknown")
+    group.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="text file of word vectors to start from (GloVe's format); its vectors set --embedding-size",
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive_int, default=task.epochs, help="passes over the training set")
+    group.add_argument("--batch-size", type=positive_int, default=64, help=f"{task.item}s per step")
+    group.add_argument("--lr", type=positive_float, default=3e-3, help="largest learning rate of Adam")
+    group.add_argument("--weight-decay", type=non_negative_float, default=0.1, help="decoupled weight decay of Adam")
+    group.add_argument("--dropout", type=probability, default=0.5, help="share of zeros in word vectors and last state")
+    group.add_argument("--word-dropout", type=probability, default=0.1, help="share of words read as unknown")
+    group.add_argument(
+        "--save-dir", type=Path, default=ROOT / "models" / task.folder, help="folder of the model folders"
+    )
+    group.add_argument("--sample", action="store_true", help=f"use the small built-in sample of made-up {task.item}s")
+    add_common_arguments(parser, data=f"folder that holds the {task.item}s (default: data/)")
+
+
+def probability(text: str) -> float:
+    """argparse type: a number from 0 to below 1."""
+    value = non_negative_float(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
+    return value
+
+
+def add_stroke_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a stroke train script and the common ones."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive_int, default=12, help="passes over the training set")
+    group.add_argument("--batch-size", type=positive_int, default=128, help="digits per step")
+    group.add_argument("--lr", type=positive_float, default=1e-2, help="largest learning rate of Adam")
+    group.add_argument("--weight-decay", type=non_negative_float, default=0.05, help="decoupled weight decay of Adam")
+    group.add_argument(
+        "--save-dir", type=Path, default=ROOT / "models" / "stroke_classifier", help="folder of the model folders"
+    )
+    add_common_arguments(parser, data=STROKES_HELP)
