@@ -95,9 +95,9 @@ def test_howto_runs():
 
 
 def test_pages_link_to_files_that_exist():
-    for page in ("tutorial.md", "howto.md", "certificates.md"):
+    for page in ("tutorial.md", "howto.md", "extending.md", "certificates.md"):
         text = (ROOT / "docs" / page).read_text()
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (ROOT / "docs" / target).exists(), (page, target)
-        for path in re.findall(r"(?:scripts|utils|tests|lstm|gru|vanilla_rnn)/\w+\.(?:py|sh)", text):
+        for path in re.findall(r"(?:scripts|utils|tests|lstm|gru|vanilla_rnn)/[\w/]+\.(?:py|sh)", text):
             assert (ROOT / path).exists(), (page, path)
