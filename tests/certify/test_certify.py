@@ -120,9 +120,12 @@ def test_misclassified_samples_have_radius_zero():
     model = net()
     x, labels = samples(model)
     wrong = torch.tensor([True, False, True, False, False])
-    radius = certified_radius(model, x, torch.where(wrong, (labels + 1) % CLASSES, labels))
+    radius = certified_radius(model, x, torch.where(wrong, (labels + 1) % CLASSES, labels), tol=TOL)
     assert (radius[wrong] == 0).all()
-    assert torch.equal(radius[~wrong], certified_radius(model, x[~wrong], labels[~wrong]))
+    # Rounding, which a batch's size changes, may end a search elsewhere in its bracket: what is certified is compared.
+    alone = certified_radius(model, x[~wrong], labels[~wrong], tol=TOL)
+    assert (worst(model, x[~wrong], labels[~wrong], radius[~wrong]) > 0).all()
+    torch.testing.assert_close(radius[~wrong], alone, rtol=TOL, atol=0.0)
 
 
 def test_one_radius_a_frame():

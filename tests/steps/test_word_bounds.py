@@ -101,8 +101,9 @@ def test_padding_does_not_matter():
     wider = torch.cat((other, torch.full((3, 2, 3), 7.0).double()), dim=1)
     for variant in (other, wider):
         found = step_radii(model, variant, labels, LENGTHS, tol=1e-2).radius[:, :LONGEST]
-        assert torch.equal(found.nan_to_num(), expected.radius.nan_to_num())
-    torch.testing.assert_close(sequence_radii(model, other, labels, LENGTHS, tol=1e-2), whole)
+        # Other strides may round otherwise, and a search may then end elsewhere in its bracket.
+        torch.testing.assert_close(found, expected.radius, rtol=1e-2, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(sequence_radii(model, other, labels, LENGTHS, tol=1e-2), whole, rtol=1e-2, atol=0.0)
 
 
 def test_misclassified_sequences_get_zero():
