@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.graph import Graph
-from utils.symbolic import Builder, Symbol, UnsupportedError, check_scores, constant, join
+from utils.symbolic import MAX_MATRIX, Builder, Symbol, UnsupportedError, check_scores, constant, join
 from utils.vnnlib import unpacked
 
 Value = Symbol | Tensor
@@ -160,7 +160,7 @@ def read_onnx(
     """
     onnx, path = import_onnx(), Path(path)
     data = unpacked(path)
-    packed = data if path.stat().st_size != len(data) else None
+    packed = None if data == path.read_bytes() else data
     try:
         model = onnx.load(str(path)) if packed is None else onnx.load_from_string(data)
         if model.functions:
@@ -767,14 +767,28 @@ def _conv(
         raise UnsupportedError(f"a convolution over {rank} axes is not supported")
     strides, dilations = strides or [1] * rank, dilations or [1] * rank
     padding = _conv_padding(x, weight.shape[2:], strides, dilations, pads, auto_pad)
-    function, weight = (F.conv1d, F.conv2d, F.conv3d)[rank - 1], weight.double()
+    matrix = _conv_matrix(x.shape[1:], weight.double(), padding, strides, dilations, group)
     if bias is not None:
-        bias = bias.reshape(-1, *[1] * rank)
+        bias = bias.repeat_interleave(matrix[0, ..., 0].numel())
+    y = reader.builder.linear(x.view(lambda part: part.flatten(1)), matrix.flatten(0, -2), bias)
+    return y.view(lambda part: part.reshape(-1, *matrix.shape[:-1]))
 
-    def convolve(part: Tensor) -> Tensor:
-        return function(F.pad(part, padding), weight, None, tuple(strides), 0, tuple(dilations), group)
 
-    return reader.builder.linear_map(x, convolve, bias)
+def _conv_matrix(shape: torch.Size, weight: Tensor, padding, strides, dilations, group: int) -> Tensor:
+    """The matrix, (*outputs, inputs), of a convolution over inputs of a shape (channels, ...)."""
+    taps = F.pad(torch.arange(shape.numel()).reshape(shape), padding, value=-1)  # numbers of the inputs
+    for axis, (size, stride, dilation) in enumerate(zip(weight.shape[2:], strides, dilations, strict=True), start=1):
+        taps = taps.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    places = taps.shape[1 : len(shape)]  # (channels, *places, *kernel)
+    if len(weight) * places.numel() * shape.numel() > MAX_MATRIX:
+        raise UnsupportedError(f"a convolution of {shape.numel()} values is too large for its matrix to be kept")
+    taps = taps.unflatten(0, (group, -1)).movedim(1, len(shape)).reshape(group, 1, places.numel(), -1)
+    factors = weight.reshape(group, len(weight) // group, 1, -1)
+    matrix = torch.zeros(group, len(weight) // group, places.numel(), shape.numel(), dtype=weight.dtype)
+    full = torch.broadcast_shapes(taps.shape, factors.shape)
+    factors = torch.where(taps < 0, 0.0, factors.expand(full))  # of padding, which is 0
+    matrix.scatter_add_(3, taps.clamp(min=0).expand(full), factors)
+    return matrix.reshape(len(weight), *places, shape.numel())
 
 
 @operator("AveragePool")

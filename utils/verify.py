@@ -34,7 +34,7 @@ MAX_BATCH = 64
 TUNED_SIDES, TUNED_SHARE = 24, 0.5
 TUNED_STEPS = (40, 80, 160)  # of tuning curved bounds
 TUNING_COST = 10.0  # bounds that the time must suffice for if tuning is to start
-PART_WORK = 1e10  # multiplications and additions that are done without a look at the clock, about
+PART_WORK = 3e9  # multiplications and additions that are done without a look at the clock, about
 NEWTON_STEPS, NEIGHBOURS = 20, 256  # of the search for inputs at which outputs are equal to a number
 MAX_NUMBERS = 20_000_000  # that describe open boxes: above, memory would run out
 # What onnxruntime's float32 outputs may miss a constraint by, relative to its limit, for a counter-example to count.
