@@ -5,7 +5,8 @@
 
 Prints sat (with a counter-example, checked in float64 and by onnxruntime), unsat (proved), unknown or timeout. --out
 gets the same, followed by the counter-example. A list has rows onnx,vnnlib,timeout, with paths from its own folder;
-every row of the results is written as soon as it is known.
+every row of the results is written as soon as it is known. What fails in a row is that row's error; the exit code is 2
+then.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ def get_args() -> argparse.Namespace:
         "--results", type=Path, metavar="CSV", help="results of the list; counter-examples lie beside it"
     )
     parser.add_argument("--resume", action="store_true", help="go on with results that are there already")
+    parser.add_argument(
+        "--input-shape", type=positive_int, nargs="+", metavar="N", help="of the network, if the file leaves axes open"
+    )
     parser.add_argument("--no-split", action="store_true", help="do not split the box of inputs: bound it as a whole")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the attack's starts")
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
@@ -51,7 +55,7 @@ import torch
 
 from utils.certify.verify import Verdict, Verifier
 from utils.certify.vnnlib import counter_example, read_vnnlib
-from utils.network.onnx_graph import OnnxNetwork, read_onnx
+from utils.network.onnx_graph import OnnxNetwork, import_onnx, read_onnx
 from utils.runs.results import replacing
 
 COLUMNS = ("onnx", "vnnlib", "timeout", "result", "seconds", "boxes", "message")
@@ -61,10 +65,16 @@ DEFAULT_TIMEOUT = 60.0
 def verify(args: argparse.Namespace, onnx: Path, vnnlib: Path, timeout: float, networks: dict) -> Verdict:
     """Read and verify one instance; reading counts towards its time."""
     deadline = time.monotonic() + timeout
-    if onnx not in networks:
-        networks.clear()  # lists are ordered by network as a rule
-        networks[onnx] = read_onnx(onnx)
-    verifier = Verifier(networks[onnx], read_vnnlib(vnnlib), deadline, split=not args.no_split, seed=args.seed)
+    try:
+        prop = read_vnnlib(vnnlib)
+        key = (onnx, prop.num_inputs)
+        if key not in networks:
+            networks.clear()  # lists are ordered by network as a rule
+            shape, count = args.input_shape, prop.num_inputs
+            networks[key] = read_onnx(onnx, shape=shape, num_inputs=count, deadline=deadline)
+        verifier = Verifier(networks[key], prop, deadline, split=not args.no_split, seed=args.seed)
+    except TimeoutError:
+        return Verdict("timeout")
     return Verdict("unknown") if args.dry_run else verifier.run()
 
 
@@ -122,7 +132,7 @@ def run_list(args: argparse.Namespace) -> bool:
         print(f"{len(instances)} instances, {len(done)} of them finished")
         return True
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    networks: dict[Path, OnnxNetwork] = {}
+    networks: dict[tuple[Path, int], OnnxNetwork] = {}
     counts: dict[str, int] = {}
     for row in done:
         counts[row["result"]] = counts.get(row["result"], 0) + 1
@@ -131,21 +141,21 @@ def run_list(args: argparse.Namespace) -> bool:
         if args.results.stat().st_size == 0:
             writer.writeheader()
         for number, (onnx, vnnlib, timeout) in list(enumerate(keys))[len(done) :]:
-            started, message = time.monotonic(), ""
+            started = time.monotonic()
             try:
                 verdict = verify(args, root / onnx, root / vnnlib, float(timeout), networks)
-            except (ValueError, OSError) as error:
-                verdict, message = Verdict("error"), describe_error(error)
+            except Exception as error:  # whatever it is, the rows that follow have a right to their own verdicts
+                verdict = Verdict("error", note=describe_error(error))
             seconds = time.monotonic() - started
             if verdict.x is not None:
                 write_result(args.results.with_name(f"{args.results.stem}_counterexamples") / f"{number}.txt", verdict)
-            cells = (onnx, vnnlib, timeout, verdict.result, f"{seconds:.3f}", verdict.boxes, message)
+            cells = (onnx, vnnlib, timeout, verdict.result, f"{seconds:.3f}", verdict.boxes, verdict.note)
             writer.writerow(dict(zip(COLUMNS, cells, strict=True)))
             file.flush()
             os.fsync(file.fileno())
             counts[verdict.result] = counts.get(verdict.result, 0) + 1
             print(
-                f"{number + 1}/{len(keys)} {onnx} {vnnlib}: {verdict.result} ({seconds:.2f} s) {message}".rstrip(),
+                f"{number + 1}/{len(keys)} {onnx} {vnnlib}: {verdict.result} ({seconds:.2f} s) {verdict.note}".rstrip(),
                 flush=True,
             )
     print(", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
@@ -156,6 +166,7 @@ def main() -> None:
     args = get_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    import_onnx()  # which takes seconds: before the clock of the first row
     if args.instances is not None:
         if not run_list(args):
             sys.exit(2)
@@ -170,6 +181,8 @@ def main() -> None:
     print(verdict.result)
     if verdict.x is not None:
         print(counter_example(verdict.x, verdict.y), end="")
+    if verdict.note:
+        print(f"note: {verdict.note}", file=sys.stderr)
     print(f"{time.monotonic() - started:.2f} s, {verdict.boxes} boxes bounded", file=sys.stderr)
 
 

@@ -8,6 +8,7 @@ fits all neurons, narrow or wide. One set of slopes a sample serves all the rows
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 from torch import Tensor
@@ -71,7 +72,12 @@ def _ranges(bounds: BoundPass, node: NonLinear) -> list[tuple[tuple[Tensor, Tens
 
 
 def tune_slopes(
-    graph: Graph, perturbation: Perturbation, rows: Tensor, steps: int, start: SlopeTable | None = None
+    graph: Graph,
+    perturbation: Perturbation,
+    rows: Tensor,
+    steps: int,
+    start: SlopeTable | None = None,
+    deadline: float = math.inf,
 ) -> tuple[SlopeTable, Tensor]:
     """Ascend the worst margin of every sample in the slopes of all planes, those of intermediate bounds too.
 
@@ -80,6 +86,7 @@ def tune_slopes(
         rows: the spec matrix C, (batch, n_specs, classes).
         steps: gradient steps; each costs about three bounds.
         start: slopes to start from; those of "crown" if left out.
+        deadline: no step is begun that would end after ``time.perf_counter()`` is this.
 
     Returns:
         The best slopes that were met and their worst margins, (batch,).
@@ -94,8 +101,11 @@ def tune_slopes(
     if not leaves:
         return origin, best_margin
     optimizer = torch.optim.Adam(leaves, lr=STEP_SIZE, betas=(0.9, 0.99))
-    best = origin
+    best, longest = origin, 0.0
     for step in range(steps + 1):
+        began = time.perf_counter()
+        if began + longest > deadline:
+            break
         with torch.enable_grad():
             slopes = _shifted(origin, ranges, shifts)
             margin = BoundPass(graph, perturbation, "crown", slopes=slopes).margin(rows).amin(dim=1)
@@ -107,6 +117,7 @@ def tune_slopes(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        longest = max(longest, time.perf_counter() - began)
     return best, best_margin
 
 

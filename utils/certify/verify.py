@@ -2,12 +2,13 @@
 
 A property is "unsat", proved, if the boxes can be covered by boxes in each of which, for every conjunction of output
 constraints, one constraint's least violation ``rows @ Y - limits`` is bounded above 0 (by more than a slack for
-rounding). It is "sat" if an input is found that satisfies a conjunction, in float64 and, where onnxruntime is
-installed, there too. Everything else is "unknown", or "timeout".
+rounding). It is "sat" if an input is found that satisfies a conjunction, in float64 and, where onnxruntime can run the
+file, there too. Everything else is "unknown", or "timeout": whatever takes long looks at the clock.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -18,9 +19,12 @@ from ..bounds.alpha import tune_slopes
 from ..bounds.curve import CurvedPass, tune_curves
 from ..bounds.passes import BoundPass
 from ..choices.method import ALPHA_STEPS
+from ..graph.graph import Graph
+from ..graph.nodes import Linear, Node
 from ..graph.nonlinear import NonLinear
 from ..network.onnx_graph import OnnxNetwork
 from ..perturbation.lp_ball import INF
+from ..perturbation.sets import InputSet
 from .problem import SLACK
 from .vnnlib import Case, Property
 
@@ -32,20 +36,37 @@ MAX_BATCH = 64
 # A box of few sides is soon cut small. One of many is bounded as tightly as can be, for this share of the time.
 TUNED_SIDES, TUNED_SHARE = 24, 0.5
 TUNED_STEPS = (40, 80, 160)  # of tuning curved bounds
+TUNING_COST = 10.0  # bounds that the time must suffice for if tuning is to start
+PART_WORK = 3e9  # multiplications and additions that are done without a look at the clock, about
+NEWTON_STEPS, NEIGHBOURS = 20, 256  # of the search for inputs at which outputs are equal to a number
 MAX_NUMBERS = 20_000_000  # that describe open boxes: above, memory would run out
 # What onnxruntime's float32 outputs may miss a constraint by, relative to its limit, for a counter-example to count.
 RUNTIME_ROOM = 1e-5
+STRICT_NOTE = "< and > are read as <= and >= for unsat; sat meets them as they are"
 
 
-class BoxSet:
-    """Perturbation set of boxes, as ``utils.bounds.passes`` asks of it: lower and upper are (batch, T, n)."""
+def check_clock(deadline: float) -> None:
+    """Raises TimeoutError once ``time.monotonic()`` is beyond the deadline."""
+    if time.monotonic() > deadline:
+        raise TimeoutError("the time limit is reached")
+
+
+def work_per_row(graph: Graph, node: Node | None = None) -> int:
+    """About the multiplications and additions that one row of a backward pass from a node takes, or one evaluation."""
+    nodes = graph.nodes if node is None else graph.nodes[: node.index + 1]
+    return 1 + 2 * sum(weight.numel() for part in nodes if isinstance(part, Linear) for weight in part.weights)
+
+
+class BoxSet(InputSet):
+    """Perturbation set of boxes, as ``utils.bounds`` asks of it: lower and upper are (batch, T, n).
+
+    All passes ask it at the end of every part of their work, where it raises TimeoutError after the deadline.
+    """
 
     norm = INF
 
-    ball = "frame"
-
-    def __init__(self, lower: Tensor, upper: Tensor):
-        self.x = lower  # any point of the boxes
+    def __init__(self, lower: Tensor, upper: Tensor, deadline: float = math.inf):
+        self.x, self.deadline = lower, deadline  # x is any point of the boxes
         self._center, self._radius = 0.5 * (lower + upper), 0.5 * (upper - lower)
         # Both ends must be inside however centre and radius were rounded.
         self._radius = torch.maximum(self._radius, torch.maximum(upper - self._center, self._center - lower))
@@ -61,20 +82,32 @@ class BoxSet:
         return self._radius[:, frame]
 
     def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
+        check_clock(self.deadline)
         return (coefficients.abs() @ self._radius[:, frame, :, None]).squeeze(-1)
 
     def total_deviation(self, deviations: list[Tensor]) -> Tensor:
         return torch.stack(torch.broadcast_tensors(*deviations), dim=-1).sum(dim=-1)
 
 
+class PartedPass(BoundPass):
+    """A "crown" pass that bounds rows in parts: between two of them the set looks at the clock."""
+
+    def lower_bound(self, node: Node, rows: Tensor) -> Tensor:
+        size = max(1, int(PART_WORK / work_per_row(self.graph, node) / len(self.perturbation.x)))
+        if rows.shape[1] <= size:
+            return super().lower_bound(node, rows)
+        return torch.cat([super(PartedPass, self).lower_bound(node, part) for part in rows.split(size, dim=1)], dim=-1)
+
+
 @dataclass
 class Verdict:
-    """``result`` is sat, unsat, unknown or timeout; x and y are the counter-example of sat."""
+    """``result`` is sat, unsat, unknown or timeout; x and y are the counter-example of sat; note is for the reader."""
 
     result: str
     x: Tensor | None = None
     y: Tensor | None = None
     boxes: int = 0
+    note: str = ""
 
 
 class Verifier:
@@ -93,6 +126,8 @@ class Verifier:
             raise ValueError(
                 f"the network ends with a {network.softmax}, which is left out: the property may only compare outputs"
             )
+        if prop.input_shape is not None and _long_axes(prop.input_shape) != _long_axes(network.input_shape):
+            raise ValueError(f"the network's input is {network.input_shape}, the property's {prop.input_shape}")
         self.network, self.property, self.deadline, self.split = network, prop, deadline, split
         self.generator = torch.Generator().manual_seed(seed)
         self.session = network.session()
@@ -100,10 +135,19 @@ class Verifier:
 
     def run(self) -> Verdict:
         """The verdict; sat and unsat are final, whatever time is left."""
-        problems = [_CaseProblem(self.network, case) for case in self.property.cases]
+        try:
+            verdict = self._decide()
+        except TimeoutError:
+            verdict = Verdict("timeout")
+        verdict.boxes = self.boxes
+        notes = [STRICT_NOTE] * self.property.strict + [self.network.note] * bool(self.network.note)
+        verdict.note = "; ".join(notes)
+        return verdict
+
+    def _decide(self) -> Verdict:
+        problems = [_CaseProblem(self.network, case, self.deadline) for case in self.property.cases]
         for problem in problems:
-            if self._time_left() <= 0:
-                return Verdict("timeout")
+            check_clock(self.deadline)
             lower, upper = problem.case.lower[None], problem.case.upper[None]
             found = self._confirmed(problem.attack(lower, upper, RESTARTS, STEPS, self.generator))
             if found is not None:
@@ -114,7 +158,7 @@ class Verifier:
             if verdict.result in ("sat", "timeout"):
                 return verdict
             names.append(verdict.result)
-        return Verdict("unknown" if "unknown" in names else "unsat", boxes=self.boxes)
+        return Verdict("unknown" if "unknown" in names else "unsat")
 
     def _time_left(self) -> float:
         return self.deadline - time.monotonic()
@@ -124,14 +168,17 @@ class Verifier:
         lower, upper = problem.case.lower[None], problem.case.upper[None]
         if int((upper > lower).sum()) >= TUNED_SIDES:
             self.boxes += 1
-            deadline = time.perf_counter() + TUNED_SHARE * self._time_left()
-            if float(problem.bound(lower, upper)[0]) > 0 or problem.proved_by_tuning(lower, upper, deadline):
+            started = time.monotonic()
+            if float(problem.bound(lower, upper)[0]) > 0:
+                return Verdict("unsat")
+            left = self._time_left()
+            deadline = time.perf_counter() + TUNED_SHARE * left
+            if TUNING_COST * (time.monotonic() - started) < left and problem.proved_by_tuning(lower, upper, deadline):
                 return Verdict("unsat")
         scores = torch.zeros(1, dtype=DTYPE)
         batch = 1
         while len(lower):
-            if self._time_left() <= 0:
-                return Verdict("timeout", boxes=self.boxes)
+            check_clock(self.deadline)
             if lower.numel() > MAX_NUMBERS:
                 return Verdict("unknown")
             order = scores.argsort()  # the most violated first: there a counter-example would be
@@ -162,6 +209,7 @@ class Verifier:
     def _confirmed(self, points: Tensor) -> Verdict | None:
         """The first of the points (k, n) that is a counter-example, also to onnxruntime."""
         for x in points:
+            check_clock(self.deadline)
             (scores,) = self.network.graph.evaluate(self.network.frames(x[None]))
             if not self.property.holds_for(x, scores):
                 continue
@@ -170,20 +218,22 @@ class Verifier:
                 outputs = self.network.runtime_outputs(x[None], self.session)[0]
                 if not self.property.holds_for(x, outputs, RUNTIME_ROOM):
                     continue
-            return Verdict("sat", x, outputs, self.boxes)
+            return Verdict("sat", x, outputs)
         return None
 
 
 class _CaseProblem:
     """A case's constraints, stacked: the violations ``rows @ Y - limits`` of all its conjunctions."""
 
-    def __init__(self, network: OnnxNetwork, case: Case):
-        self.network, self.case = network, case
+    def __init__(self, network: OnnxNetwork, case: Case, deadline: float = math.inf):
+        self.network, self.case, self.deadline = network, case, deadline
         self.rows = torch.cat([rows for rows, _ in case.conjunctions])
         self.limits = torch.cat([limits for _, limits in case.conjunctions])
         sizes = torch.tensor([len(limits) for _, limits in case.conjunctions])
         self.owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         self.conjunctions = len(sizes)
+        self.part = max(1, int(PART_WORK / 3 / work_per_row(network.graph)))  # inputs that are attacked at once
+        self.with_equalities = [k for k, part in enumerate(case.conjunctions) if _has_equality(*part)]
 
     def violations(self, x: Tensor) -> Tensor:
         """(..., rows) at inputs (..., n); a conjunction is satisfied where all of its own are <= 0."""
@@ -208,10 +258,10 @@ class _CaseProblem:
             )
         if not len(self.limits):
             return torch.full((len(lower),), -torch.inf, dtype=DTYPE), slopes
-        return self._score(BoundPass(self.network.graph, self._boxes(lower, upper)), self._room(center)), slopes
+        return self._score(PartedPass(self.network.graph, self._boxes(lower, upper)), self._room(center)), slopes
 
     def _boxes(self, lower: Tensor, upper: Tensor) -> BoxSet:
-        return BoxSet(self.network.frames(lower), self.network.frames(upper))
+        return BoxSet(self.network.frames(lower), self.network.frames(upper), self.deadline)
 
     def _score(self, passed: BoundPass, room: Tensor) -> Tensor:
         margins = passed.margin(self.rows[None]) - self.limits - room
@@ -235,7 +285,7 @@ class _CaseProblem:
         room = self._room(0.5 * (lower + upper))
         aim = float((self.limits + room).max())
         if not any(isinstance(node, NonLinear) and node.curved for node in graph.nodes):
-            slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS)
+            slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS, deadline=deadline)
             return bool(self._score(BoundPass(graph, boxes, slopes=slopes), room) > 0)
         curves = None
         for steps in TUNED_STEPS:
@@ -248,28 +298,83 @@ class _CaseProblem:
 
     @torch.no_grad()
     def attack(self, lower: Tensor, upper: Tensor, restarts: int, steps: int, generator: torch.Generator) -> Tensor:
-        """Points, (k, n), that came nearest to satisfying each conjunction, by signs of the gradient, nearest first."""
+        """Points, (k, n), that came nearest to satisfying each conjunction, by signs of the gradient, nearest first.
+
+        It ends at the deadline with what it has found.
+        """
+        lower, upper = torch.maximum(lower, self.case.inner_lower), torch.minimum(upper, self.case.inner_upper)
+        upper = torch.maximum(lower, upper)  # where only the excluded side is left, ``Property.holds_for`` says no
         shape = (len(lower), self.conjunctions, restarts, lower.shape[-1])
-        low, high = lower[:, None, None], upper[:, None, None]
-        x = low + torch.rand(shape, generator=generator, dtype=DTYPE) * (high - low)
-        x[:, :, 0] = 0.5 * (lower + upper)[:, None]
-        best, best_x = torch.full(shape[:3], torch.inf, dtype=DTYPE), x.clone()
-        for step in range(steps + 1):
-            settled = inside_float32(x, low, high)
-            with torch.enable_grad():
-                at = settled.requires_grad_()
-                own = self.worst(self.violations(at)).diagonal(dim1=1, dim2=-1).movedim(-1, 1)
-                gradient = torch.zeros_like(at)
-                if len(self.limits):
-                    (gradient,) = torch.autograd.grad(own.sum(), at)
-            own, settled = own.detach(), settled.detach()
-            better = own < best
-            best, best_x = torch.where(better, own, best), torch.where(better[..., None], settled, best_x)
-            rate = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (step / max(steps, 1))
-            x = torch.minimum(torch.maximum(settled - rate * (high - low) * gradient.sign(), low), high)
-        best, best_x = best.flatten(), best_x.flatten(0, 2)
+        low, high = (end[:, None, None].expand(shape).reshape(-1, shape[-1]) for end in (lower, upper))
+        goals = torch.arange(self.conjunctions)[:, None].expand(shape[:3]).reshape(-1)
+        x = low + torch.rand(low.shape, generator=generator, dtype=DTYPE) * (high - low)
+        first = torch.arange(len(x)) % restarts == 0
+        x[first] = 0.5 * (low + high)[first]
+        best, best_x = torch.full((len(x),), torch.inf, dtype=DTYPE), x.clone()
+        try:
+            for step in range(steps + 1):
+                settled = inside_float32(x, low, high)
+                own, gradient = self._goal_gradients(settled, goals)
+                better = own < best
+                best, best_x = torch.where(better, own, best), torch.where(better[:, None], settled, best_x)
+                rate = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (step / max(steps, 1))
+                x = torch.minimum(torch.maximum(settled - rate * (high - low) * gradient.sign(), low), high)
+        except TimeoutError:
+            pass
         order = best.argsort()
-        return best_x[order[best[order] <= 0]][:50]
+        found = [best_x[order[best[order] <= 0]][:50]]
+        if not len(found[0]):
+            for goal in self.with_equalities:
+                start = int(torch.where(goals == goal, best, torch.inf).argmin())
+                found.append(self._equal(best_x[start], low[start], high[start], goal, generator))
+        return torch.cat(found)
+
+    def _goal_gradients(self, x: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest violation of each input's own conjunction, (k,), and its gradient, (k, n)."""
+        found, gradients = [], []
+        for part, goal in zip(x.split(self.part), goals.split(self.part), strict=True):
+            check_clock(self.deadline)
+            with torch.enable_grad():
+                at = part.clone().requires_grad_()
+                own = self.worst(self.violations(at)).gather(1, goal[:, None]).squeeze(1)
+                gradient = torch.autograd.grad(own.sum(), at)[0] if len(self.limits) else torch.zeros_like(part)
+            found.append(own.detach())
+            gradients.append(gradient)
+        return torch.cat(found), torch.cat(gradients)
+
+    def _equal(self, x: Tensor, lower: Tensor, upper: Tensor, goal: int, generator: torch.Generator) -> Tensor:
+        """Inputs, (k, n), near to x at which a conjunction holds with its equalities.
+
+        Newton's method for what is violated, then neighbours of its last point: some of them have, rounded to
+        float64, just the outputs that are asked for.
+        """
+        rows, limits = self.rows[self.owner == goal], self.limits[self.owner == goal]
+        width = upper - lower
+        for _ in range(NEWTON_STEPS):
+            check_clock(self.deadline)
+            with torch.enable_grad():
+                at = x.clone().requires_grad_()
+                violated = rows @ self.network.graph.evaluate(self.network.frames(at[None]))[0] - limits
+                active = (violated > 0).nonzero().squeeze(-1).tolist()
+                slopes = [torch.autograd.grad(violated[k], at, retain_graph=True)[0] for k in active]
+            if not active:
+                return x[None]
+            step = width * (torch.linalg.pinv(torch.stack(slopes) * width) @ violated.detach()[active])
+            x = torch.minimum(torch.maximum(x - step, lower), upper)
+        spread = torch.randint(-8, 9, (NEIGHBOURS, len(x)), generator=generator) * torch.finfo(DTYPE).eps
+        near = torch.minimum(torch.maximum(x + spread * x.abs(), lower), upper)
+        worst, _ = self._goal_gradients(near, torch.full((NEIGHBOURS,), goal))
+        return near[worst.argsort()[:50]]
+
+
+def _has_equality(rows: Tensor, limits: Tensor) -> bool:
+    """Whether one constraint is another's opposite."""
+    both = torch.cat((rows, limits[:, None]), dim=1)
+    return bool((both[:, None] == -both[None]).all(dim=-1).any())
+
+
+def _long_axes(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def inside_float32(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""VNN-LIB 1.0 properties: input boxes and what must not happen to the outputs in them.
+"""VNN-LIB properties: input boxes and what must not happen to the outputs in them.
 
 A property describes the counter-examples: it is "sat" if some input X in its boxes makes the outputs Y satisfy its
-constraints, and "unsat", which is what a safe network gives, if none does. Read are declarations of X_i and Y_j, and
-assertions of <= and >= between sums of outputs, inputs and numbers, nested in "and" and "or".
+constraints, and "unsat", which is what a safe network gives, if none does. Read are declarations of X_i and Y_j, or
+VNN-LIB 2.0's of one network, and assertions of <=, >=, <, > and = between sums of outputs or inputs and numbers,
+nested in "and" and "or". Sums are exact; what is left of them is rounded to the nearest float64.
 """
 
 from __future__ import annotations
@@ -12,14 +13,23 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..runs.unpack import unpacked
+
 MAX_CASES = 100_000
-TOKEN = re.compile(r"[()]|[^\s()]+")
-VARIABLE = re.compile(r"([XY])_(\d+)")
+TOKEN = re.compile(r""";[^\n]*|"[^"]*"|\|[^|]*\||\[[^\[\]()]*\]|[()]|[^\s()\[\];"|]+|\S""")
+VARIABLE = re.compile(r"([XY])_(0|[1-9][0-9]*)")
+ELEMENT = re.compile(r"(\w+)\[((?:[0-9]+(?:,[0-9]+)*)?)\]", re.ASCII)  # of VNN-LIB 2.0
+NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
+MAX_EXPONENT = 400  # float64 holds numbers up to 1e308 and down to 5e-324
+SMALLEST_FACTOR = 1e-290  # below, float64 has fewer digits
+BELOW_ZERO = -5e-324  # the float64 below 0
+MAX_DIGITS, MAX_ELEMENTS = 1000, 10_000_000
 
 
 class PropertyError(ValueError):
@@ -30,24 +40,36 @@ class PropertyError(ValueError):
 class Case:
     """A box of inputs, lower and upper (n,), and conjunctions of output constraints: ``rows @ Y <= limits`` each.
 
-    A counter-example is an X in the box whose Y satisfies all constraints of some conjunction.
+    A counter-example is an X in the box whose Y satisfies all constraints of some conjunction. ``inner_lower`` and
+    ``inner_upper`` leave out the sides that < and > exclude: X must be there, a proof is of the whole box. A limit
+    of ``rows @ Y < limit`` is the float64 below it, which means the same for float64 numbers.
     """
 
     lower: Tensor
     upper: Tensor
     conjunctions: list[tuple[Tensor, Tensor]]
+    inner_lower: Tensor = None
+    inner_upper: Tensor = None
+
+    def __post_init__(self):
+        self.inner_lower = self.lower if self.inner_lower is None else self.inner_lower
+        self.inner_upper = self.upper if self.inner_upper is None else self.inner_upper
 
 
 @dataclass
 class Property:
+    """``strict`` says whether a constraint is < or >; the shapes are those that VNN-LIB 2.0 declares."""
+
     num_inputs: int
     num_outputs: int
     cases: list[Case]
+    strict: bool = False
+    input_shape: tuple[int, ...] | None = None
 
     def holds_for(self, x: Tensor, y: Tensor, tolerance: float = 0.0) -> bool:
         """Whether input x, (n,), with outputs y, (m,), is a counter-example."""
         for case in self.cases:
-            inside = bool(((x >= case.lower - tolerance) & (x <= case.upper + tolerance)).all())
+            inside = bool(((x >= case.inner_lower - tolerance) & (x <= case.inner_upper + tolerance)).all())
             for rows, limits in case.conjunctions:
                 if inside and bool((rows @ y <= limits + tolerance * (1.0 + limits.abs())).all()):
                     return True
@@ -55,64 +77,96 @@ class Property:
 
     @property
     def compares_outputs_only(self) -> bool:
-        """Whether all constraints are of the form Y_i <= Y_j, which no softmax changes."""
+        """Whether all constraints are of the form Y_i <= Y_j or Y_i < Y_j, which no softmax changes."""
         parts = [part for case in self.cases for part in case.conjunctions]
         for rows, limits in parts:
             ordered = rows.sort(dim=1).values
             pairs = (ordered[:, 0] == -1) & (ordered[:, -1] == 1) & ((rows != 0).sum(dim=1) == 2)
-            if not bool(((limits == 0) & pairs).all()):
+            if not bool((((limits == 0) | (limits == BELOW_ZERO)) & pairs).all()):
                 return False
         return True
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-Linear = dict[str, float]  # coefficients by variable; the constant is that of ""
-Conjunction = list[Linear]  # each <= 0
+Variable = tuple[str, int]  # X or Y, and its number
+CONSTANT: Variable = ("", 0)
+Linear = dict[Variable, Fraction]  # coefficients, exact
+
+
+@dataclass(frozen=True)
+class Bound:
+    """X_number <= value, or >= if not ``upper``; < or > if strict."""
+
+    number: int
+    upper: bool
+    value: Fraction
+    strict: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """``sum coefficients * Y <= limit``; if strict, the limit is the float64 below the one that is not reached."""
+
+    coefficients: tuple[tuple[int, float], ...]
+    limit: float
+    strict: bool
+
+
+Conjunction = list[Bound | Row]
 
 
 def read_vnnlib(path: str | Path) -> Property:
-    """The property of a file.
+    """The property of a file, which gzip may have packed.
 
     Raises:
         PropertyError: it is no VNN-LIB property, or has something else than boxes and linear output constraints.
     """
     path = Path(path)
     try:
-        return parse_vnnlib(path.read_text())
+        return parse_vnnlib(unpacked(path).decode("utf-8-sig"))
     except (PropertyError, UnicodeDecodeError, RecursionError) as error:
         raise PropertyError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def parse_vnnlib(text: str) -> Property:
     """The property of a text; see ``read_vnnlib``."""
-    declared: dict[str, set[int]] = {"X": set(), "Y": set()}
-    formulas = [[[]]]
+    names: dict[str, Variable] = {}
+    formulas: list[list[Conjunction]] = [[[]]]
+    shape = None
     for command in _expressions(text):
         match command:
             case ["declare-const", str(name), "Real"] | ["declare-fun", str(name), [], "Real"]:
-                kind, number = _variable(name)
-                if number in declared[kind]:
+                if name in names:
                     raise PropertyError(f"{name} is declared twice")
-                declared[kind].add(number)
+                names[name] = _variable(name)
+            case ["declare-network", str(), *parts] if not names:
+                shape = _declare_tensors(parts, names)
+            case ["declare-network", *_]:
+                raise PropertyError("a second network or input is declared: one is supported")
             case ["assert", formula]:
-                formulas.append(_cases(formula, declared))
-            case ["set-logic" | "set-info" | "set-option" | "check-sat" | "get-model" | "exit", *_]:
+                formulas.append(_cases(formula, names))
+            case ["set-logic" | "set-info" | "set-option" | "check-sat" | "get-model" | "exit" | "vnnlib-version", *_]:
                 pass
             case _:
                 raise PropertyError(f"{_shown(command)} is not understood")
     counts = {}
-    for kind, numbers in declared.items():
+    for kind in "XY":
+        numbers = {number for own, number in names.values() if own == kind}
         counts[kind] = len(numbers)
         if not numbers or numbers != set(range(len(numbers))):
             raise PropertyError(f"{kind}_0, {kind}_1 ... must be declared without a gap")
     boxes: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
     for conjunction in _product(formulas):
-        box, rows, limits = _split(conjunction, counts)
-        if all(low <= high for low, high in zip(*box, strict=True)):
-            boxes.setdefault(box, []).append((rows, limits))
-    cases = [Case(_vector(low), _vector(high), parts) for (low, high), parts in boxes.items()]
-    return Property(counts["X"], counts["Y"], cases)
+        box = _box([atom for atom in conjunction if isinstance(atom, Bound)], counts["X"])
+        if box is not None:
+            rows = [atom for atom in conjunction if isinstance(atom, Row)]
+            boxes.setdefault(box, []).append(_rows(rows, counts["Y"]))
+    cases = [
+        Case(_vector(box[0]), _vector(box[1]), parts, _vector(box[2]), _vector(box[3])) for box, parts in boxes.items()
+    ]
+    strict = any(atom.strict for cases in formulas for conjunction in cases for atom in conjunction)
+    return Property(counts["X"], counts["Y"], cases, strict, shape)
 
 
 def _vector(numbers) -> Tensor:
@@ -120,15 +174,19 @@ def _vector(numbers) -> Tensor:
 
 
 def _expressions(text: str) -> list:
-    """Nested lists of the text's words; comments go from ; to the end of the line."""
+    """Nested lists of the text's words; comments go from ; to the end of the line, an index belongs to its tensor."""
     stack: list[list] = [[]]
-    for token in TOKEN.findall(re.sub(r";[^\n]*", "", text)):
+    for token in TOKEN.findall(text):
+        if token[0] == ";":
+            continue
         if token == "(":
             stack.append([])
         elif token == ")":
             if len(stack) == 1:
                 raise PropertyError("a parenthesis closes that was not opened")
             stack[-2].append(stack.pop())
+        elif token[0] == "[" and stack[-1] and isinstance(stack[-1][-1], str):
+            stack[-1][-1] += re.sub(r"\s", "", token)
         else:
             stack[-1].append(token)
     if len(stack) > 1:
@@ -141,25 +199,58 @@ def _shown(expression) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _variable(name: str) -> tuple[str, int]:
+def _variable(name: str) -> Variable:
+    """Each variable has one spelling: Y_00 is none."""
     match = VARIABLE.fullmatch(name)
     if match is None:
-        raise PropertyError(f"{name} is no input X_i or output Y_j")
+        raise PropertyError(f"{name} is no input X_i or output Y_j, numbered 0, 1, 2 ...")
     return match[1], int(match[2])
 
 
-def _cases(formula, declared: dict[str, set[int]]) -> list[Conjunction]:
+def _declare_tensors(parts: list, names: dict[str, Variable]) -> tuple[int, ...]:
+    """Enter the elements of VNN-LIB 2.0's input and output tensors, in row-major order; the shape of the input."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in parts:
+        match part:
+            case ["declare-input" | "declare-output" as command, str(name), str(kind)]:
+                letter = "X" if command == "declare-input" else "Y"
+                found = ELEMENT.fullmatch(kind)
+            case _:
+                raise PropertyError(f"{_shown(part)} is not supported: declare one input and one output")
+        if re.fullmatch(r"[A-Za-z]\w*", name) is None:
+            raise PropertyError(f"{name} is no name of a tensor")
+        if letter in shapes:
+            raise PropertyError(f"{_shown(part)}: one input and one output are supported")
+        if found is None or found[1].lower() not in ("real", "float", "float32", "float64"):
+            raise PropertyError(f"{_shown(part)}: the type must be real, float32 or float64, with a shape like [1,5]")
+        shapes[letter] = tuple(int(size) for size in found[2].split(",")) if found[2] else ()
+        if math.prod(shapes[letter]) > MAX_ELEMENTS:
+            raise PropertyError(f"{_shown(part)} is too large")
+        for number, index in enumerate(itertools.product(*map(range, shapes[letter]))):
+            element = f"{name}[{','.join(map(str, index))}]" if index else name
+            if element in names:
+                raise PropertyError(f"{name} is declared twice")
+            names[element] = (letter, number)
+    return shapes.get("X")
+
+
+def _cases(formula, names: dict[str, Variable]) -> list[Conjunction]:
     """The formula as a disjunction of conjunctions."""
     match formula:
         case ["and", *parts]:
-            return _product([_cases(part, declared) for part in parts])
+            return _product([_cases(part, names) for part in parts])
         case ["or", *parts]:
-            return [case for part in parts for case in _cases(part, declared)]
-        case ["<=" | ">=" as relation, left, right]:
-            low, high = (left, right) if relation == "<=" else (right, left)
-            return [[_combined(_linear(low, declared), _linear(high, declared), -1.0)]]
+            return [case for part in parts for case in _cases(part, names)]
+        case ["<=" | ">=" | "<" | ">" | "=" | "==" as relation, *parts] if len(parts) >= 2:
+            values = [_linear(part, names) for part in parts]
+            pairs = list(itertools.pairwise(values if relation[0] != ">" else values[::-1]))
+            if relation[0] == "=":
+                pairs += [pair[::-1] for pair in pairs]
+            return [[_atom(_combined(low, high, -1), relation in ("<", ">")) for low, high in pairs]]
+        case ["!=", left, right]:
+            return [*_cases(["<", left, right], names), *_cases([">", left, right], names)]
         case _:
-            raise PropertyError(f"{_shown(formula)} is not understood: use and, or, <= and >=")
+            raise PropertyError(f"{_shown(formula)} is not understood: use and, or, <=, >=, <, > and =")
 
 
 def _product(formulas: list[list[Conjunction]]) -> list[Conjunction]:
@@ -171,79 +262,109 @@ def _product(formulas: list[list[Conjunction]]) -> list[Conjunction]:
     return [common + [part for case in chosen for part in case] for chosen in itertools.product(*choices)]
 
 
-def _linear(expression, declared: dict[str, set[int]]) -> Linear:
+def _linear(expression, names: dict[str, Variable]) -> Linear:
     """Coefficients of a sum of variables and numbers."""
     match expression:
         case str(text):
-            if text[0] in "XY":
-                kind, number = _variable(text)
-                if number not in declared[kind]:
-                    raise PropertyError(f"{text} is not declared")
-                return {text: 1.0}
-            return {"": _number(text)}
+            if text in names:
+                return {names[text]: Fraction(1)}
+            if re.match(r"[XY]_|\w+\[", text):
+                raise PropertyError(f"{text} is not declared")
+            return {CONSTANT: _number(text)}
         case ["+", *parts]:
             total: Linear = {}
             for part in parts:
-                total = _combined(total, _linear(part, declared), 1.0)
+                total = _combined(total, _linear(part, names), 1)
             return total
         case ["-", part]:
-            return _combined({}, _linear(part, declared), -1.0)
+            return _combined({}, _linear(part, names), -1)
         case ["-", first, *parts]:
-            return _combined(_linear(first, declared), _linear(["+", *parts], declared), -1.0)
+            return _combined(_linear(first, names), _linear(["+", *parts], names), -1)
         case ["*", *parts]:
-            factors = [_linear(part, declared) for part in parts]
-            variable = [factor for factor in factors if set(factor) - {""}]
+            factors = [_linear(part, names) for part in parts]
+            variable = [factor for factor in factors if set(factor) - {CONSTANT}]
             if len(variable) > 1:
                 raise PropertyError(f"{_shown(expression)} is not linear")
-            number = math.prod(factor[""] for factor in factors if factor not in variable)
-            return _combined({}, variable[0] if variable else {"": 1.0}, number)
+            number = math.prod(factor.get(CONSTANT, Fraction(0)) for factor in factors if factor not in variable)
+            return _combined({}, variable[0] if variable else {CONSTANT: Fraction(1)}, number)
         case _:
             raise PropertyError(f"{_shown(expression)} is not understood")
 
 
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+def _number(text: str) -> Fraction:
+    match = NUMBER.fullmatch(text)
+    if match is None:
         raise PropertyError(f"{text} is no number")
-    return value
+    if len(text) > MAX_DIGITS or abs(int(match[1] or 0)) > MAX_EXPONENT:
+        raise PropertyError(f"{_shown(text)} is too large or too small a number")
+    return Fraction(text)
 
 
-def _combined(first: Linear, second: Linear, factor: float) -> Linear:
+def _float(value: Fraction) -> float:
+    """The nearest float64."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise PropertyError("a number is too large for float64") from None
+
+
+def _combined(first: Linear, second: Linear, factor: int | Fraction) -> Linear:
     total = dict(first)
     for name, value in second.items():
-        total[name] = total.get(name, 0.0) + factor * value
+        total[name] = total.get(name, 0) + factor * value
     return total
 
 
-def _split(conjunction: Conjunction, counts: dict[str, int]) -> tuple[tuple, Tensor, Tensor]:
-    """The box of a conjunction, (lower, upper), and its output constraints: rows and limits."""
-    lower, upper = [-math.inf] * counts["X"], [math.inf] * counts["X"]
-    outputs: list[tuple[dict[int, float], float]] = []
-    for constraint in conjunction:
-        names = [name for name, value in constraint.items() if name and value != 0.0]
-        limit = -constraint.get("", 0.0)
-        inputs = [name for name in names if name[0] == "X"]
-        if not inputs:
-            outputs.append(({_variable(name)[1]: constraint[name] for name in names}, limit))
-            continue
-        if len(names) > 1:
-            raise PropertyError(f"inputs are supported in bounds X_i <= number only, not with {', '.join(names[:3])}")
-        number, factor = _variable(inputs[0])[1], constraint[inputs[0]]
-        if factor > 0:
-            upper[number] = min(upper[number], limit / factor)
-        else:
-            lower[number] = max(lower[number], limit / factor)
-    for number, (low, high) in enumerate(zip(lower, upper, strict=True)):
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise PropertyError(f"X_{number} has no {'upper' if math.isfinite(low) else 'lower'} bound")
-    rows = torch.zeros(len(outputs), counts["Y"], dtype=torch.float64)
-    for row, (coefficients, _) in enumerate(outputs):
-        for number, value in coefficients.items():
+def _atom(constraint: Linear, strict: bool) -> Bound | Row:
+    """``constraint <= 0``, or < 0, as a bound of an input or a row of outputs."""
+    limit = -constraint.get(CONSTANT, Fraction(0))
+    factors = {name: value for name, value in constraint.items() if name != CONSTANT and value != 0}
+    inputs = [name for name in factors if name[0] == "X"]
+    if not inputs:
+        coefficients = {number: _float(value) for (_, number), value in factors.items()}
+        if any(abs(value) < SMALLEST_FACTOR for value in coefficients.values()):
+            raise PropertyError("a factor of an output is too small for float64")
+        limit = _float(limit)
+        return Row(tuple(coefficients.items()), math.nextafter(limit, -math.inf) if strict else limit, strict)
+    if len(factors) > 1:
+        shown = ", ".join(f"{kind}_{number}" for kind, number in list(factors)[:3])
+        raise PropertyError(f"inputs are supported in bounds X_i <= number only, not with {shown}")
+    factor = factors[inputs[0]]
+    return Bound(inputs[0][1], factor > 0, limit / factor, strict)
+
+
+def _box(bounds: list[Bound], count: int) -> tuple[tuple[float, ...], ...] | None:
+    """(lower, upper, inner lower, inner upper) of a conjunction, or None if it is empty."""
+    tightest: dict[tuple[int, bool], Bound] = {}
+    for bound in bounds:
+        key = (bound.number, bound.upper)
+        old = tightest.get(key)
+        inside = old is None or (bound.value < old.value if bound.upper else bound.value > old.value)
+        if inside or (bound.strict and bound.value == old.value):
+            tightest[key] = bound
+    ends = []
+    for number in range(count):
+        low, high = tightest.get((number, False)), tightest.get((number, True))
+        if low is None or high is None:
+            raise PropertyError(f"X_{number} has no {'lower' if low is None else 'upper'} bound")
+        ends.append((low, high))
+    if any(low.value > high.value or (low.value == high.value and (low.strict or high.strict)) for low, high in ends):
+        return None
+    lower, upper = (tuple(_float(pair[side].value) for pair in ends) for side in (0, 1))
+    inner = (
+        tuple(math.nextafter(end, away) if pair[side].strict else end for pair, end in zip(ends, outer, strict=True))
+        for side, outer, away in ((0, lower, math.inf), (1, upper, -math.inf))
+    )
+    return (lower, upper, *inner)
+
+
+def _rows(atoms: list[Row], count: int) -> tuple[Tensor, Tensor]:
+    """Output constraints of a conjunction: rows and limits."""
+    rows = torch.zeros(len(atoms), count, dtype=torch.float64)
+    for row, atom in enumerate(atoms):
+        for number, value in atom.coefficients:
             rows[row, number] = value
-    return (tuple(lower), tuple(upper)), rows, _vector([limit for _, limit in outputs])
+    return rows, _vector([atom.limit for atom in atoms])
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

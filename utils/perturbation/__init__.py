@@ -3,6 +3,6 @@
 from .balls import Ball
 from .lp_ball import INF, NORMS, dual_norm
 from .moves import FrameBalls
-from .sets import Perturbation, clip_of
+from .sets import InputSet, Perturbation, clip_of
 
-__all__ = ["INF", "NORMS", "Ball", "FrameBalls", "Perturbation", "clip_of", "dual_norm"]
+__all__ = ["INF", "NORMS", "Ball", "FrameBalls", "InputSet", "Perturbation", "clip_of", "dual_norm"]

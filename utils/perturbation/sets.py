@@ -18,8 +18,50 @@ def clip_of(clip: tuple[float, float] | None, dtype: torch.dtype) -> tuple[float
     return clip and tuple(float(torch.tensor(end, dtype=dtype)) for end in clip)
 
 
+class InputSet:
+    """Where the true input may lie, as passes ask of it; ``x``, (batch, T, n), is a point of the set.
+
+    A set has ``norm``, ``is_exact``, ``center``, ``half_widths`` if it is a box, ``frame_deviation`` and
+    ``total_deviation``; see ``Perturbation``.
+    """
+
+    x: Tensor
+    norm: float
+
+    @property
+    def is_box(self) -> bool:
+        return self.norm == INF
+
+    @property
+    def is_round(self) -> bool:
+        """Whether balls look the same in any orthonormal coordinates."""
+        return self.norm == 2.0
+
+    def half_widths(self, frame: int) -> Tensor:
+        """Half the sides of the frame's box, (batch, n)."""
+        raise NotImplementedError
+
+    # --- for squares of linear functions: ``utils.bounds.curve`` ---
+
+    def box(self, frames: list[int], squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales s, (batch, n), and half-widths of the box of delta_j / s_j over some frames.
+
+        They depend on how much coordinates matter, by their ``squares`` of coefficients; others would be sound too.
+        """
+        sides = torch.cat([self.half_widths(frame) for frame in frames], dim=-1)
+        root = floored(squares).sqrt()
+        return (sides / root).sqrt(), (sides * root).sqrt()
+
+    def most_of_squares(self, frames: list[int], weights: Tensor, jacobian: Tensor) -> Tensor | None:
+        """A bound of  max over the set of  sum_k w_k (J_k delta)^2,  (batch, rows), where vertices give a good one.
+
+        None where they do not. Weights are (batch, rows, size), J is (batch, size, n).
+        """
+        return None
+
+
 @dataclass
-class Perturbation:
+class Perturbation(InputSet):
     """The set of sequences x' that a bound has to hold for.
 
     Attributes:
@@ -103,37 +145,13 @@ class Perturbation:
         """Most that sum_t g_t x'_t can deviate, (batch,), for g of the shape of x: as if no range were valid."""
         return self._ball.total(self.eps * dual_norm(gradients, self.norm), self.norm)
 
-    # --- for squares of linear functions: ``utils.bounds.curve`` ---
-
-    @property
-    def is_box(self) -> bool:
-        return self.norm == INF
-
-    @property
-    def is_round(self) -> bool:
-        """Whether balls look the same in any orthonormal coordinates."""
-        return self.norm == 2.0
-
-    def box(self, frames: list[int], squares: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales s, (batch, n), and half-widths of the box of delta_j / s_j over some frames.
-
-        They depend on how much coordinates matter, by their ``squares`` of coefficients; others would be sound too.
-        """
-        sides = torch.cat([self.half_widths(frame) for frame in frames], dim=-1)
-        root = floored(squares).sqrt()
-        return (sides / root).sqrt(), (sides * root).sqrt()
-
     def ellipsoid(self, frames: list[int], squares: Tensor, widths: list[int]) -> tuple[Tensor, Tensor]:
         """``Ball.ellipsoid`` for some frames of such widths."""
         eps = torch.stack([self.eps[:, frame] for frame in frames], dim=-1)
         return self._ball.ellipsoid(eps, squares, widths)
 
     def most_of_squares(self, frames: list[int], weights: Tensor, jacobian: Tensor) -> Tensor | None:
-        """A bound of  max over the set of  sum_k w_k (J_k delta)^2,  (batch, rows), where vertices give a good one.
-
-        Over l_1 balls a convex function's maximum is at a vertex of each, and roots of frames add up. None for other
-        norms. Weights are (batch, rows, size), J is (batch, size, n).
-        """
+        """Over l_1 balls a convex function's maximum is at a vertex of each, and roots of frames add up."""
         if self.norm != 1.0:
             return None
         roots = []
