@@ -22,7 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's messages about itself
 
-from utils.runs.cli import ArgumentParser, git_commit, norm_value, positive_int, resolve_device, run_main, versions
+from utils.runs.cli import (
+    ArgumentParser,
+    answer_early,
+    git_commit,
+    norm_value,
+    positive_int,
+    resolve_device,
+    run_main,
+    versions,
+)
 
 QUICK = {"batch_sizes": [4], "repeats": 2, "frames_sweep": [2, 4], "hidden_sweep": [8, 16], "sweep_batch": 4}
 
@@ -61,7 +70,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 import torch
 from matplotlib.figure import Figure

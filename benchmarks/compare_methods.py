@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.choices import RELAXATIONS
 from utils.experiments.table_arguments import add_table_arguments, committed_models
-from utils.runs.cli import ROOT, ArgumentParser, apply_common_arguments, positive_float, run_main
+from utils.runs.cli import ROOT, ArgumentParser, answer_early, apply_common_arguments, positive_float, run_main
 
 QUICK_MODELS = ("rnn_4_32_tanh", "lstm_4_32", "gru_4_32")
 
@@ -39,7 +39,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 import torch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.runs.cli import ArgumentParser, run_main
+from utils.runs.cli import ArgumentParser, answer_early, run_main
 from utils.training.arguments import add_stack_arguments, add_training_arguments
 
 
@@ -20,7 +20,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 from data.mnist import as_frames, load_mnist
 from utils.network.checkpoint import build_model, model_name, save_checkpoint
@@ -28,6 +28,7 @@ from utils.runs.cli import apply_common_arguments
 from utils.runs.results import check_writable
 from utils.training.loop import accuracy, plot_history, rehearse, train
 from utils.training.mnist import check_slices, make_config
+from utils.training.state import TrainingState
 
 
 def main() -> None:
@@ -48,13 +49,15 @@ def main() -> None:
         return rehearse(model, frames[0], labels[0], args, path)
     check_writable(path.parent)
 
-    # Train.
-    history = train(model, frames, labels, args)
+    # Train; every epoch is kept, and --resume goes on from the last one.
+    state = TrainingState(path, args, labels[0])
+    history = train(model, frames, labels, args, state)
 
     # Evaluate, save and draw.
     config["train_accuracy"] = accuracy(model, frames[0], labels[0])
     config["test_accuracy"] = accuracy(model, frames[1], labels[1])
     save_checkpoint(path, model, config)
+    state.discard()
     plot_history(history, path.parent / "training_curve.png", model_name(config))
     print(f"test accuracy {config['test_accuracy']:.4f} ({len(labels[1])} images of {data.source}), ", end="")
     print(f"training accuracy {config['train_accuracy']:.4f}; saved {path}")

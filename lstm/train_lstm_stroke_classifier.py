@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.runs.cli import ArgumentParser, run_main
+from utils.runs.cli import ArgumentParser, answer_early, run_main
 from utils.training.arguments import add_stroke_training_arguments
 
 
@@ -19,7 +19,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 from utils.training.strokes import train_stroke_classifier
 

@@ -16,7 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.runs.cli import ArgumentParser, apply_common_arguments, non_negative_int, norm_value, positive_int, run_main
+from utils.runs.cli import (
+    ArgumentParser,
+    answer_early,
+    apply_common_arguments,
+    non_negative_int,
+    norm_value,
+    positive_int,
+    run_main,
+)
 
 UNIT = "amplitude of the wave"  # in which eps and radius are: that of the input
 CELLS = ("lstm", "gru", "rnn")
@@ -40,7 +48,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 import torch
 from torch import Tensor, nn

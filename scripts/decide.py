@@ -33,6 +33,7 @@ from utils.runs.cli import (
     ArgumentParser,
     ContradictionError,
     add_common_arguments,
+    answer_early,
     apply_common_arguments,
     norm_value,
     positive_float,
@@ -65,6 +66,7 @@ def get_args() -> argparse.Namespace:
         "--time-limit", type=positive_float, default=TIME_LIMIT, help="seconds an image; a step begun is finished"
     )
     group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
+    group.add_argument("--overwrite", action="store_true", help="replace results of another run in the folder")
     group.add_argument(
         "--out-dir", type=Path, help="folder of the results (default: P_norm_verdicts beside the checkpoint)"
     )
@@ -73,7 +75,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 import torch
 from torch import Tensor
@@ -86,10 +88,9 @@ from utils.experiments.table_run import make_record
 from utils.experiments.tables import Case, load_all_images, norm_text
 from utils.experiments.wording import UNIT, describe_goal, describe_threat
 from utils.runs.ranks import Ranks, joined
-from utils.runs.results import Record, check_writable, exclusive, read_record
+from utils.runs.results import Record, check_writable, digest, exclusive, read_record
 from utils.runs.rows import KeyedRow
 from utils.runs.work import Job, find_rows
-from utils.steps.step_runs import digest
 
 CSV_NAME, EXAMPLES_NAME = "verdicts.csv", "counterexamples"
 DRY_SECONDS = 1.0  # at most, for the only image of a dry run
@@ -271,9 +272,8 @@ def run_and_write(run: Run, folder: Path, record: Record, ranks: Ranks) -> None:
     """Decide image by image, then count."""
     layout = {"csv_name": CSV_NAME, "derived": (), "attached": (EXAMPLES_NAME,), "ranks": ranks}
     save = partial(run.save_examples, folder=folder / EXAMPLES_NAME)
-    results = find_rows(
-        folder, record, run.jobs(), kind=VerdictRow, resume=run.args.resume, before_writing=save, **layout
-    )
+    layout |= {"resume": run.args.resume, "overwrite": run.args.overwrite}
+    results = find_rows(folder, record, run.jobs(), kind=VerdictRow, before_writing=save, **layout)
     if ranks.first:
         results.finish(summarize(results.rows), utc_now())
         print("\n".join(result_lines(results.rows, run.args)))

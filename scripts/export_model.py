@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.runs.cli import (
     ArgumentParser,
     add_common_arguments,
+    answer_early,
     apply_common_arguments,
     positive_float,
     positive_int,
@@ -45,7 +46,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 import torch
 

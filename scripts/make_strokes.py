@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.runs.cli import ROOT, ArgumentParser, positive_int, run_main
+from utils.runs.cli import ROOT, ArgumentParser, answer_early, positive_int, run_main
 
 
 def get_args() -> argparse.Namespace:
@@ -29,7 +29,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 import numpy as np
 from tqdm import tqdm

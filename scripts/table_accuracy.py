@@ -23,7 +23,7 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
-from utils.runs.cli import ArgumentParser, positive_float, positive_int, run_main
+from utils.runs.cli import ArgumentParser, answer_early, positive_float, positive_int, run_main
 
 EPS = {1.0: (0.05, 0.1, 0.2, 0.5, 1.0), 2.0: (0.02, 0.05, 0.1, 0.2, 0.3), inf: (0.002, 0.005, 0.01, 0.02, 0.03)}
 
@@ -41,7 +41,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 import torch
 from matplotlib.figure import Figure

@@ -28,7 +28,7 @@ from utils.choices import METHODS
 from utils.choices.method import TUNED_METHODS
 from utils.experiments.arguments import add_effort_arguments
 from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
-from utils.runs.cli import ArgumentParser, run_main
+from utils.runs.cli import ArgumentParser, answer_early, run_main
 
 # Each of these begins with what the one before it does, so it must not certify less.
 NESTED = ("crown", *TUNED_METHODS)
@@ -53,7 +53,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 import numpy as np
 from matplotlib.axes import Axes

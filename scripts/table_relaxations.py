@@ -18,7 +18,7 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
-from utils.runs.cli import ArgumentParser, run_main
+from utils.runs.cli import ArgumentParser, answer_early, run_main
 
 MODELS = tuple(f"{kind}_{size}" for kind in ("lstm", "gru") for size in ("4_32", "7_64", "14_64"))
 
@@ -33,7 +33,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 import torch
 from matplotlib.figure import Figure

@@ -20,7 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.runs.cli import ArgumentParser, describe_error, non_negative_int, positive_float, positive_int, run_main
+from utils.runs.cli import (
+    ArgumentParser,
+    answer_early,
+    describe_error,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    run_main,
+)
 
 
 def get_args() -> argparse.Namespace:
@@ -49,7 +57,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 import torch
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.experiments.arguments import add_bound_arguments
-from utils.runs.cli import ArgumentParser, run_main
+from utils.runs.cli import ArgumentParser, answer_early, run_main
 
 
 def get_args() -> argparse.Namespace:
@@ -28,7 +28,7 @@ def get_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    get_args()  # --help and mistyped flags are answered before the imports below, which take seconds
+    answer_early(get_args)  # before the imports below, which take seconds
 
 from dataclasses import replace
 
@@ -83,7 +83,7 @@ def main() -> None:
         if args.dry_run:
             run.rehearse()
         else:
-            run.write(path.parent / result_folder_name(args), record, ranks)
+            run.write(args.out_dir or path.parent / result_folder_name(args), record, ranks)
 
 
 if __name__ == "__main__":

@@ -268,9 +268,11 @@ def test_the_drawing_depends_on_the_seed_alone(copied):
     for flags in (("--batch-size", 3), ("--dtype", "float32")):
         copied.bound(*flags)
         assert drawn() == reference
-    copied.bound("--N", 7)
+    assert_one_line(copied.bound("--N", 7), "--N was 12, now it is 7", "--overwrite", "--out-dir")
+    assert drawn() == reference
+    copied.bound("--N", 7, "--overwrite")
     assert drawn() == reference[: len(drawn())] and len(drawn()) >= 5
-    copied.bound("--seed", 5)
+    copied.bound("--seed", 5, "--overwrite")
     assert drawn() != reference
 
 
@@ -414,7 +416,7 @@ def test_numbers_that_overflow_are_one_line(copied, tmp_path):
     torch.save(content, copied.checkpoint)
     copied.data = make_data(tmp_path / "data", copied.checkpoint)
     before = snapshot(copied.work)
-    assert_one_line(copied.bound(), "NaN")
+    assert_one_line(copied.bound("--overwrite"), "NaN")
     assert snapshot(copied.work) == before
 
 

@@ -14,9 +14,9 @@ from utils.runs.results import (
     FIGURES,
     RECORD_NAME,
     ResultFolder,
+    digest,
     read_record,
     replacing,
-    unfinished_rows,
     write_record,
 )
 from utils.runs.rows import ResultError, column_names, format_row, parse_row
@@ -88,11 +88,49 @@ def test_rows_are_in_the_file_as_soon_as_they_are_appended(tmp_path):
     rows = rows_of(KEYS)
     results = written(tmp_path, rows[:1])
     assert read_rows(tmp_path / CSV_NAME)[0] == rows[:1]
-    assert read_record(tmp_path)["status"] == "running" and unfinished_rows(tmp_path) == 1
+    assert read_record(tmp_path)["status"] == "running"
     results.append(rows[1:])
     assert read_rows(tmp_path / CSV_NAME)[0] == rows
     results.finish(summarize(rows), "now")
-    assert read_record(tmp_path)["status"] == "finished" and unfinished_rows(tmp_path) == 0
+    assert read_record(tmp_path)["status"] == "finished"
+
+
+def test_rows_that_will_not_be_made_anew_are_not_replaced(tmp_path):
+    """Another sample, fewer samples or other data: only if asked for. The same rows again, or more: yes."""
+    written(tmp_path, rows_of(KEYS))
+    for keys, record in (
+        (KEYS[:1], RECORD),
+        (KEYS[1:], RECORD),
+        (KEYS, RECORD | {"data": {"drawn_sha256": "other"}}),
+    ):
+        with pytest.raises(ResultError, match="give --overwrite"):
+            ResultFolder(tmp_path, record, keys).replaced()
+    earlier, changes = ResultFolder(tmp_path, RECORD, KEYS).replaced()
+    assert earlier == len(KEYS) and changes == []
+    changed = RECORD | {"arguments": RECORD["arguments"] | {"tol": 0.5}}
+    earlier, changes = ResultFolder(tmp_path, changed, KEYS).replaced()
+    assert earlier == len(KEYS) and "--tol was" in changes[0]
+    (tmp_path / CSV_NAME).write_text("nothing that could be read")
+    assert ResultFolder(tmp_path, RECORD, KEYS[:1]).replaced() == (0, [])
+
+
+def test_more_samples_continue_fewer_that_begin_alike(tmp_path):
+    samples = [b"one", b"two", b"three"]
+
+    def record(count: int) -> dict:
+        arguments = RECORD["arguments"] | {"N": count}
+        counts, data = {"kept": count}, {"drawn_sha256": digest(samples[:count])}
+        return RECORD | {"arguments": arguments, "counts": counts, "data": data}
+
+    rows = rows_of(KEYS)
+    ResultFolder(tmp_path, record(1), KEYS[:1]).append(rows[:1])
+    grown = ResultFolder(tmp_path, record(2), KEYS[:2], resume=True, drawn=samples[:2])
+    assert grown.rows == rows[:1]
+    grown.append(rows[1:2])
+    assert read_rows(tmp_path / CSV_NAME)[0] == rows[:2]
+    for count, drawn in ((3, [b"two", b"one", b"three"]), (1, samples[:1])):
+        with pytest.raises(ResultError, match="--N was 2"):
+            ResultFolder(tmp_path, record(count), KEYS[:count], resume=True, drawn=drawn)
 
 
 def test_rows_in_another_order_than_the_keys_are_refused(tmp_path):

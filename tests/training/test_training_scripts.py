@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from mnist_files import ROOT, assert_one_line_error, run_script, write_mnist_folder
-from test_bound_scripts import call
+from test_bound_scripts import assert_one_line, call
 
 from data.mnist import as_frames, load_mnist
 from utils.network.checkpoint import load_checkpoint
 from utils.runs import cli
+from utils.training import loop
 from utils.training.loop import accuracy, rate_factor
+from utils.training.state import STATE_NAME
 
 RNN = "vanilla_rnn/train_rnn_mnist_classifier.py"
 LSTM = "lstm/train_lstm_mnist_classifier.py"
@@ -142,7 +146,7 @@ def test_interruption_leaves_the_earlier_checkpoint(tmp_path, data):
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and errors == "interrupted\n"
+    assert process.returncode == 130 and errors.endswith("--resume continues\ninterrupted\n")
     assert files_under(tmp_path) == {"rnn_7_8_tanh/rnn": b"earlier"}
 
 
@@ -209,3 +213,63 @@ def test_git_commit(tmp_path):
     commit = cli.git_commit(ROOT)
     assert commit is None or len(commit) >= 40
     assert cli.git_commit(ROOT / "utils") is None
+
+
+# --- interrupted trainings --------------------------------------------------------------------------------------------
+
+TEXTS = "gru/train_gru_question_classifier.py"
+
+
+def training_flags(script, data) -> tuple:
+    flags = ("--hidden-size", 6, "--epochs", 4, "--batch-size", 20, "--threads", 1)
+    if script == TEXTS:
+        return (*flags, "--sample", "--embedding-size", 5)
+    return (*flags, "--data-dir", data)
+
+
+@pytest.mark.parametrize("script", [RNN, TEXTS])
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, data, script):
+    flags = training_flags(script, data)
+    assert call(script, *flags, "--save-dir", tmp_path / "whole").code == 0
+    stock, epochs = loop.train_epoch, []
+
+    def interrupted(*given):
+        epochs.append(given)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return stock(*given)
+
+    with mock.patch.object(loop, "train_epoch", interrupted):
+        stopped = call(script, *flags, "--save-dir", tmp_path / "parts")
+    assert stopped.code == 130 and "2 of 4 epochs are kept in" in stopped.err and "--resume continues" in stopped.err
+    (state,) = (tmp_path / "parts").rglob(STATE_NAME)
+    assert_one_line(call(script, *flags, "--lr", 0.5, "--save-dir", tmp_path / "parts", "--resume"), "--lr was", "0.5")
+    assert call(script, *flags, "--save-dir", tmp_path / "parts", "--resume").code == 0
+    assert not state.exists()
+    name = state.with_name(Path(script).parts[0].removeprefix("vanilla_")).relative_to(tmp_path / "parts")
+    whole, parts = (torch.load(tmp_path / run / name, weights_only=True)["state_dict"] for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_damaged_state_of_training_is_one_line(tmp_path, data):
+    flags = (*training_flags(RNN, data), "--save-dir", tmp_path)
+    assert call(RNN, *flags).code == 0
+    (folder,) = {path.parent for path in tmp_path.rglob("rnn") if path.is_file()}
+    (folder / STATE_NAME).write_bytes(b"nothing")
+    before = (folder / "rnn").read_bytes()
+    assert_one_line(call(RNN, *flags, "--resume"), STATE_NAME, "remove it")
+    assert (folder / "rnn").read_bytes() == before
+    assert "--resume would continue it" in call(RNN, *flags).out
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path):
+    """torch is replaced by a module that waits: Ctrl-C comes in the middle of an import."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / RNN)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as run:
+        assert run.stdout.readline() == "importing\n"
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=20)
+    assert run.returncode == 130 and err == "interrupted\n"

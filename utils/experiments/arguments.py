@@ -63,7 +63,15 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
     group.add_argument(
         "--batch-size", type=positive_int, help="images bounded and written at a time (default: 20, on a GPU 500)"
     )
-    group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
+    group.add_argument(
+        "--out-dir", type=Path, metavar="FOLDER", help="folder of the results (default: beside the checkpoint)"
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an interrupted run of the same arguments; --N may be larger than it was",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace results of another run in the folder")
     group.add_argument(
         "--save-certificate",
         action="store_true",

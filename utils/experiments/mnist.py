@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from ..network.models import SequenceClassifier
 from ..runs.bound_rows import Key, Row, summarize
 from ..runs.cli import apply_common_arguments, checkpoint_facts, run_facts, utc_now
 from ..runs.ranks import Ranks, joined
-from ..runs.results import CSV_NAME, EXAMPLES_NAME, Record, check_writable, exclusive, read_record, replacing
+from ..runs.results import CSV_NAME, EXAMPLES_NAME, Record, check_writable, digest, exclusive, read_record, replacing
 from ..runs.work import Job, batches, explained, find_rows
 from ..training.mnist import check_slices
 from .arguments import check_arguments
@@ -174,7 +173,8 @@ class Run:
         check_writable(folder)
         with exclusive(folder, ranks):
             layout = {"kind": self.kind, "ranks": ranks, "attached": (CERTIFICATES_NAME,)}
-            results = find_rows(folder, record, self.jobs(), resume=args.resume, before_writing=save, **layout)
+            layout |= {"drawn": self.samples.as_bytes(), "resume": args.resume, "overwrite": args.overwrite}
+            results = find_rows(folder, record, self.jobs(), before_writing=save, **layout)
             if not ranks.first:
                 return []
             if args.per_frame:
@@ -199,7 +199,6 @@ def make_record(
     args: argparse.Namespace, samples: Samples, path: Path, config: Config, data: ImageData, device: torch.device
 ) -> Record:
     """What run.json says about the run; paths inside the repository are relative to it."""
-    pixels = (255 * samples.images).round().to(torch.uint8).numpy()
     return {
         "title": short_title(args),
         "threat_model": describe_threat(args),
@@ -209,7 +208,7 @@ def make_record(
         "data": {
             "source": data.source,
             "test_images": len(data.test_y),
-            "drawn_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
+            "drawn_sha256": digest(samples.as_bytes()),
         },
         "counts": samples.counts,
         **run_facts(args, device, args.dtype),

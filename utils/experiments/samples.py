@@ -37,6 +37,11 @@ class Samples:
         """(n, T, values a frame)"""
         return as_frames(self.images, num_frames)
 
+    def as_bytes(self) -> list[bytes]:
+        """The pixels of every image, by which a run knows them again."""
+        pixels = (255 * self.images).round().to(torch.uint8).numpy()
+        return [image.tobytes() for image in pixels]
+
     def where(self, chosen: Tensor) -> Samples:
         """Those for which ``chosen``, (n,) of bool, is true. Raises ValueError if there are none."""
         if not bool(chosen.any()):

@@ -11,6 +11,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -221,6 +222,21 @@ def describe_error(error: BaseException) -> str:
     return one_line(error) or type(error).__name__
 
 
+def answer_early(get_args: Callable[[], object]) -> None:
+    """Answer --help and mistyped flags before a script imports what takes seconds; Ctrl-C meanwhile ends in one line.
+
+    What imports may be interrupted in has nothing to clean up, and some turn Ctrl-C into errors of their own.
+    """
+    get_args()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_at_once)
+
+
+def _end_at_once(*_: object) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(); what a user can cause ends in one line on stderr, without a traceback.
 
@@ -228,6 +244,8 @@ def run_main(main: Callable[[], None]) -> None:
     with 130. Anything else is a mistake in the program and keeps its traceback. SHOW_TRACEBACK=1 in the environment
     shows them all.
     """
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get(TRACEBACK_VARIABLE):
         return main()
     try:

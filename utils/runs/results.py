@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from .bound_rows import Row
 from .lock import locked
 from .ranks import ALONE, Ranks
-from .rows import KeyedRow, ResultError, column_names, format_row, read_rows
+from .rows import KeyedRow, ResultError, column_names, format_row, read_rows, split_row
 
 CSV_NAME = "certified_bound.csv"
 RECORD_NAME = "run.json"
@@ -22,7 +23,10 @@ EXAMPLES_NAME = "examples.npz"
 FIGURES = ("radius_histogram.png", "certified_fraction.png", "frame_heatmap.png")
 TEMPORARY_PREFIX = ".saving-"
 # Where things lie and how they are run; everything else must agree when a run is resumed.
-FREE_ARGUMENTS = ("work_dir", "data_dir", "out_dir", "resume", "dry_run", "threads", "device", "cuda", "show")
+FREE_ARGUMENTS = (
+    *("work_dir", "data_dir", "out_dir", "resume", "overwrite", "dry_run"),
+    *("threads", "device", "cuda", "show"),
+)
 
 Record = dict[str, Any]
 
@@ -55,6 +59,14 @@ def write_record(folder: Path, record: Record) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def digest(parts: Iterable[bytes]) -> str:
+    """SHA-256 of the samples of a run."""
+    sha256 = hashlib.sha256()
+    for part in parts:
+        sha256.update(part)
+    return sha256.hexdigest()
+
+
 def identity(record: Record) -> dict[str, Any]:
     """What two runs must have in common for one to continue the other, by the name to be shown to the user."""
     arguments = {
@@ -76,6 +88,15 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In which ways the ``identity`` of one run is not another's, in words."""
+    return [
+        f"{name} was {_shown(then.get(name))}, now it is {_shown(now.get(name))}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
 
 
 class ResultFolder:
@@ -100,6 +121,8 @@ class ResultFolder:
         derived: names of what is made of all rows in the end.
         attached: names of files and folders that are written along with the rows.
         columns: names of columns that this run has, of those that are left out otherwise.
+        drawn: the samples as bytes, in order, whose ``digest`` the record has: then a resumed run may have more of them
+            than the earlier one, if they begin alike.
 
     Attributes:
         found: the rows so far, by key.
@@ -121,9 +144,10 @@ class ResultFolder:
         derived: Sequence[str] = (EXAMPLES_NAME, *FIGURES),
         attached: Sequence[str] = (),
         columns: Sequence[str] = (),
+        drawn: Sequence[bytes] = (),
     ):
         self.folder, self.record, self.keys, self.kind = folder, dict(record), list(keys), kind
-        self.ranks, self.derived, self.attached = ranks, tuple(derived), tuple(attached)
+        self.ranks, self.derived, self.attached, self.drawn = ranks, tuple(derived), tuple(attached), drawn
         self.names = column_names(kind, self.keys, columns)
         self.csv_path = folder / csv_name
         self.own_path = self.csv_path if ranks.world == 1 else part_path(self.csv_path, ranks.rank)
@@ -151,11 +175,8 @@ class ResultFolder:
         if not (self.folder / RECORD_NAME).exists():
             raise ResultError(f"cannot resume in {self.folder}: {RECORD_NAME} is missing; leave out --resume")
         earlier = read_record(self.folder)
-        then, now = identity(earlier), identity(self.record)
-        for name in sorted(then.keys() | now.keys()):
-            if then.get(name) != now.get(name):
-                change = f"{name} was {_shown(then.get(name))}, now it is {_shown(now.get(name))}"
-                raise ResultError(f"cannot resume in {self.folder}: {change}; leave out --resume to start again")
+        for change in differences(identity(self._grown(earlier)), identity(self.record)):
+            raise ResultError(f"cannot resume in {self.folder}: {change}; leave out --resume to start again")
         for path in files:
             rows, _ = read_rows(path, self.kind)
             numbers = [self._number.get(row.key) for row in rows]
@@ -166,6 +187,40 @@ class ResultFolder:
         if self.found and (self.missing or earlier.get("status") != "finished"):
             before = {name: earlier.get(name) for name in ("commit", "versions", "started")}
             self.record["resumed"] = [*earlier.get("resumed", []), {"rows": len(self.found), **before}]
+
+    def _grown(self, earlier: Record) -> Record:
+        """The record of an earlier run with fewer samples, if this one begins with them, as one of all of these."""
+        kept, sha256 = earlier.get("counts", {}).get("kept"), earlier.get("data", {}).get("drawn_sha256")
+        fewer = earlier["arguments"].get("N", 0) < self.record["arguments"].get("N", 0)
+        if not fewer or not kept or not self.drawn or digest(self.drawn[:kept]) != sha256:
+            return earlier
+        arguments = earlier["arguments"] | {"N": self.record["arguments"]["N"]}
+        return earlier | {"arguments": arguments, "data": self.record["data"]}
+
+    def replaced(self) -> tuple[int, list[str]]:
+        """How many rows of another run lie in the folder, and in which ways that run was another.
+
+        Raises:
+            ResultError: this run will not make all of these rows and columns anew.
+        """
+        files = result_files(self.csv_path)
+        try:
+            earlier = read_record(self.folder)
+            rows = [row for path in files for row in read_rows(path, self.kind)[0]]
+            columns = {name for path in files for name in split_row(path.read_text(encoding="utf-8").split("\n")[0])}
+        except (ResultError, OSError, ValueError):
+            return 0, []  # nothing that could be used
+        then, now = identity(earlier), identity(self.record)
+        changes = differences(then, now)
+        keys, drawn = set(self.keys), "the drawn samples' sha256"
+        lost = sum(row.key not in keys for row in rows)
+        other_data = then.get(drawn) != now.get(drawn) and then.get("--N") == now.get("--N")
+        if rows and (lost or columns - set(self.names) or other_data):
+            raise ResultError(
+                f"{self.folder} holds {len(rows)} rows of another run ({'; '.join(changes) or 'other rows'}): "
+                "give --overwrite to replace them, or another folder by --out-dir"
+            )
+        return len(rows), changes
 
     def append(self, rows: Sequence[KeyedRow]) -> None:
         """Write new rows, which must be those of missing keys, in the keys' order, and flush them."""
@@ -263,14 +318,5 @@ def exclusive(folder: Path, ranks: Ranks = ALONE) -> Iterator[None]:
 
 
 def _shown(value: object) -> str:
-    return "not given" if value is None else str(value)
-
-
-def unfinished_rows(folder: Path, kind: type[KeyedRow] = Row) -> int:
-    """How many rows of an interrupted run lie in the folder; 0 if there is none or it cannot be read."""
-    try:
-        if read_record(folder).get("status") != "running":
-            return 0
-        return len({row.key for path in result_files(folder / CSV_NAME) for row in read_rows(path, kind)[0]})
-    except (ResultError, OSError):
-        return 0
+    text = "not given" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .bound_rows import Row
-from .results import Record, ResultFolder, unfinished_rows
+from .results import Record, ResultFolder, read_record
 from .rows import KeyedRow
 
 BeforeWriting = Callable[[Sequence[KeyedRow]], None]
@@ -53,21 +53,35 @@ def find_rows(
     *,
     kind: type[KeyedRow] = Row,
     resume: bool = False,
+    overwrite: bool = False,
     before_writing: BeforeWriting | None = None,
     **layout,
 ) -> ResultFolder:
     """Do the jobs of a bound run whose rows are not in its folder yet, and say how many there were.
 
     ``layout`` goes to ``ResultFolder``, as do the others. In the end the first process has all rows.
+
+    Raises:
+        ResultError: the folder holds rows that this run will not make anew, and ``overwrite`` is not set.
     """
     keys = [key for job in jobs for key in job.keys]
     results = ResultFolder(folder, record, keys, kind=kind, resume=resume, **layout)
     if resume:
         print(f"resuming: {len(results.found)} of {len(keys)} rows are there", flush=True)
-    elif earlier := unfinished_rows(folder, kind):
-        print(f"note: this replaces {earlier} rows of an interrupted run (--resume would continue it)", flush=True)
+    elif not overwrite:
+        say_what_is_replaced(results)
     work_through(results, jobs, before_writing)
     return results
+
+
+def say_what_is_replaced(results: ResultFolder) -> None:
+    """A line if rows lie in the folder. Raises ResultError if they must not be replaced without being asked for."""
+    earlier, changes = results.replaced()
+    if earlier and read_record(results.folder).get("status") == "running":
+        print(f"note: this replaces {earlier} rows of an interrupted run (--resume would continue it)", flush=True)
+    elif earlier:
+        why = f" ({'; '.join(changes)})" if changes else ""
+        print(f"note: this replaces {earlier} rows of an earlier run{why}", flush=True)
 
 
 def work_through(results: ResultFolder, jobs: Sequence[Job], before_writing: BeforeWriting | None = None) -> None:

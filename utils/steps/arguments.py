@@ -30,7 +30,15 @@ def add_step_arguments(parser: argparse.ArgumentParser, sample: str, step: str, 
     group.add_argument(
         "--save-every", type=positive_int, default=20, help=f"{sample}s whose rows are found and written at a time"
     )
-    group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
+    group.add_argument(
+        "--out-dir", type=Path, metavar="FOLDER", help="folder of the results (default: beside the checkpoint)"
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an interrupted run of the same arguments; --N may be larger than it was",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace results of another run in the folder")
     return group
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +51,3 @@ def find_steps(steps: Steps, args: argparse.Namespace) -> dict[str, list[list[fl
         attack = step_attacks(*steps.sequences, norm=args.p)
     columns = {"radius": found.radius, "failed_eps": found.failed, "attack": attack, "seconds": found.seconds}
     return {name: values.tolist() for name, values in columns.items()}
-
-
-def digest(parts: Iterable[bytes]) -> str:
-    """SHA-256 of the samples of a run."""
-    sha256 = hashlib.sha256()
-    for part in parts:
-        sha256.update(part)
-    return sha256.hexdigest()

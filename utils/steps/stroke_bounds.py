@@ -29,12 +29,12 @@ from ..runs.cli import (
     utc_now,
 )
 from ..runs.ranks import Ranks, joined
-from ..runs.results import CSV_NAME, Record, check_writable, exclusive, read_record, replacing
+from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive, read_record, replacing
 from ..runs.rows import KeyedRow, read_rows
 from ..runs.work import Job, batches, explained, find_rows
 from ..training.strokes import predict_strokes
 from .step_bounds import check_steps
-from .step_runs import Steps, digest, find_steps
+from .step_runs import Steps, find_steps
 from .word_report import figure_title
 from .word_summary import mean_and_error, rank_correlation
 
@@ -116,7 +116,7 @@ def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ra
         rows = run.search([0])
         print(f"dry run: the first point of digit {rows[0].index} has radius {rows[0].radius:.4g}, nothing written")
         return
-    folder = path.parent / result_folder_name(args)
+    folder = args.out_dir or path.parent / result_folder_name(args)
     check_writable(folder)
     with exclusive(folder, ranks):
         run_and_write(run, folder, make_record(run, path, config, counts), ranks)
@@ -124,8 +124,9 @@ def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ra
 
 def run_and_write(run: StrokeRun, folder: Path, record: Record, ranks: Ranks) -> None:
     """Search and write some digits after the other, then summarize and draw."""
-    layout = {"derived": (DIGITS_FIGURE, SUMMARY_FIGURE), "ranks": ranks}
-    results = find_rows(folder, record, run.jobs(), kind=PointRow, resume=run.args.resume, **layout)
+    layout = {"derived": (DIGITS_FIGURE, SUMMARY_FIGURE), "ranks": ranks, "drawn": run.drawn}
+    layout |= {"resume": run.args.resume, "overwrite": run.args.overwrite}
+    results = find_rows(folder, record, run.jobs(), kind=PointRow, **layout)
     if not ranks.first:
         return
     results.finish(summarize(results.rows), utc_now())
@@ -146,6 +147,8 @@ class StrokeRun:
         self.args, self.classifier, self.data = args, classifier, data
         self.x, self.labels = data.test_x[chosen].double(), data.test_y[chosen]
         self.index, self.lengths = data.test_index[chosen].tolist(), sequence_lengths(self.x)
+        pairs = zip(self.x.numpy(), self.labels.tolist(), strict=True)
+        self.drawn = [x.tobytes() + str(label).encode() for x, label in pairs]
 
     def keys(self, chosen: Sequence[int]) -> list[PointKey]:
         """What the rows of some of the digits are about."""
@@ -221,12 +224,11 @@ def summarize(rows: list[PointRow]) -> Record:
 
 def make_record(run: StrokeRun, path: Path, config: Config, counts: dict[str, int]) -> Record:
     """What run.json says about the run; paths inside the repository are relative to it."""
-    drawn = (values.numpy().tobytes() for values in (run.x, run.labels))
     return {
         "title": f"one point of the strokes at a time, l_{run.args.p:g}",
         "unit": "pixels of dx and dy, units of the flags",
         "model": checkpoint_facts(path, path.parent.name, config),
-        "data": {"source": run.data.source, "drawn_sha256": digest(drawn)},
+        "data": {"source": run.data.source, "drawn_sha256": digest(run.drawn)},
         "counts": counts,
         **run_facts(run.args, run.classifier.head.weight.device),
     }

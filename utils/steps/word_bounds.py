@@ -27,13 +27,13 @@ from ..runs.cli import (
     utc_now,
 )
 from ..runs.ranks import Ranks, joined
-from ..runs.results import CSV_NAME, Record, check_writable, exclusive
+from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive
 from ..runs.work import Job, batches, explained, find_rows
 from ..training.tasks import TextTask, text_model_name
 from ..training.text_models import TextModel, load_text_model, tokens_of
 from .arguments import COMPARED, COMPARED_COLUMNS
 from .step_bounds import check_steps, sequence_radii, step_radii
-from .step_runs import Steps, digest, find_steps, search_options
+from .step_runs import Steps, find_steps, search_options
 from .word_report import REPORTS, print_sentences, print_summary, write_reports
 from .word_results import (
     SENTENCES_NAME,
@@ -104,7 +104,7 @@ def _bound(args: argparse.Namespace, architecture: str, task: TextTask, device: 
         words = run.search([0])
         print(f"dry run: {words[0].word!r} has radius {words[0].radius:.4g}, nothing written")
         return
-    folder = path.parent / result_folder_name(args)
+    folder = args.out_dir or path.parent / result_folder_name(args)
     check_writable(folder)
     with exclusive(folder, ranks):
         run_and_write(run, folder, record, ranks)
@@ -114,7 +114,8 @@ def run_and_write(run: WordRun, folder: Path, record: Record, ranks: Ranks) -> N
     """Search and write some texts after the other, then summarize and draw."""
     args = run.args
     layout = {"derived": (SENTENCES_NAME, *REPORTS), "columns": COMPARED_COLUMNS if args.compare else ()}
-    results = find_rows(folder, record, run.jobs(), kind=WordRow, resume=args.resume, ranks=ranks, **layout)
+    layout |= {"drawn": run.drawn, "resume": args.resume, "overwrite": args.overwrite}
+    results = find_rows(folder, record, run.jobs(), kind=WordRow, ranks=ranks, **layout)
     if not ranks.first:
         return
     words, sentences = results.rows, run.sentences(results.rows)
@@ -184,6 +185,7 @@ class WordRun:
 
     def __init__(self, args: argparse.Namespace, model: TextModel, texts: list[Text]):
         self.args, self.model, self.texts = args, model, texts
+        self.drawn = [f"{text.index} {text.label} {text.text}\n".encode() for text in texts]
 
     def keys(self, chosen: Sequence[int]) -> list[WordKey]:
         """What the rows of the chosen texts are about."""
@@ -299,13 +301,12 @@ def make_record(run: WordRun, name: str, path: Path, source: str, counts: dict, 
     """What run.json says about the run; paths inside the repository are relative to it."""
     args, model = run.args, run.model
     config = {key: value for key, value in model.config.items() if key not in ("vocabulary", "embeddings")}
-    drawn = (f"{text.index} {text.label} {text.text}\n".encode() for text in run.texts)
     return {
         "title": f"{task.item}s, one word at a time, l_{args.p:g}",
         "unit": "word vectors",
         "class_names": list(model.config["class_names"]),
         "model": checkpoint_facts(path, name, config) | {"words": len(model.vocabulary)},
-        "data": {"source": source, "drawn_sha256": digest(drawn)},
+        "data": {"source": source, "drawn_sha256": digest(run.drawn)},
         "counts": counts,
         **run_facts(args, model.embeddings.device),
     }

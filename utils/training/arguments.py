@@ -31,6 +31,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, hidden_size: int = 6
     group.add_argument(
         "--save-dir", type=Path, default=ROOT / "models" / "mnist_classifier", help="folder of the model folders"
     )
+    group.add_argument("--resume", action="store_true", help="continue an interrupted training of the same arguments")
     add_common_arguments(parser)
 
 
@@ -64,6 +65,7 @@ def add_text_training_arguments(parser: argparse.ArgumentParser, task: TextTask)
         "--save-dir", type=Path, default=ROOT / "models" / task.folder, help="folder of the model folders"
     )
     group.add_argument("--sample", action="store_true", help=f"use the small built-in sample of made-up {task.item}s")
+    group.add_argument("--resume", action="store_true", help="continue an interrupted training of the same arguments")
     add_common_arguments(parser, data=f"folder that holds the {task.item}s (default: data/)")
 
 
@@ -87,4 +89,5 @@ def add_stroke_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save-dir", type=Path, default=ROOT / "models" / "stroke_classifier", help="folder of the model folders"
     )
+    group.add_argument("--resume", action="store_true", help="continue an interrupted training of the same arguments")
     add_common_arguments(parser, data=STROKES_HELP)

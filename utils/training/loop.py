@@ -8,6 +8,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -16,9 +17,8 @@ from tqdm import tqdm
 
 from ..network.checkpoint import Config, save_checkpoint
 from ..network.models import SequenceClassifier
-from ..runs.cli import (
-    versions,
-)
+from ..runs.cli import versions
+from .state import TrainingState
 
 CLIP_NORM = 1.0
 EVALUATION_BATCH = 2000
@@ -54,10 +54,12 @@ def train_and_save(
     if args.dry_run:
         rehearse(net, inputs[0], labels[0], args, path)
         return
-    history = train(net, inputs, labels, args)
+    state = TrainingState(path, args, labels[0])
+    history = train(net, inputs, labels, args, state)
     config["train_accuracy"] = accuracy(net, inputs[0], labels[0])
     config["test_accuracy"] = history.accuracy[-1]
     save_checkpoint(path, classifier, config)
+    state.discard()
     plot_history(history, path.parent / "training_curve.png", title)
     print(f"test accuracy {config['test_accuracy']:.4f} ({len(labels[1])} {items}), ", end="")
     print(f"training accuracy {config['train_accuracy']:.4f}; saved {path}")
@@ -82,14 +84,28 @@ class Optimizer:
     adam: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     batch_size: int
-    order: torch.Generator
+    order: Order
+
+    def parts(self) -> dict[str, Any]:
+        """What a training that is resumed goes on with."""
+        return {"adam": self.adam, "schedule": self.schedule, "order": self.order}
+
+
+class Order(torch.Generator):
+    """Random numbers of the batches, whose state is saved like an optimiser's."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"state": self.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.set_state(state["state"].cpu())
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, total_steps: int) -> Optimizer:
     """Adam with decoupled weight decay; the rate rises for a tenth of the steps, then falls to zero."""
     adam = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate_factor(step, total_steps))
-    return Optimizer(adam, schedule, args.batch_size, torch.Generator().manual_seed(args.seed))
+    return Optimizer(adam, schedule, args.batch_size, Order().manual_seed(args.seed))
 
 
 def rate_factor(step: int, total_steps: int) -> float:
@@ -100,24 +116,34 @@ def rate_factor(step: int, total_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, total_steps - warm_up))))
 
 
-def train(model: nn.Module, frames: list[Tensor], labels: list[Tensor], args: argparse.Namespace) -> History:
-    """Train for all epochs under a progress bar; frames and labels are [training, test].
+def train(
+    model: nn.Module, frames: list[Tensor], labels: list[Tensor], args: argparse.Namespace, state: TrainingState
+) -> History:
+    """Train for all epochs under a progress bar; frames and labels are [training, test]. Every epoch is kept in a file.
 
     Raises:
-        ValueError: the loss is NaN or infinite.
+        ValueError: the loss is NaN or infinite, or there is nothing that fits to resume.
     """
-    history = History()
     steps = math.ceil(len(labels[0]) / args.batch_size)
     optimizer = make_optimizer(model, args, steps * args.epochs)
-    # disable=None: a bar on a terminal, silence in a log file, where only errors go to stderr
-    with tqdm(range(args.epochs), unit="epoch", disable=None) as progress:
-        for epoch in progress:
-            history.loss.append(train_epoch(model, frames[0], labels[0], optimizer))
-            if not math.isfinite(history.loss[-1]):
-                progress.leave = False
-                raise ValueError(f"the training diverged in epoch {epoch + 1}: try a smaller --lr than {args.lr:g}")
-            history.accuracy.append(accuracy(model, frames[1], labels[1]))
-            progress.set_postfix(loss=f"{history.loss[-1]:.4f}", test_accuracy=f"{history.accuracy[-1]:.4f}")
+    history = History(**state.restore(model, optimizer.parts(), labels[0].device))
+    finished = len(history.loss)
+    try:
+        # disable=None: a bar on a terminal, silence in a log file, where only errors go to stderr
+        with tqdm(total=args.epochs, initial=finished, unit="epoch", disable=None) as progress:
+            for epoch in range(finished, args.epochs):
+                loss = train_epoch(model, frames[0], labels[0], optimizer)
+                if not math.isfinite(loss):
+                    progress.leave = False
+                    raise ValueError(f"the training diverged in epoch {epoch + 1}: try a smaller --lr than {args.lr:g}")
+                history.loss.append(loss)
+                history.accuracy.append(accuracy(model, frames[1], labels[1]))
+                state.save(model, optimizer.parts(), vars(history))
+                progress.set_postfix(loss=f"{loss:.4f}", test_accuracy=f"{history.accuracy[-1]:.4f}", refresh=False)
+                progress.update()
+    except KeyboardInterrupt:
+        state.say_what_is_kept(len(history.accuracy), args.epochs)
+        raise
     return history
 
 

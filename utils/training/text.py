@@ -15,6 +15,7 @@ from ..runs.cli import (
 )
 from ..runs.results import check_writable
 from .loop import accuracy, plot_history, rehearse, train, training_facts
+from .state import TrainingState
 from .tasks import TextTask, text_model_name
 from .text_models import TextNet
 
@@ -45,7 +46,8 @@ def train_text_classifier(args: argparse.Namespace, architecture: str, task: Tex
     if args.dry_run:
         rehearse(net, numbers[0], labels[0], args, folder / architecture)
         return
-    history = train(net, numbers, labels, args)
+    state = TrainingState(folder / architecture, args, labels[0])
+    history = train(net, numbers, labels, args, state)
     rounded = net.embedding.weight.detach().half()
     net.embedding.weight.data = rounded.float()
     config["train_accuracy"], config["test_accuracy"] = (
@@ -53,6 +55,7 @@ def train_text_classifier(args: argparse.Namespace, architecture: str, task: Tex
     )
     config["embeddings"] = rounded.cpu().clone()
     save_checkpoint(folder / architecture, classifier, config)
+    state.discard()
     plot_history(history, folder / "training_curve.png", f"{task.name} classifier {folder.name}")
     counts = f"{len(data.test_texts)} {task.item}s of {data.source}"
     print(f"test accuracy {config['test_accuracy']:.4f} ({counts}), training accuracy {config['train_accuracy']:.4f}")
