@@ -49,6 +49,7 @@ from torch import Tensor
 
 from utils.attack.pgd import AttackProblem, AttackResult, pgd
 from utils.certify import certified_margin, margin_problem
+from utils.experiments.plots import columns_of_panels, headline, images_text, norm_symbol, size_of_model
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
 from utils.experiments.tables import Case, load_all_images, markdown_table, norm_text
 from utils.runs.rows import KeyedRow
@@ -148,7 +149,7 @@ def verify(case: Case, x: Tensor, labels: Tensor, clean: Tensor, norm: float, va
 
 def report(rows: list[AccuracyRow]) -> Report:
     groups: dict[tuple[str, float, float], list[AccuracyRow]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row.norm, size_of_model(row.model))):
         groups.setdefault((row.model, row.norm, row.eps), []).append(row)
     summary = [
         {"model": model, "norm": f"{norm:g}", "eps": eps, "images": len(group)}
@@ -178,7 +179,7 @@ def report(rows: list[AccuracyRow]) -> Report:
 def plot(summary: list[dict]) -> Figure:
     """Accuracies over eps, a panel for each model and norm: what lies between the lines is undecided."""
     panels = list(dict.fromkeys((record["norm"], record["model"]) for record in summary))
-    columns = min(4, len(panels))
+    columns = columns_of_panels(len(panels))
     count = -(-len(panels) // columns)
     figure = Figure(figsize=(0.6 + 2.5 * columns, 0.8 + 2.1 * count), layout="constrained")
     every = figure.subplots(count, columns, squeeze=False, sharey=True)
@@ -192,9 +193,9 @@ def plot(summary: list[dict]) -> Figure:
         axes.plot(eps, lines["clean"], color="black", linestyle=":", label="clean")
         axes.plot(eps, lines["attacked"], "s-", markersize=3, color="tab:red", label="attacked (PGD)")
         axes.plot(eps, lines["verified"], "o-", markersize=3, color="tab:blue", label="verified")
-        axes.fill_between(eps, lines["verified"], lines["attacked"], color="tab:gray", alpha=0.15)
+        axes.fill_between(eps, lines["verified"], lines["attacked"], color="tab:gray", alpha=0.15, label="undecided")
         axes.set_title(model, fontsize=9)
-        axes.set_xlabel(rf"$\epsilon$ ($\ell_{{{norm}}}$)".replace("inf", r"\infty"), fontsize=9)
+        axes.set_xlabel(rf"$\epsilon$ ({norm_symbol(norm)}, pixel values)", fontsize=9)
         axes.set_ylim(0, 103)
         axes.locator_params(axis="x", nbins=4)
         axes.tick_params(labelsize=8)
@@ -202,7 +203,9 @@ def plot(summary: list[dict]) -> Figure:
         axes.grid(alpha=0.25)
     for axes in every[:, 0]:
         axes.set_ylabel("share of images (%)", fontsize=9)
-    figure.legend(*every[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(*every[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    shown = images_text([record["images"] for record in summary])
+    headline(figure, f"{shown} a model, all classes; every slice in a ball of its own; crown, planes; attack: PGD")
     return figure
 
 

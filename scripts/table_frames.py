@@ -37,6 +37,7 @@ from matplotlib.figure import Figure
 
 from data.mnist import SIDE
 from utils.certify import certified_radius
+from utils.experiments.plots import headline, images_text, log_axis, norm_symbol, size_of_model
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table
 from utils.experiments.tables import Case, markdown_table, norm_text
 from utils.runs.bound_rows import statistics
@@ -94,7 +95,7 @@ def measure(case: Case, norm: float, batch: list[int]) -> list[FrameRow]:
 
 def report(rows: list[FrameRow]) -> Report:
     radii: dict[tuple[str, float], dict[int, list[float]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row.norm, size_of_model(row.model))):
         radii.setdefault((row.model, row.norm), {}).setdefault(row.frame, []).append(row.radius)
     summary = [
         {"model": model, "norm": f"{norm:g}", "frame": frame, "images": len(values)} | statistics(values)
@@ -140,7 +141,10 @@ def plot(summary: list[dict]) -> Figure:
             axes.legend(fontsize=8, frameon=False)
             axes.grid(alpha=0.25, which="both")
             axes.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(rf"mean certified radius ($\ell_{{{norm}}}$)".replace("inf", r"\infty"))
+            log_axis(axes.yaxis)
+        row[0].set_ylabel(f"mean certified radius ({norm_symbol(norm)}, pixel values)")
+    shown = images_text([record["images"] for record in summary])
+    headline(figure, f"{shown} a model, one random target each; one slice moves, the others are exact; crown, planes")
     return figure
 
 

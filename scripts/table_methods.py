@@ -61,7 +61,7 @@ from matplotlib.figure import Figure
 
 from utils.attack.pgd import AttackResult, RadiusAttackResult, attack_radius
 from utils.certify import certified_radius
-from utils.experiments.plots import stairs, tidy
+from utils.experiments.plots import columns_of_panels, headline, images_text, norm_symbol, size_of_model, stairs, tidy
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
 from utils.experiments.tables import Case, markdown_table, norm_text
 from utils.runs.bound_rows import statistics
@@ -71,7 +71,6 @@ NAME = "methods"
 COLORS = {"ibp": "tab:gray", "crown-ibp": "tab:brown", "crown": "tab:blue", "alpha": "tab:green"}
 COLORS |= {"curve": "tab:purple", "bab": "black"}
 TOL = 1e-3  # the search's: a radius is at most this share below what its method could certify
-COLUMNS = 4  # panels beside each other
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ Group = dict[str, list[MethodRow]]  # rows of a model and a norm by method, imag
 
 def report(rows: list[MethodRow], args: argparse.Namespace) -> Report:
     groups: dict[tuple[str, float], Group] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row.norm, size_of_model(row.model))):
         groups.setdefault((row.model, row.norm), {}).setdefault(row.method, []).append(row)
     summary = [summarize(group, method) for group in groups.values() for method in group]
     against = "one random other class an image" if args.targeted else "all other classes"
@@ -225,7 +224,7 @@ def report(rows: list[MethodRow], args: argparse.Namespace) -> Report:
         if len({record["model"] for record in own}) > 1:
             lines += ["", "Means over the models:", "", *method_table(own)]
     lines += ["", effort_line(args), "", *order_lines(rows, args)]
-    return Report(summary, lines, plot(groups))
+    return Report(summary, lines, plot(groups, against))
 
 
 def summarize(group: Group, method: str) -> dict:
@@ -287,11 +286,11 @@ def order_lines(rows: list[MethodRow], args: argparse.Namespace) -> list[str]:
     return [head, "", *(f"- {words}" for words in found)]
 
 
-def plot(groups: dict[tuple[str, float], Group]) -> Figure:
+def plot(groups: dict[tuple[str, float], Group], against: str) -> Figure:
     """Certified share of the images over eps, with the attack's above: a panel for each model and norm."""
     norms = list(dict.fromkeys(norm for _, norm in groups))
     models = list(dict.fromkeys(model for model, _ in groups))
-    columns = min(COLUMNS, len(models))
+    columns = columns_of_panels(len(models))
     lines = -(-len(models) // columns)
     figure = Figure(figsize=(max(5.0, 0.8 + 2.7 * columns), 0.9 + 2.3 * lines * len(norms)), layout="constrained")
     every = figure.subplots(lines * len(norms), columns, squeeze=False, sharey=True)
@@ -303,11 +302,15 @@ def plot(groups: dict[tuple[str, float], Group]) -> Figure:
         axes.set_visible(True)
         plot_panel(axes, group)
         axes.set_title(model, fontsize=9)
-        axes.set_xlabel(rf"$\epsilon$ ($\ell_{{{norm:g}}}$, pixel values)".replace("inf", r"\infty"), fontsize=9)
+        axes.set_xlabel(rf"$\epsilon$ ({norm_symbol(norm)}, pixel values)", fontsize=9)
     for axes in every[:, 0]:
         axes.set_ylabel("share of images (%)", fontsize=9)
     handles, names = every[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=columns + 1, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=min(columns + 1, 3), frameon=False, fontsize=9)
+    shown = images_text([len(rows) for group in groups.values() for rows in group.values()])
+    headline(
+        figure, f"{shown} a model, against {against};", "every slice in a ball of its own; planes, tuned by alpha on"
+    )
     return figure
 
 
@@ -319,7 +322,7 @@ def plot_panel(axes: Axes, group: Group) -> None:
     end = every[np.isfinite(every)].max()
     eps = np.unique(np.concatenate([[0.0], every.clip(max=2 * end)]))
     low, high = (100 * (values > eps[:, None]).mean(axis=1) for values in (list(radii.values())[-1], attack))
-    axes.fill_between(eps, low, high, step="post", color="tab:gray", alpha=0.15, linewidth=0)
+    axes.fill_between(eps, low, high, step="post", color="tab:gray", alpha=0.15, linewidth=0, label="undecided")
     # An endless radius ends beyond the axis. Cheaper methods are thinner and on top, so that equal curves are all seen.
     stairs(axes, attack.clip(max=2 * end), len(attack), color="tab:red", linestyle="--", label="not broken by PGD")
     for number, (method, values) in enumerate(radii.items()):

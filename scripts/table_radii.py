@@ -43,6 +43,7 @@ from utils.attack.carlini_wagner import carlini_wagner
 from utils.attack.clever import clever
 from utils.attack.pgd import AttackResult, attack_radius
 from utils.certify import certified_radius
+from utils.experiments.plots import headline, images_text, log_axis, norm_symbol, size_of_model
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
 from utils.experiments.tables import Case, markdown_table, mean_std, norm_text
 from utils.runs.bound_rows import statistics
@@ -127,6 +128,7 @@ def measure(case: Case, norm: float, batch: list[int], folder: Path) -> list[Rad
 
 
 def report(rows: list[RadiusRow]) -> Report:
+    rows = sorted(rows, key=lambda row: (row.norm, size_of_model(row.model)))
     groups: dict[tuple[str, float], list[RadiusRow]] = {}
     for row in rows:
         groups.setdefault((row.model, row.norm), []).append(row)
@@ -201,11 +203,15 @@ def plot(summary: list[dict]) -> Figure:
             low = [min(s, 0.9 * m) for s, m in zip(spread, means, strict=True)]  # above 0 on a logarithmic axis
             axes.errorbar(places, means, (low, spread), fmt="o", markersize=4, capsize=2, color=color, label=label)
         axes.set_yscale("log")
-        axes.set_ylabel(rf"radius ($\ell_{{{norm}}}$)".replace("inf", r"\infty"))
+        axes.set_ylabel(f"radius ({norm_symbol(norm)},\npixel values)")
+        log_axis(axes.yaxis)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
     axes.set_xticks(range(len(models)), models, rotation=30, ha="right")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    shown = images_text([record["images"] for record in summary])
+    about = f"mean of {shown} a model, one random target each; bars: standard deviation"
+    headline(figure, about, "every slice in a ball of its own; certified by crown, planes")
     return figure
 
 

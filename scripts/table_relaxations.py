@@ -39,6 +39,7 @@ import torch
 from matplotlib.figure import Figure
 
 from utils.certify import certified_radius
+from utils.experiments.plots import headline, images_text, norm_symbol, size_of_model
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table
 from utils.experiments.tables import Case, markdown_table, norm_text
 from utils.runs.bound_rows import statistics
@@ -123,7 +124,7 @@ def paper_of(config: dict, norm: str) -> tuple[float, ...] | None:
 
 def report(rows: list[RelaxationRow], configs: dict[str, dict]) -> Report:
     groups: dict[tuple[str, float], list[RelaxationRow]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row.norm, size_of_model(row.model))):
         groups.setdefault((row.model, row.norm), []).append(row)
     summary = [summarize(model, norm, group) for (model, norm), group in groups.items()]
     papers = [paper_of(configs[record["model"]], record["norm"]) for record in summary]
@@ -175,11 +176,13 @@ def plot(summary: list[dict], papers: list[tuple[float, ...] | None]) -> Figure:
                 axes.plot(*zip(*marks, strict=True), "kD", markersize=5, markerfacecolor="white", label=label)
         axes.set_yscale("log")
         axes.set_xticks(range(len(own)), [record["model"] for record, _ in own])
-        axes.set_ylabel(rf"mean certified radius ($\ell_{{{norm}}}$)".replace("inf", r"\infty"))
+        axes.set_ylabel(f"mean certified radius ({norm_symbol(norm)})")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
         axes.set_axisbelow(True)
-    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    shown = images_text([record["samples"] for record in summary])
+    headline(figure, f"{shown} a model, one random target each; every slice in a ball of its own, pixel values; crown")
     return figure
 
 

@@ -30,7 +30,7 @@ from ..training.mnist import check_slices
 from .arguments import check_arguments
 from .plots import plot_results
 from .samples import Samples
-from .wording import UNIT, describe_goal, describe_threat, short_title
+from .wording import UNIT, describe_goal, describe_method, describe_threat, short_title
 
 DEFAULT_BATCH = {"cpu": 20, "cuda": 500}
 NUM_EXAMPLES = 4  # images drawn beside the heat-map
@@ -203,6 +203,7 @@ def make_record(
         "title": short_title(args),
         "threat_model": describe_threat(args),
         "goal": describe_goal(args),
+        "method": describe_method(args),
         "unit": UNIT,
         "model": checkpoint_facts(path, model_name(config), config),
         "data": {
@@ -226,7 +227,8 @@ def print_introduction(record: Record) -> None:
     if trained_on not in (None, data["source"]):
         print(f"note: the model was trained on {trained_on}, which may contain images of {data['source']}")
     print(f"perturbation: {record['threat_model']}")
-    print(f"certified: {record['goal']}; eps and radius are in {record['unit']}", flush=True)
+    print(f"certified: {record['goal']}; eps and radius are in {record['unit']}")
+    print(f"bounds: {record['method']}", flush=True)
 
 
 def write_examples(samples: Samples, folder: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from ..runs.bound_rows import Row, read_bound_rows
 from ..runs.results import CSV_NAME, EXAMPLES_NAME, FIGURES, Record, read_record, replacing
@@ -54,7 +57,8 @@ def plot_results(folder: Path) -> list[str]:
 def new_figure(results: Results, width: float = 6.0, height: float = 3.8) -> Figure:
     """An empty figure with the model and the threat model above it."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{results.record['model']['name']}: {results.record['title']}", fontsize=11)
+    images = f"{len({row.index for row in results.rows})} images"
+    figure.suptitle(f"{results.record['model']['name']}, {images}: {results.record['title']}", fontsize=10)
     return figure
 
 
@@ -169,3 +173,38 @@ def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
+
+
+def size_of_model(name: str) -> tuple:
+    """What models are sorted by: the cell, the number of slices, the hidden size, then the rest of the name."""
+    cell, *rest = name.split("_")
+    order = ("rnn", "lstm", "gru")
+    return order.index(cell) if cell in order else len(order), [int(part) for part in rest if part.isdigit()], name
+
+
+def columns_of_panels(count: int, most: int = 4) -> int:
+    """How many of some panels stand side by side: at most so many, and so that few places stay empty."""
+    return min(range(min(count, most), max(1, min(count, most) - 2), -1), key=lambda n: -count % n, default=count)
+
+
+def images_text(counts: Sequence[int]) -> str:
+    """N of the panels of a figure: "97 to 99 images"."""
+    low, high = min(counts), max(counts)
+    return f"{low} images" if low == high else f"{low} to {high} images"
+
+
+def norm_symbol(norm: float | str) -> str:
+    return rf"$\ell_{{{norm if isinstance(norm, str) else f'{norm:g}'}}}$".replace("inf", r"\infty")
+
+
+def headline(figure: Figure, *words: str) -> None:
+    """What the whole figure shows, above it: N, threat model, method."""
+    figure.suptitle("\n".join(words), fontsize=10)
+
+
+def log_axis(axis: Axis) -> None:
+    """A logarithmic axis that labels 1, 2 and 5 of every decade, as plain numbers."""
+    axis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    for kind in (axis.set_major_formatter, axis.set_minor_formatter):
+        kind(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_tick_params(which="both", labelsize=8)

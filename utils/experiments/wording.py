@@ -39,6 +39,14 @@ def describe_goal(args: argparse.Namespace) -> str:
     return f"no such image is classified as its target class ({kind})"
 
 
+def describe_method(args: argparse.Namespace) -> str:
+    """How it is bounded, in words: the method and the relaxation of gate products, where there are any."""
+    steps = {"alpha": f"{args.alpha_steps} steps", "curve": f"{args.curve_steps} steps"}
+    steps["bab"] = f"up to {args.time_limit:g} s an image"
+    effort = f" ({steps[args.method]})" if args.method in steps else ""
+    return f"{args.method}{effort}" + ("" if args.method == "ibp" else f", {relaxation_of(args)}s")
+
+
 def short_title(args: argparse.Namespace) -> str:
     """The threat model in a few words, for figures."""
     if args.untargeted:
@@ -50,6 +58,4 @@ def short_title(args: argparse.Namespace) -> str:
     else:
         place = "every frame" if args.frames is None else "frames " + ", ".join(map(str, args.frames))
         place = f"one ball around {place}" if args.ball == "sequence" else place
-    method = [args.method] * (args.method != "crown")
-    method += [relaxation_of(args)] * (relaxation_of(args) != "plane")
-    return ", ".join([goal, place, *["clipped"] * args.clip, *method])
+    return ", ".join([goal, place, *["clipped"] * args.clip]) + f"; {describe_method(args)}"
