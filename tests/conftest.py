@@ -11,8 +11,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "real_rounding: rows of this process against those of another one, bit by bit")
     if config.getoption("--other-rounding"):
         round_otherwise()
+
+
+def pytest_runtest_setup(item):
+    if item.config.getoption("--other-rounding") and item.get_closest_marker("real_rounding"):
+        pytest.skip("pretended kernels do not reach other processes")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -99,6 +99,7 @@ def test_every_method_in_any_order_with_random_targets(place, tmp_path):
     assert "one random other class" in (tmp_path / "methods" / "table.md").read_text()
 
 
+@pytest.mark.real_rounding
 def test_two_processes_make_the_table_of_one(place, tmp_path):
     small = {"methods": ("crown", "alpha")}
     assert run(one_model(place), tmp_path / "one", **small).code == 0

@@ -137,6 +137,7 @@ def test_a_broken_bound_stops_the_script_and_leaves_the_evidence(name, function,
     assert not (tmp_path / name / "table.md").exists()
 
 
+@pytest.mark.real_rounding
 def test_two_processes_make_the_table_of_one(place, tmp_path):
     models, data = place
     flags = ("--models", models[0], "--data-dir", data, "--threads", 1, "--N", IMAGES, "--batch-size", 2, "--out-dir")

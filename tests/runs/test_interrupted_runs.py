@@ -49,6 +49,7 @@ def test_killed_at_random_points_a_run_resumes_to_the_same_rows(tmp_path):
     assert re.search(r"killed 2\d times", result.stdout), result.stdout
 
 
+@pytest.mark.real_rounding
 def test_two_processes_give_the_rows_of_one(finished, tmp_path):
     reference = without_seconds(finished.folder() / CSV_NAME)
     place = copy_without_results(finished, tmp_path)

@@ -226,6 +226,7 @@ def test_another_run_is_not_resumed(words, points, tmp_path):
     assert rows_of(points.folder) == before
 
 
+@pytest.mark.real_rounding
 def test_two_processes_give_the_rows_of_one(words, tmp_path):
     place = words.copy(tmp_path)
     run = place.start(2, "--compare")
@@ -237,6 +238,7 @@ def test_two_processes_give_the_rows_of_one(words, tmp_path):
     assert {path.name for path in place.folder.iterdir()} == {path.name for path in words.folder.iterdir()}
 
 
+@pytest.mark.real_rounding
 def test_what_a_killed_process_finished_is_kept(points, tmp_path):
     place = points.copy(tmp_path)
     data = make_strokes(tmp_path / "more", seed=2, digits=40)
@@ -258,6 +260,13 @@ def test_what_a_killed_process_finished_is_kept(points, tmp_path):
     assert alone.bound(*flags).code == 0 and rows_of(alone.folder) == rows_of(place.folder)
 
 
+def as_number(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
 @pytest.mark.parametrize("make, module", [(make_words, word_bounds), (make_points, stroke_bounds)])
 def test_all_happens_on_the_device_that_was_asked_for(tmp_path, make, module):
     place = make(tmp_path)
@@ -273,7 +282,12 @@ def test_all_happens_on_the_device_that_was_asked_for(tmp_path, make, module):
         outcome = place.bound()
     assert outcome.code == 0, outcome
     assert read_record(place.folder)["device"] == "meta" and len(reference) > 2
-    assert rows_of(place.folder) == reference
+    # A device's kernels round otherwise: 1e-7 in the float32 that foretells radii, and some hundred times that in them.
+    for row, expected in zip(rows_of(place.folder), reference, strict=True):
+        assert [as_number(cell) for cell in row] == [
+            pytest.approx(value, rel=1e-4, nan_ok=True) if isinstance(value, float) else value
+            for value in map(as_number, expected)
+        ]
 
 
 def test_the_pretended_device_tells_what_lies_on_the_wrong_one():
