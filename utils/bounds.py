@@ -20,6 +20,7 @@ from torch import Tensor
 from utils.graph import Frame, Graph, Interval, Linear, Node, NonLinear
 from utils.perturbation import Perturbation
 from utils.relaxations import Plane, Relaxation
+from utils.rounding import Rounding
 
 # Coefficients handed to a node: for its elements and its samples from these on; None for all elements.
 _Contribution = tuple[int | None, int, Tensor]
@@ -33,13 +34,24 @@ class BoundPass:
     Nothing outlives the object: intervals, values and relaxations are made once, when they are first asked for.
     """
 
-    def __init__(self, graph: Graph, perturbation: Perturbation, method: str = "crown", slopes: list | None = None):
-        """``slopes`` are those of the planes, by non-linear node (``utils.alpha.SlopeTable``); None for the default."""
+    def __init__(
+        self,
+        graph: Graph,
+        perturbation: Perturbation,
+        method: str = "crown",
+        slopes: list | None = None,
+        sound: bool = True,
+    ):
+        """``slopes`` are those of the planes, by non-linear node (``utils.alpha.SlopeTable``); None for the default.
+
+        With ``sound=False`` nothing is taken off for rounding (``utils.rounding``): no bound but an estimate.
+        """
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
         self.graph, self.perturbation, self.method = graph, perturbation, method
         self._values: dict[Node, Tensor] = {}
         self._exact = self._find_exact()
+        self.rounding = Rounding(self) if sound else None
         self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
         self._intervals: dict[Node, Interval] = {}
@@ -57,13 +69,13 @@ class BoundPass:
     # --- samples that end early ---
 
     @contextmanager
-    def _at(self, node: Node) -> Iterator[None]:
+    def at(self, node: Node) -> Iterator[None]:
         """What is asked for meanwhile is for the node's samples alone."""
         before, self._samples = self._samples, node.samples
         yield
         self._samples = before
 
-    def _fit(self, tensor: Tensor) -> Tensor:
+    def fit(self, tensor: Tensor) -> Tensor:
         """A tensor (batch or 1, ...) for the samples of the node at work."""
         if self._samples is None or tensor.shape[0] <= self._samples:
             return tensor
@@ -87,25 +99,25 @@ class BoundPass:
     def exact_value(self, node: Node) -> Tensor:
         """Value of an exact node, (batch or 1, size)."""
         if node not in self._values:
-            with self._at(node):
+            with self.at(node):
                 if isinstance(node, Frame):
                     self._values[node] = self.perturbation.center(node.frame)
                 else:
                     self._values[node] = node.value(*(self.exact_value(parent) for parent in node.parents))
-        return self._fit(self._values[node])
+        return self.fit(self._values[node])
 
     def known_part(self, node: Node) -> Tensor | None:
         """What a Linear child may add up beforehand: an exact node's value, a perturbed frame's centre, else None."""
         if isinstance(node, Frame):
-            return self._fit(self.perturbation.center(node.frame))
+            return self.fit(self.perturbation.center(node.frame))
         return self.exact_value(node) if self.is_exact(node) else None
 
     def offset(self, node: Linear) -> Tensor:
         """``node.offset``, made once."""
         if node not in self._offsets:
-            with self._at(node):
+            with self.at(node):
                 self._offsets[node] = node.offset(self)
-        return self._fit(self._offsets[node])
+        return self.fit(self._offsets[node])
 
     def ball_weight(self, frame: Frame, weight: Tensor) -> Tensor:
         """A Linear child's weight for a frame's deviation from its centre, (size, frame size or less).
@@ -122,14 +134,19 @@ class BoundPass:
     def interval(self, node: Node) -> Interval:
         """Tightest known (lower, upper) of a node, (batch, size) each."""
         if node not in self._intervals:
-            with self._at(node):
-                if self.is_exact(node):
-                    value = self.exact_value(node)
-                    self._intervals[node] = (value, value)
-                else:
-                    self._intervals[node] = node.interval(self)
+            with self.at(node):
+                value = self.exact_value(node) if self.is_exact(node) else None
+                low, high = node.interval(self) if value is None else (value, value)
+                if self.rounding:
+                    lost = self.rounding.of_interval(node, low, high)
+                    low, high = low - lost, high + lost
+                self._intervals[node] = (low, high)
         low, high = self._intervals[node]
-        return self._fit(low), self._fit(high)
+        return self.fit(low), self.fit(high)
+
+    def half_widths(self, frame: Frame) -> Tensor:
+        """``Perturbation.half_widths`` for the samples of the node at work."""
+        return self._narrowed().half_widths(frame.frame)
 
     def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor:
         """``Perturbation.frame_deviation`` for the samples of the node at work."""
@@ -159,17 +176,21 @@ class BoundPass:
     def relaxation(self, node: NonLinear) -> Relaxation:
         """Planes around a non-linear node on the box of its operands' intervals."""
         if node not in self._relaxations:
-            with self._at(node):
+            with self.at(node):
                 operands = [self.interval(operand) for operand in node.parents]
-                self._relaxations[node] = node.relax(*operands, slopes=self._slopes.get(node))
+                self._relaxations[node] = self.widened(node, node.relax(*operands, slopes=self._slopes.get(node)))
         if self._samples == node.samples:
             return self._relaxations[node]
         if node not in self._fitted or self._fitted[node][0] != self._samples:
             self._fitted[node] = (self._samples, self._fit_relaxation(self._relaxations[node]))
         return self._fitted[node][1]
 
+    def widened(self, node: NonLinear, relaxation: Relaxation) -> Relaxation:
+        """Planes with room for the rounding of what passes through them."""
+        return self.rounding.widen(node, relaxation) if self.rounding else relaxation
+
     def _fit_relaxation(self, relaxation: Relaxation) -> Relaxation:
-        lower, upper = (Plane(tuple(map(self._fit, plane.slopes)), self._fit(plane.intercept)) for plane in relaxation)
+        lower, upper = (Plane(tuple(map(self.fit, plane.slopes)), self.fit(plane.intercept)) for plane in relaxation)
         # Slopes that both planes share stay one tensor: ``NonLinear.backward`` saves work then.
         pairs = zip(relaxation.lower.slopes, relaxation.upper.slopes, lower.slopes, upper.slopes, strict=True)
         shared = tuple(low if a is b else high for a, b, low, high in pairs)
@@ -192,16 +213,22 @@ class BoundPass:
         """Lower bound of ``rows @ node`` from intervals alone, with the rows folded into a Linear node."""
         if isinstance(node, Linear) and not self.is_exact(node):
             center, radius = node.center_radius(self, rows)
-            return center - radius
+            return self._lowered(center - radius, node, rows)
         low, high = self.interval(node)
-        return (rows.clamp(min=0.0) @ low[..., None] + rows.clamp(max=0.0) @ high[..., None]).squeeze(-1)
+        lowest = (rows.clamp(min=0.0) @ low[..., None] + rows.clamp(max=0.0) @ high[..., None]).squeeze(-1)
+        return self._lowered(lowest, node, rows)
+
+    def _lowered(self, bound: Tensor, node: Node, rows: Tensor) -> Tensor:
+        return bound - self.rounding.lost(node, rows) if self.rounding else bound
 
     def lower_bound(self, node: Node, rows: Tensor) -> Tensor:
         """Lower bound of ``rows @ node`` over the perturbation set, (batch, n_rows), by a backward pass."""
-        with self._at(node):
+        with self.at(node):
             if self.is_exact(node):
-                return (rows @ self.exact_value(node)[..., None]).squeeze(-1)
-            return self._pass_back(node, rows)
+                lowest = (rows @ self.exact_value(node)[..., None]).squeeze(-1)
+            else:
+                lowest = self._pass_back(node, rows)
+            return self._lowered(lowest, node, rows)
 
     def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
         asked = self._samples

@@ -213,7 +213,7 @@ class _Searcher:
             foretold = self.foretell(problem, rows, first, spread)
             first, spread = torch.where(foretold > 0, foretold, first) / CURVE_SPREAD, CURVE_SPREAD
         elif self.search_dtype != self.dtype:
-            scout = self.margin_of(problem, rows, self.search_dtype)
+            scout = self.margin_of(problem, rows, self.search_dtype, sound=False)
         verdict = self.margin_of(problem, rows, self.dtype)
         clean = (problem.clean_margins(self.dtype, rows) - problem.slack(self.dtype, rows)).amin(dim=1)
         linear = problem.linear_radius(self.search_dtype, rows).to(self.dtype)

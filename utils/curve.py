@@ -72,7 +72,7 @@ class CurvedPass(BoundPass):
         self._met: tuple[dict[Frame, Tensor], list[tuple[Node, Tensor]]] = ({}, [])
         moved = [frame for frame in graph.frames if not perturbation.is_exact(frame.frame)]
         self._frames = [frame for frame in moved if frame.child_weights]  # a forward may leave some out
-        super().__init__(graph, perturbation, "crown")
+        super().__init__(graph, perturbation, "crown", sound=sound)
 
     # --- one backward pass ---
 
@@ -157,7 +157,8 @@ class CurvedPass(BoundPass):
         )
         curves = self._curves.get(node) or self._first_curves(node, centers, box)
         self._chosen[node] = curves
-        self._relaxations[node] = curved_relaxation(node, tuple(one.center for one in known), box, curves)
+        planes = curved_relaxation(node, tuple(one.center for one in known), box, curves)
+        self._relaxations[node] = self.widened(node, planes)
         return self._relaxations[node]
 
     def _first_curves(self, node: NonLinear, centers: tuple[Tensor, ...], box: tuple[Interval, ...]) -> Curves:
@@ -211,7 +212,8 @@ class CurvedPass(BoundPass):
         apart = torch.where(joint, (1.0 + 1.0 / t) * known.remainder**2, reach**2).unsqueeze(-2)
         linear = self._joint_linear(w * torch.where(joint, 1.0 + t, 0.0).unsqueeze(-2), known.slopes, lines)
         alone = (w * reach.unsqueeze(-2) ** 2).sum(dim=-1)
-        return torch.minimum(alone, linear + (w * apart).sum(dim=-1))
+        least = torch.minimum(alone, linear + (w * apart).sum(dim=-1))
+        return least * (1.0 + w.shape[-1] * torch.finfo(w.dtype).eps)  # a sum of positive terms
 
     def _joint_linear(self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None = None) -> Tensor:
         """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""

@@ -103,11 +103,21 @@ class Constant(Node):
 
 
 class Linear(Node):
-    """``sum_i weights[i] @ parents[i] + bias``, weights (size, parent size), bias (size,)."""
+    """``sum_i weights[i] @ parents[i] + bias``, weights (size, parent size), bias (size,).
 
-    def __init__(self, parents: tuple[Node, ...], weights: tuple[Tensor, ...], bias: Tensor):
+    ``bias_size``, (size,), is the sum of the absolute values of the terms that made the bias, if several did.
+    """
+
+    def __init__(
+        self,
+        parents: tuple[Node, ...],
+        weights: tuple[Tensor, ...],
+        bias: Tensor,
+        bias_size: Tensor | None = None,
+    ):
         super().__init__(bias.shape[0], tuple(parents))
         self.weights, self.bias = tuple(weights), bias
+        self.bias_size = (bias if bias_size is None else bias_size).detach().abs()
 
     def detach(self) -> None:
         self.weights, self.bias = tuple(weight.detach() for weight in self.weights), self.bias.detach()

@@ -162,7 +162,8 @@ class MarginProblem:
     ) -> Tensor:
         """Lower bounds of the margins, (m, n_specs), of the chosen samples at eps, (m,) or (m, T).
 
-        With ``sound=False`` estimates, if bounds are curved: cheaper, and mostly a little too high.
+        With ``sound=False`` estimates, without what is taken off for rounding; of curved bounds they are much cheaper,
+        and mostly a little too high.
         """
         samples = torch.arange(len(self.x), device=self.x.device)[chosen]
         size = self._samples_at_once(dtype) if self.curves is None else self._curved_at_once(dtype)
@@ -186,7 +187,8 @@ class MarginProblem:
             bounds = CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype), sound)
         else:
             slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
-            bounds = BoundPass(graph, perturbation, self.method if self.method in PASS_METHODS else "crown", slopes)
+            method = self.method if self.method in PASS_METHODS else "crown"
+            bounds = BoundPass(graph, perturbation, method, slopes, sound)
         return bounds.margin(self.rows[chosen].to(dtype))
 
     def _perturbation(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype) -> Perturbation:
