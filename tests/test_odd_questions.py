@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import bab
+from utils import bab, bounds
 from utils.bab import decide
 from utils.certify import METHODS, MarginProblem, certified_margin, certified_radius
 from utils.models import SequenceClassifier
@@ -161,3 +161,18 @@ def test_an_endless_search_is_refused():
     model, x = recurrent(), torch.rand(1, 4, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="max_eps"):
         certified_radius(model, x, model(x).argmax(dim=1), max_eps=math.inf)
+
+
+@pytest.mark.parametrize("dtype, spacing", [(torch.float32, 2.0**-23), (DTYPE, 2.0**-52)])
+def test_a_radius_that_floats_do_not_resolve_is_none(monkeypatch, dtype, spacing):
+    """The margin is 16 and falls by 2 in an eighth of the spacing of floats at x = 1; rounding is left aside."""
+    monkeypatch.setattr(bounds, "Rounding", lambda passed: None)
+    monkeypatch.setattr(MarginProblem, "slack", lambda *_: torch.full((1, 1), 2.0, dtype=DTYPE))
+    model, x, label = linear(), torch.ones(1, 1, 8, dtype=dtype), torch.tensor([0])
+    model[1].weight[:], model[1].bias[:] = 0.0, 0.0
+    model[1].weight[0, 0], model[1].bias[0] = -16.0 / spacing, 16.0 / spacing + 16.0
+    found = [decide(model, x, label, eps, time_limit=0.5)[0].verdict for eps in (0.5 * spacing, 0.0)]
+    assert found == ["unknown", "certified"] and float(certified_radius(model, x, label)) == 0.0
+    monkeypatch.setattr(MarginProblem, "resolution", lambda *_: torch.zeros(1))
+    assert 0.87 * spacing < float(certified_radius(model, x, label)) < 0.875 * spacing
+    assert decide(model, x, label, 0.5 * spacing, time_limit=0.5)[0].verdict == "certified"

@@ -129,7 +129,8 @@ class RadiusResult:
     """What a radius search found, (batch,) each.
 
     Attributes:
-        radius: the largest eps that was certified in the verdict's precision; 0 if none was.
+        radius: the largest eps that was certified in the verdict's precision; 0 if none was, or none that the floats
+            of the input resolve (``MarginProblem.resolution``).
         failed: the smallest eps that was not certified in that precision; 0 if the clean input is not.
         margin: worst lower bound at ``radius`` less the slack for rounding (the clean one where radius is 0).
         evaluations: how many bounds were computed.
@@ -217,7 +218,7 @@ class _Searcher:
         verdict = self.margin_of(problem, rows, self.dtype)
         clean = (problem.clean_margins(self.dtype, rows) - problem.slack(self.dtype, rows)).amin(dim=1)
         linear = problem.linear_radius(self.search_dtype, rows).to(self.dtype)
-        aims = {"scout": scout, "linear": linear, "spread": spread}
+        aims = {"scout": scout, "linear": linear, "spread": spread, "floor": problem.resolution(self.dtype, rows)}
         found = largest_certified(verdict, clean, first, self.tol, self.max_eps, **aims)
         found.high = torch.where(clean > 0, found.high, 0.0)
         return found
@@ -293,7 +294,8 @@ def certified_radius(
         batch_size: samples bounded at once; less needs less memory.
 
     Returns:
-        The largest eps that certified, in the units of x; 0 where none did (a misclassified sample).
+        The largest eps that certified, in the units of x; 0 where none did (a misclassified sample), or none that the
+        floats of x resolve.
     """
     threat = {"norm": norm, "frames": frames, "clip": clip, "ball": ball, "lengths": lengths}
     how = {"method": method, "relaxation": relaxation, "alpha_steps": alpha_steps, "curve_steps": curve_steps}

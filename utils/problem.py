@@ -157,6 +157,11 @@ class MarginProblem:
         x, rows = self.x[chosen].to(dtype), self.rows[chosen].to(dtype)
         return SLACK[dtype] * (1.0 + self.graph(dtype, chosen).term_sizes(x, rows))
 
+    def resolution(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """The spacing of floats of x's precision at the greatest number that moves, (m,): no smaller eps certifies."""
+        x = self.x[chosen].detach()
+        return torch.finfo(x.dtype).eps * (x.abs().amax(dim=2) * self.mask[chosen]).amax(dim=1).to(dtype)
+
     def margins(
         self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None), sound: bool = True
     ) -> Tensor:
