@@ -103,3 +103,23 @@ def test_parts_of_a_batch_give_what_the_whole_gives(method, monkeypatch):
     assert max(sizes) == 4, "the batch was not split"
     again = certified_radius(model, x, labels, **how, search_dtype=torch.float64)
     assert torch.allclose(again, radius, rtol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["crown", "curve"])
+def test_gradients_of_a_net_of_which_one_direction_is_frozen(method):
+    """Both directions read the same frames, so their weights are narrower together or not at all."""
+    model = network(nn.RNN, {"bidirectional": True})
+    x, labels = sequences(model)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        certified_margin(model, x[:2], labels[:2], 0.05, norm=2.0, method=method, curve_steps=0).sum().backward()
+        return {name: one.grad.clone() for name, one in model.named_parameters() if one.requires_grad}
+
+    everything = gradients()
+    for name, parameter in model.rnn.named_parameters():
+        parameter.requires_grad_("reverse" not in name)
+    some = gradients()
+    assert set(some) < set(everything)
+    for name, gradient in some.items():
+        torch.testing.assert_close(gradient, everything[name], rtol=1e-6, atol=1e-9)

@@ -125,7 +125,9 @@ class BoundPass:
         An l_2 ball looks the same in any orthonormal coordinates, so the deviation is taken in a basis Q of the space
         that the frame's children look at: ||A W||_2 = ||A W Q||_2, and W Q has fewer columns if frames are wide.
         """
-        if self.perturbation.norm != 2.0 or (torch.is_grad_enabled() and weight.requires_grad):
+        # All children of a frame take the same coordinates: their coefficients are added.
+        learnt = torch.is_grad_enabled() and any(child.requires_grad for child in frame.child_weights)
+        if self.perturbation.norm != 2.0 or learnt:
             return weight
         return self.graph.reduced_weight(frame, weight)
 
@@ -164,7 +166,7 @@ class BoundPass:
         needed = {operand.bounded_through for node in self.graph.nodes for operand in node.relaxed_operands}
         for node in sorted(needed, key=lambda operand: operand.index):
             if not self.is_exact(node):
-                self._intervals[node] = _intersect(self.interval(node), self._bound_by_rows(node))
+                self._intervals[node] = intersect(self.interval(node), self._bound_by_rows(node))
 
     def _bound_by_rows(self, node: Node) -> Interval:
         """Bounds of a node's elements as those of the rows [I; -I]."""
@@ -299,7 +301,7 @@ def _tile(parts: list[tuple[int, Tensor]], size: int) -> Tensor:
     return sum(torch.nn.functional.pad(part, (start, size - start - part.shape[-1])) for start, part in parts)
 
 
-def _intersect(first: Interval, second: Interval) -> Interval:
+def intersect(first: Interval, second: Interval) -> Interval:
     """Both intervals hold, so their intersection does; rounding must not turn a point inside out."""
     lower = torch.maximum(first[0], second[0])
     upper = torch.minimum(first[1], second[1])

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.bounds import BoundPass
+from utils.bounds import BoundPass, intersect
 from utils.box_quadratic import line_and_squares_over_box, squares_over_box
 from utils.curvature import Curves, curved_relaxation, is_smooth, tangent_curves
 from utils.graph import Frame, Graph, Interval, Negative, Node, NonLinear, Product, Slice
@@ -129,7 +129,9 @@ class CurvedPass(BoundPass):
         apart = self._deviation([0.5 * (a - b) for a, b in zip(above, below, strict=True)])
         remainder = (0.5 * (most - least)).clamp(min=0.0) + apart
         center = 0.5 * (least + most)
-        inside = torch.minimum(torch.maximum(center, low), torch.maximum(low, high))
+        # Both are known of the node: its box is where they meet.
+        lowest, highest = intersect(self.interval(node), (low, high))
+        inside = torch.minimum(torch.maximum(center, lowest), highest)
         width = self._deviation(list(slopes.split([self._width(frame) for frame in self._frames], dim=-1)))
         self._linear[node] = Operand(slopes, width, remainder + (inside - center).abs(), inside)
         return low, high
@@ -151,13 +153,10 @@ class CurvedPass(BoundPass):
         known = [self._operand(operand) for operand in node.parents]
         if node in self._relaxations or not is_smooth(node) or any(one is None for one in known):
             return super().relaxation(node)
-        box = tuple(self.interval(operand) for operand in node.parents)
-        centers = tuple(
-            torch.minimum(torch.maximum(one.center, low), high) for one, (low, high) in zip(known, box, strict=True)
-        )
+        box, centers = tuple(self.interval(operand) for operand in node.parents), tuple(one.center for one in known)
         curves = self._curves.get(node) or self._first_curves(node, centers, box)
         self._chosen[node] = curves
-        planes = curved_relaxation(node, tuple(one.center for one in known), box, curves)
+        planes = curved_relaxation(node, centers, box, curves)
         self._relaxations[node] = self.widened(node, planes)
         return self._relaxations[node]
 
