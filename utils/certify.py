@@ -38,9 +38,9 @@ FIRST_SHARE = 0.04
 TUNED_METHODS = ("alpha", "curve", "bab")  # each begins with what the ones before it do
 CURVED_METHODS = TUNED_METHODS[1:]
 
-# Slopes are tuned in this many rounds, each at an eps a little above the radius reached.
-ALPHA_ROUNDS = 2
-ALPHA_OVERSHOOT = 1.03
+# Slopes are tuned in two rounds, each at an eps a little above the radius reached. The planes of "crown" change with
+# eps, tuned ones do not: where the first round gains less than that costs, the second is nearer, and takes all steps.
+ALPHA_OVERSHOOT, ALPHA_NEAR = 1.03, 1.004
 
 # Curved bounds are tuned in this many rounds, at these multiples of the radius reached: they gain more, and at first
 # less is known of how much.
@@ -231,10 +231,14 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
     first = search.first(problem, rows)
     found = search(problem, rows, first)
     if problem.method in TUNED_METHODS:
-        for _ in range(ALPHA_ROUNDS):
-            aim = torch.where(found.low > 0, ALPHA_OVERSHOOT * found.low, first)
-            problem.tune(aim, search.search_dtype, -(-problem.alpha_steps // ALPHA_ROUNDS), rows)
+        overshoot, steps = torch.full_like(found.low, ALPHA_OVERSHOOT), -(-problem.alpha_steps // 2)
+        for _ in range(2):
+            aim, reached = torch.where(found.low > 0, overshoot * found.low, first), found.low
+            problem.tune(aim, search.search_dtype, steps, rows)
             found = _better(found, search(problem, rows, aim, ALPHA_OVERSHOOT))
+            in_vain = (found.low <= reached) & (found.low > 0)
+            overshoot = torch.where(in_vain, ALPHA_NEAR, ALPHA_OVERSHOOT)
+            steps = problem.alpha_steps if bool(in_vain.any()) else steps
     if problem.method in CURVED_METHODS:
         steps, reached = -(-problem.curve_steps // len(CURVE_OVERSHOOTS)), found.low
         for overshoot in CURVE_OVERSHOOTS:
