@@ -201,7 +201,8 @@ def test_no_perturbation_gives_the_forward_pass(net, threat, method):
     for eps in (torch.zeros(BATCH, FRAMES), torch.tensor([[0.0], [0.3], [0.0]]).expand(BATCH, FRAMES)):
         margin = BoundPass(graph, threat.around(x, eps.double()), method).margin(rows)
         same = (eps == 0).all(dim=1)
-        torch.testing.assert_close(margin[same], exact[same], rtol=1e-12, atol=1e-12)
+        assert (margin[same] <= exact[same] + 1e-12).all()
+        torch.testing.assert_close(margin[same], exact[same], rtol=1e-12, atol=1e-10)  # less for rounding
 
 
 @pytest.mark.parametrize("method", METHODS)

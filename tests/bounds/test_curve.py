@@ -10,7 +10,7 @@ from test_alpha import CELLS, network, sampled_margins, sequences
 from torch import nn
 
 from utils.attack.pgd import pgd
-from utils.bounds import curve
+from utils.bounds import curve, quadratic
 from utils.bounds.curve import CurvedPass, tune_curves
 from utils.bounds.passes import BoundPass
 from utils.certify import certified_margin, certified_radius, margin_problem, search_radius
@@ -345,3 +345,44 @@ def test_frames_that_are_exact_and_bad_arguments():
         margin_problem(model, x, labels, method="curve", curve_steps=-1)
     with pytest.raises(ValueError, match="time_limit"):
         margin_problem(model, x, labels, method="bab", time_limit=math.nan)
+
+
+def gradients_where_nothing_moves(ball: str, eps: tuple[float, float], mask: list[bool]) -> list[torch.Tensor]:
+    """Of the weights, from a batch of two samples; the second may not move."""
+    model = network(nn.RNN)
+    x, labels = (part[:2] for part in sequences(model))
+    frames = torch.tensor([[True] * x.shape[1], mask * x.shape[1]])
+    eps = torch.tensor(eps, dtype=torch.float64)
+    margin = certified_margin(model, x, labels, eps, ball=ball, frames=frames, method="curve", curve_steps=0)
+    assert margin.isfinite().all()
+    return torch.autograd.grad(margin.sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("ball", ["frame", "sequence"])
+@pytest.mark.parametrize(("eps", "mask"), [((0.05, 0.05), [False]), ((0.05, 0.0), [True]), ((0.05, 1e3), [True])])
+def test_gradients_are_finite_where_nothing_moves_or_nothing_is_proved(ball, eps, mask):
+    assert all(gradient.isfinite().all() for gradient in gradients_where_nothing_moves(ball, eps, mask))
+
+
+def test_gradients_through_factors_that_failed_are_noticed(monkeypatch):
+    monkeypatch.setattr(quadratic, "_where", lambda chosen, tensor, other: tensor)
+    found = gradients_where_nothing_moves("frame", (0.05, 0.0), [True])
+    assert not all(gradient.isfinite().all() for gradient in found)
+
+
+def test_centres_of_operands_lie_in_their_boxes(monkeypatch):
+    def outside() -> float:
+        model = network(nn.RNN)
+        x, _ = sequences(model)
+        eps = torch.full(x.shape[:2], 20.0, dtype=torch.float64)
+        with torch.no_grad():
+            bounds = CurvedPass(unroll(model, x.shape[1]), Perturbation(x, eps, 2.0))
+            most = 0.0
+            for node, operand in bounds._linear.items():
+                low, high = bounds.interval(node)
+                most = max(most, float((operand.center - high).max()), float((low - operand.center).max()))
+        return most
+
+    assert outside() == 0.0
+    monkeypatch.setattr(curve, "intersect", lambda first, second: second)
+    assert outside() > 0.0

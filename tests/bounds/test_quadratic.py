@@ -190,3 +190,18 @@ def test_an_eigenvalue_that_overflows_has_no_bound(broken):
     bound = largest_eigenvalue(weights, jacobian)
     assert not bound.isnan().any() and bool(bound[0, 2] > 1e150)
     assert bool(bound[1:].isfinite().all())
+
+
+def share_of_guard(count: int, value: float) -> float:
+    """Of what is added for rounding, the error of a sum of ``count`` equal squares in single precision."""
+    weights, jacobian = torch.full((1, 1, count), 0.9), torch.full((1, count, 1), value)
+    exact = (weights.double() @ jacobian.double() ** 2).item()
+    return abs(quadratic.block(weights, jacobian).item() - exact) / quadratic.rounding_guard(weights, jacobian).item()
+
+
+def test_guards_grow_with_the_number_of_neurons(monkeypatch):
+    """Sums of equal squares round to the same side again and again."""
+    asked = [(count, value) for count in (448, 20_000, 200_000) for value in (0.7, 1.0 / 3.0, 0.9)]
+    assert max(share_of_guard(*one) for one in asked) < 0.25
+    monkeypatch.setattr(quadratic, "GUARD_TERMS", 10**9)
+    assert max(share_of_guard(*one) for one in asked) > 1.0

@@ -130,3 +130,23 @@ def test_parts_of_a_batch_have_its_radii(method, split):
     # Both are within tol below where the margin vanishes, which another gain of tuned slopes moves by much less.
     assert torch.allclose(certified_radius(model, x, labels, **how), radius, rtol=2e-3)
     assert max(sizes) == 4, "the batch was not split"
+
+
+@pytest.mark.parametrize("method", ["crown", "curve"])
+def test_gradients_of_a_net_of_which_one_direction_is_frozen(method):
+    """Both directions read the same frames, so their weights are narrower together or not at all."""
+    model = network(nn.RNN, {"bidirectional": True})
+    x, labels = sequences(model)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        certified_margin(model, x[:2], labels[:2], 0.05, norm=2.0, method=method, curve_steps=0).sum().backward()
+        return {name: one.grad.clone() for name, one in model.named_parameters() if one.requires_grad}
+
+    everything = gradients()
+    for name, parameter in model.rnn.named_parameters():
+        parameter.requires_grad_("reverse" not in name)
+    some = gradients()
+    assert set(some) < set(everything)
+    for name, gradient in some.items():
+        torch.testing.assert_close(gradient, everything[name], rtol=1e-6, atol=1e-9)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from utils.certify import bab, certified_margin, certified_radius, margin_problem
+from utils.bounds import passes as bounds
+from utils.certify import MarginProblem, bab, certified_margin, certified_radius, margin_problem
 from utils.certify.bab import decide
 from utils.certify.verify import DTYPE
-from utils.choices import METHODS
+from utils.choices import ATTACKS, METHODS
 from utils.network.models import SequenceClassifier
 
 QUICK = {"alpha_steps": 2, "curve_steps": 2, "time_limit": 0.5}
@@ -148,9 +149,9 @@ def test_the_bounds_of_a_decision_hold_for_all_that_is_attacked(monkeypatch, eps
     """Float32 rounds 0.7 down and 0.1 up."""
     model, x = recurrent(torch.float32), torch.rand(2, 4, 3)
     asked, attacked = [], []
-    bound, attack = bab._bound, bab.pgd
+    bound, attack = bab._bound, ATTACKS["pgd"]
     monkeypatch.setattr(bab, "_bound", lambda *args: asked.append(args[1]) or bound(*args))
-    monkeypatch.setattr(bab, "pgd", lambda *args, **how: attacked.append(args[3]) or attack(*args, **how))
+    monkeypatch.setitem(ATTACKS, "pgd", lambda *args, **how: attacked.append(args[3]) or attack(*args, **how))
     decide(model, x, model(x).argmax(dim=1), eps, frames=3, dtype=torch.float32, time_limit=1.0)
     assert len(attacked) == 2 and all(float(radius) == eps for radius in attacked)
     assert all(radius.dtype == torch.float32 and eps <= float(radius) < eps + 1e-7 for radius in asked)
@@ -161,3 +162,18 @@ def test_an_endless_search_is_refused():
     model, x = recurrent(), torch.rand(1, 4, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="max_eps"):
         certified_radius(model, x, model(x).argmax(dim=1), max_eps=math.inf)
+
+
+@pytest.mark.parametrize("dtype, spacing", [(torch.float32, 2.0**-23), (DTYPE, 2.0**-52)])
+def test_a_radius_that_floats_do_not_resolve_is_none(monkeypatch, dtype, spacing):
+    """The margin is 16 and falls by 2 in an eighth of the spacing of floats at x = 1; rounding is left aside."""
+    monkeypatch.setattr(bounds, "Rounding", lambda passed: None)
+    monkeypatch.setattr(MarginProblem, "slack", lambda *_: torch.full((1, 1), 2.0, dtype=DTYPE))
+    model, x, label = linear(), torch.ones(1, 1, 8, dtype=dtype), torch.tensor([0])
+    model[1].weight[:], model[1].bias[:] = 0.0, 0.0
+    model[1].weight[0, 0], model[1].bias[0] = -16.0 / spacing, 16.0 / spacing + 16.0
+    found = [decide(model, x, label, eps, time_limit=0.5)[0].verdict for eps in (0.5 * spacing, 0.0)]
+    assert found == ["unknown", "certified"] and float(certified_radius(model, x, label)) == 0.0
+    monkeypatch.setattr(MarginProblem, "resolution", lambda *_: torch.zeros(1))
+    assert 0.87 * spacing < float(certified_radius(model, x, label)) < 0.875 * spacing
+    assert decide(model, x, label, 0.5 * spacing, time_limit=0.5)[0].verdict == "certified"

@@ -85,16 +85,20 @@ def tune_slopes(
         perturbation: the set for which the slopes are tuned; they are sound for any other.
         rows: the spec matrix C, (batch, n_specs, classes).
         steps: gradient steps; each costs about three bounds.
-        start: slopes to start from; those of "crown" if left out.
+        start: slopes to start from where they are better than those of "crown". These change with the perturbation:
+            slopes tuned for a larger one may be worse here.
         deadline: no step is begun that would end after ``time.perf_counter()`` is this.
 
     Returns:
         The best slopes that were met and their worst margins, (batch,).
     """
     with torch.no_grad():
-        first = BoundPass(graph, perturbation, "crown", slopes=start)
+        first = BoundPass(graph, perturbation, "crown", sound=False)
         best_margin = first.margin(rows).amin(dim=1)
         origin = default_slopes(first)
+        if start is not None:
+            started = BoundPass(graph, perturbation, "crown", start, sound=False).margin(rows).amin(dim=1)
+            origin, best_margin = _keep_better(origin, best_margin, start, started)
         ranges = [entry and _ranges(first, node) for node, entry in zip(_nonlinear(graph), origin, strict=True)]
     shifts = [entry and tuple(tuple(torch.zeros_like(s) for s in plane) for plane in entry) for entry in origin]
     leaves = [shift.requires_grad_() for entry in shifts if entry for plane in entry for shift in plane]
@@ -108,7 +112,7 @@ def tune_slopes(
             break
         with torch.enable_grad():
             slopes = _shifted(origin, ranges, shifts)
-            margin = BoundPass(graph, perturbation, "crown", slopes=slopes).margin(rows).amin(dim=1)
+            margin = BoundPass(graph, perturbation, "crown", slopes, sound=False).margin(rows).amin(dim=1)
             loss = -margin.sum()
         best, best_margin = _keep_better(best, best_margin, slopes, margin)
         if step < steps:

@@ -34,7 +34,7 @@ from ..perturbation.sets import Perturbation
 from ..relaxation.curves import Curves, curved_relaxation
 from ..relaxation.lines import Relaxation
 from .box_quadratic import line_and_squares_over_box, squares_over_box
-from .passes import BoundPass
+from .passes import BoundPass, intersect
 from .quadratic import largest_eigenvalue, line_and_squares
 
 STEP_SIZES = (0.02, 0.2)  # of slopes in units of their range, and of log curvatures; measured
@@ -74,7 +74,7 @@ class CurvedPass(BoundPass):
         self._met: tuple[dict[Frame, Tensor], list[tuple[Node, Tensor]]] = ({}, [])
         moved = [frame for frame in graph.frames if not perturbation.is_exact(frame.frame)]
         self._frames = [frame for frame in moved if frame.child_weights]  # a forward may leave some out
-        super().__init__(graph, perturbation, "crown")
+        super().__init__(graph, perturbation, "crown", sound=sound)
 
     # --- one backward pass ---
 
@@ -131,7 +131,9 @@ class CurvedPass(BoundPass):
         apart = self._deviation([0.5 * (a - b) for a, b in zip(above, below, strict=True)])
         remainder = (0.5 * (most - least)).clamp(min=0.0) + apart
         center = 0.5 * (least + most)
-        inside = torch.minimum(torch.maximum(center, low), torch.maximum(low, high))
+        # Both are known of the node: its box is where they meet.
+        lowest, highest = intersect(self.interval(node), (low, high))
+        inside = torch.minimum(torch.maximum(center, lowest), highest)
         width = self._deviation(list(slopes.split([self._width(frame) for frame in self._frames], dim=-1)))
         self._linear[node] = Operand(slopes, width, remainder + (inside - center).abs(), inside)
         return low, high
@@ -153,13 +155,11 @@ class CurvedPass(BoundPass):
         known = [self._operand(operand) for operand in node.parents]
         if node in self._relaxations or node.curved is None or any(one is None for one in known):
             return super().relaxation(node)
-        box = tuple(self.interval(operand) for operand in node.parents)
-        centers = tuple(
-            torch.minimum(torch.maximum(one.center, low), high) for one, (low, high) in zip(known, box, strict=True)
-        )
+        box, centers = tuple(self.interval(operand) for operand in node.parents), tuple(one.center for one in known)
         curves = self._curves.get(node) or self._first_curves(node, centers, box)
         self._chosen[node] = curves
-        self._relaxations[node] = curved_relaxation(node.curved, tuple(one.center for one in known), box, curves)
+        planes = curved_relaxation(node.curved, centers, box, curves)
+        self._relaxations[node] = self.widened(node, planes)
         return self._relaxations[node]
 
     def _first_curves(self, node: NonLinear, centers: tuple[Tensor, ...], box: tuple[Interval, ...]) -> Curves:
@@ -213,7 +213,8 @@ class CurvedPass(BoundPass):
         apart = torch.where(joint, (1.0 + 1.0 / t) * known.remainder**2, reach**2).unsqueeze(-2)
         linear = self._joint_linear(w * torch.where(joint, 1.0 + t, 0.0).unsqueeze(-2), known.slopes, lines)
         alone = (w * reach.unsqueeze(-2) ** 2).sum(dim=-1)
-        return torch.minimum(alone, linear + (w * apart).sum(dim=-1))
+        least = torch.minimum(alone, linear + (w * apart).sum(dim=-1))
+        return least * (1.0 + w.shape[-1] * torch.finfo(w.dtype).eps)  # a sum of positive terms
 
     def _joint_linear(self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None = None) -> Tensor:
         """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""

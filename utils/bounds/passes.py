@@ -22,6 +22,7 @@ from ..graph.nodes import Frame, Interval, Linear, Node
 from ..graph.nonlinear import NonLinear
 from ..perturbation.sets import Perturbation
 from ..relaxation.lines import Plane, Relaxation
+from .rounding import Rounding
 
 # Coefficients handed to a node: for its elements and its samples from these on; None for all elements.
 _Contribution = tuple[int | None, int, Tensor]
@@ -35,13 +36,24 @@ class BoundPass:
     Nothing outlives the object: intervals, values and relaxations are made once, when they are first asked for.
     """
 
-    def __init__(self, graph: Graph, perturbation: Perturbation, method: str = "crown", slopes: list | None = None):
-        """``slopes`` are those of the planes, by non-linear node (``SlopeTable``); None for the default."""
+    def __init__(
+        self,
+        graph: Graph,
+        perturbation: Perturbation,
+        method: str = "crown",
+        slopes: list | None = None,
+        sound: bool = True,
+    ):
+        """``slopes`` are those of the planes, by non-linear node (``SlopeTable``); None for the default.
+
+        With ``sound=False`` nothing is taken off for rounding (``rounding``): no bound but an estimate.
+        """
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
         self.graph, self.perturbation, self.method = graph, perturbation, method
         self._values: dict[Node, Tensor] = {}
         self._exact = self._find_exact()
+        self.rounding = Rounding(self) if sound else None
         self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
         self._intervals: dict[Node, Interval] = {}
@@ -59,13 +71,13 @@ class BoundPass:
     # --- samples that end early ---
 
     @contextmanager
-    def _at(self, node: Node) -> Iterator[None]:
+    def at(self, node: Node) -> Iterator[None]:
         """What is asked for meanwhile is for the node's samples alone."""
         before, self._samples = self._samples, node.samples
         yield
         self._samples = before
 
-    def _fit(self, tensor: Tensor) -> Tensor:
+    def fit(self, tensor: Tensor) -> Tensor:
         """A tensor (batch or 1, ...) for the samples of the node at work."""
         if self._samples is None or tensor.shape[0] <= self._samples:
             return tensor
@@ -89,25 +101,25 @@ class BoundPass:
     def exact_value(self, node: Node) -> Tensor:
         """Value of an exact node, (batch or 1, size)."""
         if node not in self._values:
-            with self._at(node):
+            with self.at(node):
                 if isinstance(node, Frame):
                     self._values[node] = self.perturbation.center(node.frame)
                 else:
                     self._values[node] = node.value(*(self.exact_value(parent) for parent in node.parents))
-        return self._fit(self._values[node])
+        return self.fit(self._values[node])
 
     def known_part(self, node: Node) -> Tensor | None:
         """What a Linear child may add up beforehand: an exact node's value, a perturbed frame's centre, else None."""
         if isinstance(node, Frame):
-            return self._fit(self.perturbation.center(node.frame))
+            return self.fit(self.perturbation.center(node.frame))
         return self.exact_value(node) if self.is_exact(node) else None
 
     def offset(self, node: Linear) -> Tensor:
         """``node.offset``, made once."""
         if node not in self._offsets:
-            with self._at(node):
+            with self.at(node):
                 self._offsets[node] = node.offset(self)
-        return self._fit(self._offsets[node])
+        return self.fit(self._offsets[node])
 
     def ball_weight(self, frame: Frame, weight: Tensor) -> Tensor:
         """A Linear child's weight for a frame's deviation from its centre, (size, frame size or less).
@@ -115,7 +127,9 @@ class BoundPass:
         An l_2 ball looks the same in any orthonormal coordinates, so the deviation is taken in a basis Q of the space
         that the frame's children look at: ||A W||_2 = ||A W Q||_2, and W Q has fewer columns if frames are wide.
         """
-        if not self.perturbation.is_round or (torch.is_grad_enabled() and weight.requires_grad):
+        # All children of a frame take the same coordinates: their coefficients are added.
+        learnt = torch.is_grad_enabled() and any(child.requires_grad for child in frame.child_weights)
+        if not self.perturbation.is_round or learnt:
             return weight
         return self.graph.reduced_weight(frame, weight)
 
@@ -124,14 +138,19 @@ class BoundPass:
     def interval(self, node: Node) -> Interval:
         """Tightest known (lower, upper) of a node, (batch, size) each."""
         if node not in self._intervals:
-            with self._at(node):
-                if self.is_exact(node):
-                    value = self.exact_value(node)
-                    self._intervals[node] = (value, value)
-                else:
-                    self._intervals[node] = node.interval(self)
+            with self.at(node):
+                value = self.exact_value(node) if self.is_exact(node) else None
+                low, high = node.interval(self) if value is None else (value, value)
+                if self.rounding:
+                    lost = self.rounding.of_interval(node, low, high)
+                    low, high = low - lost, high + lost
+                self._intervals[node] = (low, high)
         low, high = self._intervals[node]
-        return self._fit(low), self._fit(high)
+        return self.fit(low), self.fit(high)
+
+    def half_widths(self, frame: Frame) -> Tensor:
+        """``Perturbation.half_widths`` for the samples of the node at work."""
+        return self._narrowed().half_widths(frame.frame)
 
     def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor:
         """``Perturbation.frame_deviation`` for the samples of the node at work."""
@@ -149,7 +168,7 @@ class BoundPass:
         needed = {operand.bounded_through for node in self.graph.nodes for operand in node.relaxed_operands}
         for node in sorted(needed, key=lambda operand: operand.index):
             if not self.is_exact(node):
-                self._intervals[node] = _intersect(self.interval(node), self._bound_by_rows(node))
+                self._intervals[node] = intersect(self.interval(node), self._bound_by_rows(node))
 
     def _bound_by_rows(self, node: Node) -> Interval:
         """Bounds of a node's elements as those of the rows [I; -I]."""
@@ -161,17 +180,21 @@ class BoundPass:
     def relaxation(self, node: NonLinear) -> Relaxation:
         """Planes around a non-linear node on the box of its operands' intervals."""
         if node not in self._relaxations:
-            with self._at(node):
+            with self.at(node):
                 operands = [self.interval(operand) for operand in node.parents]
-                self._relaxations[node] = node.relax(*operands, slopes=self._slopes.get(node))
+                self._relaxations[node] = self.widened(node, node.relax(*operands, slopes=self._slopes.get(node)))
         if self._samples == node.samples:
             return self._relaxations[node]
         if node not in self._fitted or self._fitted[node][0] != self._samples:
             self._fitted[node] = (self._samples, self._fit_relaxation(self._relaxations[node]))
         return self._fitted[node][1]
 
+    def widened(self, node: NonLinear, relaxation: Relaxation) -> Relaxation:
+        """Planes with room for the rounding of what passes through them."""
+        return self.rounding.widen(node, relaxation) if self.rounding else relaxation
+
     def _fit_relaxation(self, relaxation: Relaxation) -> Relaxation:
-        lower, upper = (Plane(tuple(map(self._fit, plane.slopes)), self._fit(plane.intercept)) for plane in relaxation)
+        lower, upper = (Plane(tuple(map(self.fit, plane.slopes)), self.fit(plane.intercept)) for plane in relaxation)
         # Slopes that both planes share stay one tensor: ``NonLinear.backward`` saves work then.
         pairs = zip(relaxation.lower.slopes, relaxation.upper.slopes, lower.slopes, upper.slopes, strict=True)
         shared = tuple(low if a is b else high for a, b, low, high in pairs)
@@ -194,16 +217,22 @@ class BoundPass:
         """Lower bound of ``rows @ node`` from intervals alone, with the rows folded into a Linear node."""
         if isinstance(node, Linear) and not self.is_exact(node):
             center, radius = node.center_radius(self, rows)
-            return center - radius
+            return self._lowered(center - radius, node, rows)
         low, high = self.interval(node)
-        return (rows.clamp(min=0.0) @ low[..., None] + rows.clamp(max=0.0) @ high[..., None]).squeeze(-1)
+        lowest = (rows.clamp(min=0.0) @ low[..., None] + rows.clamp(max=0.0) @ high[..., None]).squeeze(-1)
+        return self._lowered(lowest, node, rows)
+
+    def _lowered(self, bound: Tensor, node: Node, rows: Tensor) -> Tensor:
+        return bound - self.rounding.lost(node, rows) if self.rounding else bound
 
     def lower_bound(self, node: Node, rows: Tensor) -> Tensor:
         """Lower bound of ``rows @ node`` over the perturbation set, (batch, n_rows), by a backward pass."""
-        with self._at(node):
+        with self.at(node):
             if self.is_exact(node):
-                return (rows @ self.exact_value(node)[..., None]).squeeze(-1)
-            return self._pass_back(node, rows)
+                lowest = (rows @ self.exact_value(node)[..., None]).squeeze(-1)
+            else:
+                lowest = self._pass_back(node, rows)
+            return self._lowered(lowest, node, rows)
 
     def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
         asked = self._samples
@@ -245,16 +274,16 @@ class BoundPass:
         self._pending[node.index].append((start, first_sample, coefficients))
 
 
-def crown(graph: Graph, perturbation: Perturbation, slopes: list | None = None) -> BoundPass:
-    return BoundPass(graph, perturbation, "crown", slopes)
+def crown(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
+    return BoundPass(graph, perturbation, "crown", slopes, sound)
 
 
-def ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None) -> BoundPass:
-    return BoundPass(graph, perturbation, "ibp", slopes)
+def ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
+    return BoundPass(graph, perturbation, "ibp", slopes, sound)
 
 
-def crown_ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None) -> BoundPass:
-    return BoundPass(graph, perturbation, "crown-ibp", slopes)
+def crown_ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
+    return BoundPass(graph, perturbation, "crown-ibp", slopes, sound)
 
 
 def _spread(tensor: Tensor, first: int, batch: int | None) -> Tensor:
@@ -286,7 +315,7 @@ def _tile(parts: list[tuple[int, Tensor]], size: int) -> Tensor:
     return sum(torch.nn.functional.pad(part, (start, size - start - part.shape[-1])) for start, part in parts)
 
 
-def _intersect(first: Interval, second: Interval) -> Interval:
+def intersect(first: Interval, second: Interval) -> Interval:
     """Both intervals hold, so their intersection does; rounding must not turn a point inside out."""
     lower = torch.maximum(first[0], second[0])
     upper = torch.minimum(first[1], second[1])

@@ -22,7 +22,8 @@ from .eigenvalues import eigenvalue_bound, eigh_guess
 LEADING = 64  # directions in the basis, for squares alone; measured against 32, 128
 LEADING_BESIDE_LINES = 32  # and for squares with lines, which lie in the basis as well
 POWER_STEPS = 8  # of the power iteration, in estimates
-GUARD_ULPS = 64.0  # of rounding, of sums as large as the form's trace
+GUARD_ULPS = 64.0  # of rounding, of sums as large as the form's trace, and of this many squares or fewer:
+GUARD_TERMS = 512  # of more, guards grow with their number. Sums of k equal ones were seen to err by k / 60 units
 LEVELS = 24  # multipliers that are tried at once, twice
 
 
@@ -94,17 +95,35 @@ def line_and_squares(lines: Tensor, weights: Tensor, jacobian: Tensor, size: Ten
         rest = Rest(torch.zeros_like(guard), torch.zeros_like(guard))
     with torch.no_grad():
         multiplier = _best_multiplier(line, form, rest, size) + 2.0 * guard
-    shift = multiplier - rest.beside / (multiplier - rest.norm)
-    eye = torch.eye(form.shape[-1], dtype=form.dtype, device=form.device)
-    factor, failed = torch.linalg.cholesky_ex((shift - guard)[..., None, None] * eye - form)
-    proved = (failed == 0) & (multiplier > rest.norm)
-    factor = torch.where(proved[..., None, None], factor, eye)
-    solved = torch.linalg.solve_triangular(factor, line.unsqueeze(-1), upper=False).squeeze(-1)
-    bound = size[:, None] * multiplier + 0.25 * (solved**2).sum(dim=-1)
+    parts = (multiplier, line, form, guard, rest)
+    if torch.is_grad_enabled():
+        # What is not proved is left out beforehand: zeros times the gradient of a factor that is not finite are NaN.
+        with torch.no_grad():
+            proved = _with_multiplier(*parts, size).isfinite()
+        none = (torch.ones_like(guard), *(torch.zeros_like(part) for part in (line, form, guard)))
+        kept = (_where(proved, part, other) for part, other in zip(parts[:4], none, strict=True))
+        bound = _with_multiplier(*kept, Rest(*(torch.where(proved, norm, 0.0) for norm in rest)), size)
+        bound = torch.where(proved, bound, torch.inf)
+    else:
+        bound = _with_multiplier(*parts, size)
     # What rounding has left of the lines outside of the basis.
     lost = (lines.detach() - line.detach() @ basis.mT).norm(dim=-1)
     bound = bound + lost * size.sqrt()[:, None]
-    return torch.where(proved & bound.isfinite(), bound, torch.inf)
+    return torch.where(bound.isfinite(), bound, torch.inf)
+
+
+def _with_multiplier(multiplier: Tensor, line: Tensor, form: Tensor, guard: Tensor, rest: Rest, size: Tensor) -> Tensor:
+    """The bound of the S-lemma for a lambda, (batch, rows); infinite where no factor proves it."""
+    shift = multiplier - rest.beside / (multiplier - rest.norm)
+    eye = torch.eye(form.shape[-1], dtype=form.dtype, device=form.device)
+    factor, failed = torch.linalg.cholesky_ex((shift - guard)[..., None, None] * eye - form)
+    solved = torch.linalg.solve_triangular(factor, line.unsqueeze(-1), upper=False).squeeze(-1)
+    bound = size[:, None] * multiplier + 0.25 * (solved**2).sum(dim=-1)
+    return torch.where((failed == 0) & (multiplier > rest.norm) & bound.isfinite(), bound, torch.inf)
+
+
+def _where(chosen: Tensor, tensor: Tensor, other: Tensor) -> Tensor:
+    return torch.where(chosen.reshape(*chosen.shape, *(1,) * (tensor.dim() - chosen.dim())), tensor, other)
 
 
 # --- the form and its blocks ---
@@ -146,7 +165,7 @@ def rest_of(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
     inside = head @ head.mT
     outside = jacobian @ jacobian.mT - inside
     # ``outside`` is a difference, so the norms are wrong by rounding of sums as large as the trace.
-    lost = GUARD_ULPS * torch.finfo(weights.dtype).eps * _weighted_lengths(weights, jacobian) ** 2
+    lost = _guard_of(jacobian) * _weighted_lengths(weights, jacobian) ** 2
     beside, square = (
         ((weights @ (one * outside)) * weights).sum(dim=-1).clamp(min=0.0) + lost for one in (inside, outside)
     )
@@ -154,7 +173,12 @@ def rest_of(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
 
 
 def rounding_guard(weights: Tensor, directions: Tensor) -> Tensor:
-    return GUARD_ULPS * torch.finfo(weights.dtype).eps * _weighted_lengths(weights, directions)
+    return _guard_of(directions) * _weighted_lengths(weights, directions)
+
+
+def _guard_of(directions: Tensor) -> float:
+    """Relative, for sums over (batch, k, n) along k or n."""
+    return GUARD_ULPS * max(1.0, max(directions.shape[1:]) / GUARD_TERMS) * torch.finfo(directions.dtype).eps
 
 
 def _weighted_lengths(weights: Tensor, directions: Tensor) -> Tensor:

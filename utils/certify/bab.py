@@ -183,7 +183,10 @@ def decide(
 
 
 def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Tensor]:
-    """Whether a problem's only sample is certified at eps, (1,), or "unknown", and its margins."""
+    """Whether a problem's only sample is certified at eps, (1,), or "unknown", and its margins.
+
+    It is unknown at an eps, other than 0, that the floats of x do not resolve.
+    """
     deadline, dtype = started + problem.method.time_limit, eps.dtype
     clean = problem.clean_margins(dtype)[0]
     enough, spare = (float(problem.slack(precision).max()) for precision in (dtype, TUNING))
@@ -198,4 +201,5 @@ def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Te
             tune()
             best = torch.maximum(best, problem.margins(eps, dtype)[0])
     _refine_margins(problem, eps, dtype, best, deadline, enough)
-    return ("certified" if float(best.min()) > enough else "unknown"), best
+    resolved = bool((eps == 0) | (eps >= problem.resolution(dtype)))
+    return ("certified" if resolved and float(best.min()) > enough else "unknown"), best

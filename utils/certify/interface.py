@@ -19,9 +19,9 @@ from .search import SPREAD, Bracket, MarginOf, foretold_radius, largest_certifie
 # Smallest first eps of a search, as a share of the radius at which the margin's linearisation vanishes.
 FIRST_SHARE = 0.04
 
-# Slopes are tuned in this many rounds, each at an eps a little above the radius reached.
-ALPHA_ROUNDS = 2
-ALPHA_OVERSHOOT = 1.03
+# Slopes are tuned in two rounds, each at an eps a little above the radius reached. The planes of "crown" change with
+# eps, tuned ones do not: where the first round gains less than that costs, the second is nearer, and takes all steps.
+ALPHA_OVERSHOOT, ALPHA_NEAR = 1.03, 1.004
 
 # Curved bounds are tuned in this many rounds, at these multiples of the radius reached: they gain more, and at first
 # less is known of how much.
@@ -109,7 +109,8 @@ class RadiusResult:
     """What a radius search found, (batch,) each.
 
     Attributes:
-        radius: the largest eps that was certified in the verdict's precision; 0 if none was.
+        radius: the largest eps that was certified in the verdict's precision; 0 if none was, or none that the floats
+            of the input resolve (``MarginProblem.resolution``).
         failed: the smallest eps that was not certified in that precision; 0 if the clean input is not.
         margin: worst lower bound at ``radius`` less the slack for rounding (the clean one where radius is 0).
         evaluations: how many bounds were computed.
@@ -193,11 +194,11 @@ class _Searcher:
             foretold = self.foretell(problem, rows, first, spread)
             first, spread = torch.where(foretold > 0, foretold, first) / CURVE_SPREAD, CURVE_SPREAD
         elif self.search_dtype != self.dtype:
-            scout = self.margin_of(problem, rows, self.search_dtype)
+            scout = self.margin_of(problem, rows, self.search_dtype, sound=False)
         verdict = self.margin_of(problem, rows, self.dtype)
         clean = (problem.clean_margins(self.dtype, rows) - problem.slack(self.dtype, rows)).amin(dim=1)
         linear = problem.linear_radius(self.search_dtype, rows).to(self.dtype)
-        aims = {"scout": scout, "linear": linear, "spread": spread}
+        aims = {"scout": scout, "linear": linear, "spread": spread, "floor": problem.resolution(self.dtype, rows)}
         found = largest_certified(verdict, clean, first, self.tol, self.max_eps, **aims)
         found.high = torch.where(clean > 0, found.high, 0.0)
         return found
@@ -210,10 +211,14 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
     first = search.first(problem, rows)
     found = search(problem, rows, first)
     if problem.method.tuned:
-        for _ in range(ALPHA_ROUNDS):
-            aim = torch.where(found.low > 0, ALPHA_OVERSHOOT * found.low, first)
-            problem.tune(aim, search.search_dtype, -(-problem.method.alpha_steps // ALPHA_ROUNDS), rows)
+        overshoot, steps = torch.full_like(found.low, ALPHA_OVERSHOOT), -(-problem.method.alpha_steps // 2)
+        for _ in range(2):
+            aim, reached = torch.where(found.low > 0, overshoot * found.low, first), found.low
+            problem.tune(aim, search.search_dtype, steps, rows)
             found = _better(found, search(problem, rows, aim, ALPHA_OVERSHOOT))
+            in_vain = (found.low <= reached) & (found.low > 0)
+            overshoot = torch.where(in_vain, ALPHA_NEAR, ALPHA_OVERSHOOT)
+            steps = problem.method.alpha_steps if bool(in_vain.any()) else steps
     if problem.method.curved:
         steps, reached = -(-problem.method.curve_steps // len(CURVE_OVERSHOOTS)), found.low
         for overshoot in CURVE_OVERSHOOTS:
@@ -273,7 +278,8 @@ def certified_radius(
         batch_size: samples bounded at once; less needs less memory.
 
     Returns:
-        The largest eps that certified, in the units of x; 0 where none did (a misclassified sample).
+        The largest eps that certified, in the units of x; 0 where none did (a misclassified sample), or none that the
+        floats of x resolve.
     """
     threat = Threat(norm, ball, frames, clip, lengths)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit)

@@ -87,12 +87,18 @@ class MarginProblem:
         x, rows = self.x[chosen].to(dtype), self.rows[chosen].to(dtype)
         return SLACK[dtype] * (1.0 + self.graph(dtype, chosen).term_sizes(x, rows))
 
+    def resolution(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """The spacing of floats of x's precision at the greatest number that moves, (m,): no smaller eps certifies."""
+        x = self.x[chosen].detach()
+        return torch.finfo(x.dtype).eps * (x.abs().amax(dim=2) * self.threat.frames[chosen]).amax(dim=1).to(dtype)
+
     def margins(
         self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None), sound: bool = True
     ) -> Tensor:
         """Lower bounds of the margins, (m, n_specs), of the chosen samples at eps, (m,) or (m, T).
 
-        With ``sound=False`` estimates, if bounds are curved: cheaper, and mostly a little too high.
+        With ``sound=False`` estimates, without what is taken off for rounding; of curved bounds they are much cheaper,
+        and mostly a little too high.
         """
         samples = torch.arange(len(self.x), device=self.x.device)[chosen]
         size = self._samples_at_once(dtype) if self.curves is None else self._curved_at_once(dtype)
@@ -116,7 +122,7 @@ class MarginProblem:
             bounds = CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype), sound)
         else:
             slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
-            bounds = METHODS[self.method.name](graph, perturbation, slopes)
+            bounds = METHODS[self.method.name](graph, perturbation, slopes, sound)
         return bounds.margin(self.rows[chosen].to(dtype))
 
     def _perturbation(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype) -> Perturbation:

@@ -46,9 +46,11 @@ class Bracket:
             self.high[rows] = torch.where(failed, point, self.high[rows])
         self.evaluations[rows] += eps.shape[1]
 
-    def unfinished(self, rows: Tensor, tol: float, max_eps: float) -> Tensor:
+    def unfinished(self, rows: Tensor, tol: float, max_eps: float, floor: Tensor | float = 0.0) -> Tensor:
         low, high = self.low[rows], self.high[rows]
         representable = (high > torch.finfo(high.dtype).tiny / tol) & (low < torch.finfo(low.dtype).max * tol)
+        if isinstance(floor, Tensor):
+            representable &= high > floor[rows]
         return representable & (low < max_eps) & ~(high.isfinite() & (high - low <= tol * high))
 
 
@@ -124,10 +126,17 @@ class _Search:
     PATIENCE = 2  # rounds in which the (logarithmic) bracket must halve, or it is cut into thirds
 
     def __init__(
-        self, margin_at_zero: Tensor, first: Tensor, linear: Tensor, spread: float, tol: float, max_eps: float
+        self,
+        margin_at_zero: Tensor,
+        first: Tensor,
+        linear: Tensor,
+        spread: float,
+        tol: float,
+        max_eps: float,
+        floor: Tensor | float = 0.0,
     ):
         self.bracket, self.forecast = Bracket.unknown(margin_at_zero), _Forecast(margin_at_zero, linear)
-        self.tol, self.max_eps = tol, max_eps
+        self.tol, self.max_eps, self.floor = tol, max_eps, floor
         self.sighted = torch.zeros_like(first, dtype=torch.bool)  # which the scout saw certified
         self.aside = self.ASIDE * tol
         self.eps = torch.stack((first, first * spread), dim=1).clamp(max=max_eps)
@@ -151,7 +160,7 @@ class _Search:
         self.forecast.see(rows, eps, margin)
         self.rounds += 1
         self.eps[rows] = self._next(rows).exp().clamp(max=self.max_eps)
-        self.rows = rows[self.bracket.unfinished(rows, self.tol, self.max_eps)]
+        self.rows = rows[self.bracket.unfinished(rows, self.tol, self.max_eps, self.floor)]
 
     def _next(self, rows: Tensor) -> Tensor:
         """Logs of the next eps, (m, LANES): on both sides of the foretold radius, by its likely error."""
@@ -205,6 +214,7 @@ def largest_certified(
     scout: MarginOf | None = None,
     linear: Tensor | None = None,
     spread: float = SPREAD,
+    floor: Tensor | float = 0.0,
 ) -> Bracket:
     """Shrink a bracket per sample until its width is at most ``tol`` times its upper end.
 
@@ -220,17 +230,22 @@ def largest_certified(
         scout: a cheaper bound of nearly the same value. It finds out which eps to try, and decides nothing.
         linear: eps at which the margin's linearisation at 0 vanishes, (batch,); it helps to foretell the radius.
         spread: the quotient of the two eps that are tried first.
+        floor: a smaller eps, (batch,), is none: a sample that fails there is finished, and ``low`` is 0.
 
     Raises:
         ArithmeticError: a margin came out as NaN.
     """
     linear = torch.full_like(first, torch.inf) if linear is None else linear
-    search = _Search(margin_at_zero, first, linear, spread, tol, max_eps)
+    search = _Search(margin_at_zero, first, linear, spread, tol, max_eps, floor)
     if scout is not None:
         search.scout(scout)
     while search.rows.numel() and search.rounds < MAX_ROUNDS:
         search.round(margin_of)
-    return search.bracket
+    found = search.bracket
+    none = found.low < floor
+    found.low = torch.where(none, 0.0, found.low)
+    found.margin = torch.where(none, margin_at_zero, found.margin)
+    return found
 
 
 def foretold_radius(

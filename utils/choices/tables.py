@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .registry import Registry
 
-# Makes a pass from a graph, a perturbation set and slopes (or None); see ``utils.bounds.BoundPass``. The last three
-# are tuned: they begin with the pass that stands here, and ``utils.choices.Method`` says what follows.
+# Makes a pass from a graph, a perturbation set, slopes (or None) and whether rounding is to be accounted for (estimates
+# need not); see ``utils.bounds.BoundPass``. The last three are tuned: they begin with the pass that stands here, and
+# ``utils.choices.Method`` says what follows.
 METHODS = Registry(
     "method",
     {

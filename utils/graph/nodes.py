@@ -61,10 +61,12 @@ class Node:
     Attributes:
         index: its place in the graph.
         samples: how many samples have it, the first ones of the batch; None for all. It is bounded for these alone.
+        rounds: whether it computes with its parents' elements, or only picks some.
     """
 
     index: int = -1
     samples: int | None = None
+    rounds: bool = True
 
     def __init__(self, size: int, parents: tuple[Node, ...]):
         self.size, self.parents = size, parents
@@ -80,6 +82,14 @@ class Node:
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor | None:
         """Hand coefficients to the parents by ``bounds.pass_to``; return the constant term, (batch, rows), if any."""
         raise NotImplementedError
+
+    def term_sizes(self, *parents: Tensor, own: bool = True) -> Tensor:
+        """Sums of the absolute values of the terms that make each element, from such sizes of the parents', (batch, n).
+
+        Rounding is in proportion to these, not to what is left when terms cancel. ``own`` terms are those that come
+        from no parent. Of nodes that only pick elements of their parents it is their value; others override it.
+        """
+        return self.value(*parents)
 
     def detach(self) -> None:
         """Let the node's own tensors carry no gradients."""
@@ -98,6 +108,8 @@ class Node:
 class Frame(Node):
     """The input of time step ``frame``. Its children are Linear nodes only, which account for the ball's centre."""
 
+    rounds = False
+
     def __init__(self, size: int, frame: int):
         super().__init__(size, ())
         self.frame = frame
@@ -109,6 +121,8 @@ class Frame(Node):
 
 class Constant(Node):
     """A vector known beforehand, such as an initial state: (size,) or (batch, size)."""
+
+    rounds = False
 
     def __init__(self, vector: Tensor):
         super().__init__(vector.shape[-1], ())
@@ -122,17 +136,31 @@ class Constant(Node):
 
 
 class Linear(Node):
-    """``sum_i weights[i] @ parents[i] + bias``, weights (size, parent size), bias (size,)."""
+    """``sum_i weights[i] @ parents[i] + bias``, weights (size, parent size), bias (size,).
 
-    def __init__(self, parents: tuple[Node, ...], weights: tuple[Tensor, ...], bias: Tensor):
+    ``bias_size``, (size,), is the sum of the absolute values of the terms that made the bias, if several did.
+    """
+
+    def __init__(
+        self,
+        parents: tuple[Node, ...],
+        weights: tuple[Tensor, ...],
+        bias: Tensor,
+        bias_size: Tensor | None = None,
+    ):
         super().__init__(bias.shape[0], tuple(parents))
         self.weights, self.bias = tuple(weights), bias
+        self.bias_size = (bias if bias_size is None else bias_size).detach().abs()
 
     def detach(self) -> None:
         self.weights, self.bias = tuple(weight.detach() for weight in self.weights), self.bias.detach()
 
     def value(self, *parents: Tensor) -> Tensor:
         return self.bias + sum(v @ w.T for v, w in zip(parents, self.weights, strict=True))
+
+    def term_sizes(self, *parents: Tensor, own: bool = True) -> Tensor:
+        terms = [part @ weight.detach().abs().T for part, weight in zip(parents, self.weights, strict=True)]
+        return sum(terms, start=self.bias_size.detach()) if own else sum(terms[1:], start=terms[0])
 
     def offset(self, bounds: Bounds) -> Tensor:
         """Bias plus all that exact parents and the centres of perturbed frames contribute, (batch or 1, size)."""
@@ -194,6 +222,10 @@ class WeightedSum(Node):
     def value(self, *parents: Tensor) -> Tensor:
         return sum(f * v for f, v in zip(self.factors, parents, strict=True))
 
+    def term_sizes(self, *parents: Tensor, own: bool = True) -> Tensor:
+        factors = [f.detach().abs() if isinstance(f, Tensor) else abs(f) for f in self.factors]
+        return sum(factor * part for factor, part in zip(factors, parents, strict=True))
+
     def interval(self, bounds: Bounds) -> Interval:
         lower = upper = 0.0
         for parent, factor in zip(self.parents, self.factors, strict=True):
@@ -223,6 +255,8 @@ class LastState(Node):
     Parent k is the last state of samples starts[k] ... starts[k + 1] - 1.
     """
 
+    rounds = False
+
     def __init__(self, parents: tuple[Node, ...], starts: tuple[int, ...]):
         super().__init__(parents[0].size, parents)
         self.starts = starts
@@ -245,6 +279,8 @@ class LastState(Node):
 
 class Slice(Node):
     """Elements start ... start + size of the parent: one gate of a stack of them."""
+
+    rounds = False
 
     def __init__(self, parent: Node, start: int, size: int):
         super().__init__(size, (parent,))
@@ -271,11 +307,16 @@ class Slice(Node):
 class Negative(Node):
     """Minus the parent."""
 
+    rounds = False
+
     def __init__(self, parent: Node):
         super().__init__(parent.size, (parent,))
 
     def value(self, parent: Tensor) -> Tensor:
         return -parent
+
+    def term_sizes(self, parent: Tensor, own: bool = True) -> Tensor:
+        return parent
 
     def interval(self, bounds: Bounds) -> Interval:
         low, high = bounds.interval(self.parents[0])

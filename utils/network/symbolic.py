@@ -269,6 +269,7 @@ class Builder:
             total = self.graph.add(WeightedSum(tuple(parents), tuple(_factor(part.scale) for _, part in terms)))
             return Symbol(*_parts(self._local(total), shift))
         size = len(shift)
+        shift_size = sum(part.shift.detach().abs() for part in parts)
         weights: dict[Node, Tensor] = {}
 
         def pass_to(parent: Node, weight: Tensor) -> None:
@@ -280,11 +281,12 @@ class Builder:
                 for parent, weight in zip(node.parents, node.weights, strict=True):
                     pass_to(parent, part.scale[:, None] * weight[offsets])
                 shift = shift + part.scale * node.bias[offsets]
+                shift_size = shift_size + (part.scale.detach() * node.bias_size[offsets]).abs()
             else:
                 self._check_matrix(size, node.size)
                 selection = torch.zeros(size, node.size, dtype=DTYPE)
                 pass_to(node, selection.index_put((torch.arange(size), offsets), part.scale))
-        return self._local(self.graph.add(Linear(tuple(weights), tuple(weights.values()), shift)))
+        return self._local(self.graph.add(Linear(tuple(weights), tuple(weights.values()), shift, shift_size)))
 
     def _interpolation(self, terms: list[tuple[Node, Symbol]]) -> Symbol | None:
         """b + sigmoid(y) (a - b) as sigmoid(y) a + sigmoid(-y) b, whose bounds are tighter; None for other sums.
@@ -403,8 +405,10 @@ class Builder:
     def _affine(self, row: Symbol, weight: Tensor, bias: Tensor | None) -> Symbol:
         """``weight @ row + bias`` of one sample's elements, as a new Linear node, or as constants."""
         total = weight.new_zeros(len(weight)) if bias is None else bias
+        total_size = total.detach().abs()
         if bool((row.shift != 0).any()):
             total = total + weight @ row.shift
+            total_size = total_size + weight.detach().abs() @ row.shift.detach().abs()
         owners = self._nodes_of(row.ids)
         if bool((owners == -1).all()):
             return constant(total)
@@ -424,7 +428,7 @@ class Builder:
                 part = weight.new_zeros(len(weight), node.size).index_add(1, offsets, weight[:, columns])
             parents.append(node)
             weights.append(part)
-        return self._local(self.graph.add(Linear(tuple(parents), tuple(weights), total)))
+        return self._local(self.graph.add(Linear(tuple(parents), tuple(weights), total, total_size)))
 
     # --- recurrent layers ---
 

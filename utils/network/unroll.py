@@ -22,11 +22,18 @@ class Cell:
         self.w_ih, self.w_hh = weight("weight_ih"), weight("weight_hh")
         zero = self.w_ih.new_zeros(self.w_ih.shape[0])
         self.b_ih, self.b_hh = (weight("bias_ih"), weight("bias_hh")) if rnn.bias else (zero, zero)
+        self.absorbed = zero  # sizes of the terms that normalisation adds to b_ih
 
     def absorb_normalisation(self, mean: Tensor, std: Tensor) -> None:
         """Let the cell take raw inputs x in place of (x - mean) / std."""
-        self.b_ih = self.b_ih - self.w_ih @ (mean / std).expand(self.w_ih.shape[1])
+        center = (mean / std).expand(self.w_ih.shape[1])
+        self.absorbed = self.b_ih.abs() + self.w_ih.abs() @ center.abs()
+        self.b_ih = self.b_ih - self.w_ih @ center
         self.w_ih = self.w_ih / std
+
+    def bias_size(self) -> Tensor:
+        """Of ``Linear``: what both biases are made of."""
+        return torch.maximum(self.absorbed, self.b_ih.abs()) + self.b_hh.abs()
 
     def input_weights(self, inputs: tuple[Node, ...]) -> tuple[Tensor, ...]:
         return self.w_ih.split([part.size for part in inputs], dim=1)
@@ -42,7 +49,7 @@ class RNNCell(Cell):
     def step(self, inputs: tuple[Node, ...], state: tuple[Node, ...]) -> tuple[Node, ...]:
         (h,) = state
         weights = (*self.input_weights(inputs), self.w_hh)
-        z = self.graph.add(Linear((*inputs, h), weights, self.b_ih + self.b_hh))
+        z = self.graph.add(Linear((*inputs, h), weights, self.b_ih + self.b_hh, self.bias_size()))
         return (self.graph.add(Activation(z, self.activation)),)
 
 
@@ -55,7 +62,7 @@ class LSTMCell(Cell):
     def step(self, inputs: tuple[Node, ...], state: tuple[Node, ...]) -> tuple[Node, ...]:
         h, c = state
         weights = (*self.input_weights(inputs), self.w_hh)
-        gates = self.graph.add(Linear((*inputs, h), weights, self.b_ih + self.b_hh))
+        gates = self.graph.add(Linear((*inputs, h), weights, self.b_ih + self.b_hh, self.bias_size()))
         i, f, g, o = (self.graph.add(Slice(gates, k * self.hidden, self.hidden)) for k in range(4))
         kept = self.graph.add(Product(c, f, "x*sigmoid(y)", self.relaxation))
         written = self.graph.add(Product(g, i, "tanh(x)*sigmoid(y)", self.relaxation))
@@ -75,7 +82,8 @@ class GRUCell(Cell):
         size, weights = self.hidden, self.input_weights(inputs)
         gate, new = slice(0, 2 * size), slice(2 * size, None)
         gate_weights = (*(w[gate] for w in weights), self.w_hh[gate])
-        gates = self.graph.add(Linear((*inputs, h), gate_weights, self.b_ih[gate] + self.b_hh[gate]))
+        bias, sizes = self.b_ih[gate] + self.b_hh[gate], self.bias_size()[gate]
+        gates = self.graph.add(Linear((*inputs, h), gate_weights, bias, sizes))
         r, z = (self.graph.add(Slice(gates, k * size, size)) for k in range(2))
         n = self.new_state(inputs, tuple(w[new] for w in weights), h, r)
         n = self.graph.add(Product(n, self.graph.add(Negative(z)), "tanh(x)*sigmoid(y)", self.relaxation))
@@ -87,7 +95,7 @@ class GRUCell(Cell):
         new = slice(2 * self.hidden, None)
         memory = self.graph.add(Linear((h,), (self.w_hh[new],), self.b_hh[new]))
         reset = self.graph.add(Product(memory, r, "x*sigmoid(y)", self.relaxation))
-        written = self.graph.add(Linear(inputs, weights, self.b_ih[new]))
+        written = self.graph.add(Linear(inputs, weights, self.b_ih[new], self.bias_size()[new]))
         return self.graph.add(WeightedSum((written, reset)))
 
 
@@ -97,7 +105,8 @@ class ResetFirstGRUCell(GRUCell):
     def new_state(self, inputs: tuple[Node, ...], weights: tuple[Tensor, ...], h: Node, r: Node) -> Node:
         new = slice(2 * self.hidden, None)
         reset = self.graph.add(Product(h, r, "x*sigmoid(y)", self.relaxation))
-        return self.graph.add(Linear((*inputs, reset), (*weights, self.w_hh[new]), self.b_ih[new] + self.b_hh[new]))
+        bias, sizes = self.b_ih[new] + self.b_hh[new], self.bias_size()[new]
+        return self.graph.add(Linear((*inputs, reset), (*weights, self.w_hh[new]), bias, sizes))
 
 
 CELLS = {nn.RNN: RNNCell, nn.LSTM: LSTMCell, nn.GRU: GRUCell}

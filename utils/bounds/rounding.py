@@ -1,0 +1,125 @@
+"""What rounding can do to the bounds of a pass: an error of every node over the whole perturbation set.
+
+A pass computes with rounded coefficients. Handing A_v of a node  v = sum_p W_p p + b  to its parents, it takes C with
+|C - A_v W_p| <= gamma |A_v| |W_p|, which changes the bound by no more than gamma |A_v| |W_p| |p|. So a row A_v loses
+
+    |A_v| error(v),    error(v) = gamma size(v) + sum_p |W_p| error(p),    size(v) = |b| + sum_p |W_p| size(p),
+
+where size is that of a sum's terms, whatever is left when they cancel, and error(p) is 0 for a non-linear parent: its
+planes are lowered and raised by what its own coefficients lose (``Rounding.widen``), and its size is that of its
+interval. So errors are carried on by the coefficients of the rows themselves, not multiplied from layer to layer.
+
+gamma is twice the bound for sums as long as the longest here, in any order: the rest pays for what is not counted, such
+as the rounding of sizes and errors, of norms, and of the functions' values, in units of their last place.
+
+Nodes that nothing perturbs are evaluated, not bounded. Bounds of their errors would multiply by |W| from step to step.
+They are estimated: the nodes are evaluated again with errors of the size above, of random signs, after every step, and
+the greatest change counts ``NOISE_FACTOR`` times.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from ..graph.nodes import Bounds, Constant, Frame, Node, apply_rows
+from ..graph.nonlinear import NonLinear
+from ..relaxation.lines import GUARD_ULPS, Plane, Relaxation
+
+NOISE_RUNS, NOISE_FACTOR = 3, 8.0
+
+
+class Rounding:
+    """Sizes and errors of the nodes of one pass, without gradients."""
+
+    def __init__(self, bounds: Bounds):
+        self.bounds = weakref.proxy(bounds)  # nothing outlives a pass, not even until garbage is collected
+        graph, precision = bounds.graph, torch.finfo(bounds.perturbation.x.dtype)
+        longest = max(node.size for node in graph.nodes) + len(graph.nodes)
+        self.gamma, self.tiny = (longest + 16) * precision.eps, precision.tiny
+        self.ulp = GUARD_ULPS * precision.eps
+        self._known: dict[Node, tuple[Tensor, Tensor]] = {}
+        self._noisy: dict[Node, list[Tensor]] = {}
+
+    def of(self, node: Node) -> tuple[Tensor, Tensor]:
+        """Size and error, (batch or 1, size) each, for the samples of the node at work."""
+        if node not in self._known:
+            with self.bounds.at(node):
+                self._known[node] = self._measure(node)
+        size, error = self._known[node]
+        return self.bounds.fit(size), self.bounds.fit(error)
+
+    def _measure(self, node: Node) -> tuple[Tensor, Tensor]:
+        bounds = self.bounds
+        if bounds.is_exact(node):
+            value = bounds.exact_value(node).detach()
+            return value.abs(), self._exact_error(node, value)
+        if isinstance(node, Frame):
+            size = bounds.known_part(node).detach().abs() + bounds.half_widths(node).detach()
+            return size, torch.zeros_like(size)
+        if isinstance(node, NonLinear):
+            low, high = bounds.interval(node)
+            size = torch.maximum(low.detach().abs(), high.detach().abs())
+            return size, torch.zeros_like(size)
+        sizes, errors = zip(*(self.of(parent) for parent in node.parents), strict=True)
+        size, error = node.term_sizes(*sizes), node.term_sizes(*errors, own=False)
+        if node.rounds:
+            error = error + self.gamma * size + self.tiny
+        return size, error
+
+    def lost(self, node: Node, rows: Tensor) -> Tensor:
+        """What a bound of ``rows @ node`` may lose, (batch or 1, n_rows), before the rows meet a non-linear node."""
+        size, error = self.of(node)
+        lost = apply_rows(rows.abs(), error + self.gamma * size)
+        return torch.where(lost.isnan(), torch.inf, lost)
+
+    def of_interval(self, node: Node, low: Tensor, high: Tensor) -> Tensor:
+        """What the ends of a node's interval, made from those of its parents, may be wrong by."""
+        if self.bounds.is_exact(node) or not isinstance(node, NonLinear):
+            return self.of(node)[1]
+        return self.ulp * torch.maximum(low.detach().abs(), high.detach().abs()) + self.tiny
+
+    def widen(self, node: NonLinear, relaxation: Relaxation) -> Relaxation:
+        """Planes apart by what rows lose that pass through them to the operands, and from there to non-linear nodes.
+
+        Where sigmoid underflows, planes are wrong by the smallest number times the other operand.
+        """
+        lower, upper = relaxation
+        lost = self.gamma * torch.maximum(lower.intercept.detach().abs(), upper.intercept.detach().abs()) + self.tiny
+        for parent, low, high in zip(node.parents, lower.slopes, upper.slopes, strict=True):
+            size, error = self.of(parent)
+            steepest = low.detach().abs() if low is high else torch.maximum(low.detach().abs(), high.detach().abs())
+            lost = lost + torch.addcmul(self.tiny * size, steepest, torch.add(error, size, alpha=self.gamma))
+        return Relaxation(Plane(lower.slopes, lower.intercept - lost), Plane(upper.slopes, upper.intercept + lost))
+
+    # --- what nothing perturbs ---
+
+    def _exact_error(self, node: Node, value: Tensor) -> Tensor:
+        if isinstance(node, (Constant, Frame)):
+            return torch.zeros_like(value)
+        with torch.no_grad():
+            changes = [(noisy - value).abs() for noisy in self._noisy_values(node)]
+        return NOISE_FACTOR * torch.stack(changes).amax(dim=0)
+
+    def _noisy_values(self, node: Node) -> list[Tensor]:
+        """An exact node's values with errors; its own value, and those before it, are known by now."""
+        if node not in self._noisy:
+            with self.bounds.at(node):
+                self._noisy[node] = self._with_noise(node)
+        return [self.bounds.fit(values) for values in self._noisy[node]]
+
+    def _with_noise(self, node: Node) -> list[Tensor]:
+        value = self.bounds.exact_value(node)
+        if isinstance(node, (Constant, Frame)):
+            return [value] * NOISE_RUNS
+        runs = [node.value(*parents) for parents in zip(*map(self._noisy_values, node.parents), strict=True)]
+        if not node.rounds:
+            return runs
+        size = value.abs()
+        if not isinstance(node, NonLinear):
+            size = node.term_sizes(*(self.bounds.exact_value(parent).abs() for parent in node.parents))
+        seed = torch.Generator().manual_seed(node.index)
+        signs = torch.randint(0, 2, (NOISE_RUNS, 1, node.size), generator=seed).to(value) * 2.0 - 1.0
+        return [run + self.gamma * size * sign for run, sign in zip(runs, signs, strict=True)]
