@@ -221,6 +221,7 @@ def _variable(name: str) -> Variable:
 def _declare_tensors(parts: list, names: dict[str, Variable]) -> tuple[int, ...]:
     """Enter the elements of VNN-LIB 2.0's input and output tensors, in row-major order; the shape of the input."""
     shapes: dict[str, tuple[int, ...]] = {}
+    tensors: set[str] = set()
     for part in parts:
         match part:
             case ["declare-input" | "declare-output" as command, str(name), str(kind)]:
@@ -230,6 +231,9 @@ def _declare_tensors(parts: list, names: dict[str, Variable]) -> tuple[int, ...]
                 raise PropertyError(f"{_shown(part)} is not supported: declare one input and one output")
         if re.fullmatch(r"[A-Za-z]\w*", name) is None:
             raise PropertyError(f"{name} is no name of a tensor")
+        if name in tensors:
+            raise PropertyError(f"{name} is declared twice")
+        tensors.add(name)
         if letter in shapes:
             raise PropertyError(f"{_shown(part)}: one input and one output are supported")
         if found is None or found[1].lower() not in ("real", "float", "float32", "float64"):
@@ -238,10 +242,7 @@ def _declare_tensors(parts: list, names: dict[str, Variable]) -> tuple[int, ...]
         if math.prod(shapes[letter]) > MAX_ELEMENTS:
             raise PropertyError(f"{_shown(part)} is too large")
         for number, index in enumerate(itertools.product(*map(range, shapes[letter]))):
-            element = f"{name}[{','.join(map(str, index))}]" if index else name
-            if element in names:
-                raise PropertyError(f"{name} is declared twice")
-            names[element] = (letter, number)
+            names[f"{name}[{','.join(map(str, index))}]" if index else name] = (letter, number)
     return shapes.get("X")
 
 
