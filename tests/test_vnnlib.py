@@ -704,6 +704,8 @@ def test_a_softmax_at_the_end_allows_comparisons_only(tmp_path):
     assert verdict(network, parsed("(assert (<= Y_0 Y_1))")).result == "unsat"
     found = verdict(network, parsed("(assert (<= Y_1 Y_0))"))
     assert found.result == "sat" and abs(found.y.sum() - 1) < 1e-6
+    assert verdict(network, parsed("(assert (< Y_0 Y_1))")).result == "unsat"
+    assert verdict(network, parsed("(assert (> Y_0 Y_1))")).result == "sat"
     with pytest.raises(ValueError, match="may only compare outputs"):
         verdict(network, parsed("(assert (<= Y_0 0.9))"))
 
