@@ -392,7 +392,7 @@ def test_no_verdict_is_wrong(tmp_path, monkeypatch, tuned_sides):
             else f"(assert (or {atoms[0]} (and {atoms[0]} {atoms[1]})))"
         )
         prop = parse_vnnlib(text)
-        found = verdict(network, prop, seconds=1.0, seed=number)
+        found = verdict(network, prop, seconds=3.0, seed=number)
         counts[found.result] += 1
         broken = [bool(prop.holds_for(x, y)) for x, y in zip(points[:500], outputs[:500], strict=True)]
         if found.result == "unsat":
