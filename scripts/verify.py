@@ -61,7 +61,7 @@ def verify(args: argparse.Namespace, onnx: Path, vnnlib: Path, timeout: float, n
     """Read and verify one instance; reading counts towards its time."""
     deadline = time.monotonic() + timeout
     try:
-        prop = read_vnnlib(vnnlib)
+        prop = read_vnnlib(vnnlib, deadline)
         key = (onnx, prop.num_inputs)
         if key not in networks:
             networks.clear()  # lists are ordered by network as a rule

@@ -663,6 +663,8 @@ def test_bounds_in_parts_are_the_bounds(tmp_path, monkeypatch):
 
 def test_reading_counts_towards_the_time(tmp_path):
     with pytest.raises(TimeoutError):
+        parse_vnnlib(DECLARED + BOX, deadline=time.monotonic() - 1.0)
+    with pytest.raises(TimeoutError):
         read_onnx(wide_relu(tmp_path / "net.onnx"), deadline=time.monotonic() - 1.0)
 
 

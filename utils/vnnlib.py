@@ -12,6 +12,7 @@ import gzip
 import itertools
 import math
 import re
+import time
 import zlib
 from dataclasses import dataclass
 from decimal import Decimal
@@ -116,15 +117,16 @@ class Row:
 Conjunction = list[Bound | Row]
 
 
-def read_vnnlib(path: str | Path) -> Property:
+def read_vnnlib(path: str | Path, deadline: float = math.inf) -> Property:
     """The property of a file, which gzip may have packed.
 
     Raises:
+        TimeoutError: ``time.monotonic()`` is beyond the deadline.
         PropertyError: it is no VNN-LIB property, or has something else than boxes and linear output constraints.
     """
     path = Path(path)
     try:
-        return parse_vnnlib(unpacked(path).decode("utf-8-sig"))
+        return parse_vnnlib(unpacked(path).decode("utf-8-sig"), deadline)
     except (PropertyError, UnicodeDecodeError, RecursionError) as error:
         raise PropertyError(f"{path}: {' '.join(str(error).split())}") from error
 
@@ -140,12 +142,14 @@ def unpacked(path: Path) -> bytes:
         raise ValueError(f"{path}: gzip cannot unpack it: {error}") from error
 
 
-def parse_vnnlib(text: str) -> Property:
+def parse_vnnlib(text: str, deadline: float = math.inf) -> Property:
     """The property of a text; see ``read_vnnlib``."""
     names: dict[str, Variable] = {}
     formulas: list[list[Conjunction]] = [[[]]]
     shape = None
     for command in _expressions(text):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the time limit is reached")
         match command:
             case ["declare-const", str(name), "Real"] | ["declare-fun", str(name), [], "Real"]:
                 if name in names:
@@ -253,6 +257,10 @@ def _cases(formula, names: dict[str, Variable]) -> list[Conjunction]:
             return _product([_cases(part, names) for part in parts])
         case ["or", *parts]:
             return [case for part in parts for case in _cases(part, names)]
+        case ["<=" | ">=" | "<" | ">" as relation, str(left), str(right)] if _is_bound(left, right, names):
+            return [
+                [Bound(names[left][1], relation[0] == "<", _number(right), len(relation) == 1)]
+            ]  # most are: be quick
         case ["<=" | ">=" | "<" | ">" | "=" | "==" as relation, *parts] if len(parts) >= 2:
             values = [_linear(part, names) for part in parts]
             pairs = list(itertools.pairwise(values if relation[0] != ">" else values[::-1]))
@@ -263,6 +271,10 @@ def _cases(formula, names: dict[str, Variable]) -> list[Conjunction]:
             return [*_cases(["<", left, right], names), *_cases([">", left, right], names)]
         case _:
             raise PropertyError(f"{_shown(formula)} is not understood: use and, or, <=, >=, <, > and =")
+
+
+def _is_bound(left: str, right: str, names: dict[str, Variable]) -> bool:
+    return names.get(left, CONSTANT)[0] == "X" and NUMBER.fullmatch(right) is not None and right not in names
 
 
 def _product(formulas: list[list[Conjunction]]) -> list[Conjunction]:
@@ -309,7 +321,7 @@ def _number(text: str) -> Fraction:
         raise PropertyError(f"{text} is no number")
     if len(text) > MAX_DIGITS or abs(int(match[1] or 0)) > MAX_EXPONENT:
         raise PropertyError(f"{_shown(text)} is too large or too small a number")
-    return Fraction(text)
+    return Fraction(Decimal(text))
 
 
 def _float(value: Fraction) -> float:
