@@ -62,7 +62,8 @@ if __name__ == "__main__":
 import torch
 
 from utils.certify.verify import Verdict, Verifier
-from utils.certify.vnnlib import counter_example, read_vnnlib
+from utils.certify.vnnlib import read_vnnlib
+from utils.certify.vnnlib_write import counter_example
 from utils.network.onnx_graph import OnnxNetwork, import_onnx, read_onnx
 from utils.runs.results import replacing
 
@@ -74,7 +75,7 @@ def verify(args: argparse.Namespace, onnx: Path, vnnlib: Path, timeout: float, n
     """Read and verify one instance; reading counts towards its time."""
     deadline = time.monotonic() + timeout
     try:
-        prop = read_vnnlib(vnnlib)
+        prop = read_vnnlib(vnnlib, deadline)
         key = (onnx, prop.num_inputs)
         if key not in networks:
             networks.clear()  # lists are ordered by network as a rule

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import itertools
+import random
 import re
 import runpy
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import pytest
 import torch
 from helpers import normal
 from torch import nn
 
+from utils.bounds import BoundPass, tune_slopes
 from utils.certify import certified_radius
-from utils.certify.vnnlib import (
-    Property,
-    PropertyError,
-    counter_example,
-    decimal,
-    parse_vnnlib,
-    read_vnnlib,
-    write_robustness,
-)
+from utils.certify.vnnlib import Property, PropertyError, parse_vnnlib, read_vnnlib
+from utils.certify.vnnlib_write import counter_example, decimal, write_robustness
+from utils.graph.graph import Graph
 from utils.network.models import SequenceClassifier
 from utils.perturbation.lp_ball import INF
 from utils.runs.cli import ROOT
@@ -34,7 +32,7 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from utils.certify.verify import BoxSet, Verifier, inside_float32  # noqa: E402
+from utils.certify.verify import BoxSet, PartedPass, Verifier, inside_float32  # noqa: E402
 from utils.network.onnx_export import export_onnx  # noqa: E402
 from utils.network.onnx_graph import OnnxNetwork, read_onnx  # noqa: E402
 
@@ -80,9 +78,32 @@ def test_empty_boxes_and_impossible_disjunctions_have_no_cases():
 
 
 REFUSED = {
-    "(assert (< Y_0 1))": "use and, or, <= and >=",
-    "(assert (= Y_0 1))": "use and, or, <= and >=",
+    "(assert (not (<= Y_0 1)))": "use and, or, <=, >=, <, > and =",
+    "(assert (distinct Y_0 1))": "use and, or, <=, >=, <, > and =",
     "(assert (<= Z_0 1))": "Z_0 is no number",
+    "(assert (<= Y_00 1))": "Y_00 is not declared",
+    "(assert (>= (+ Y_00 Y_0) 1.5))": "Y_00 is not declared",
+    "(assert (<= X_01 1))": "X_01 is not declared",
+    "(assert (<= Y_\u0660 1))": "Y_\u0660 is not declared",
+    "(declare-const Y_02 Real)": "Y_02 is no input X_i or output Y_j",
+    "(declare-const Y_\u0662 Real)": "is no input X_i or output Y_j",
+    "(assert (<= Y_0 1_5))": "1_5 is no number",
+    "(assert (<= Y_0 0x10))": "0x10 is no number",
+    "(assert (<= Y_0 \u0663))": "\u0663 is no number",
+    "(assert (<= Y_0 infinity))": "infinity is no number",
+    "(assert (<= Y_0 1.5.2))": "1.5.2 is no number",
+    "(assert (<= Y_0 1e))": "1e is no number",
+    "(assert (<= Y_0 --1))": "--1 is no number",
+    "(assert (<= Y_0 1e999999999999))": "is too large or too small a number",
+    "(assert (<= Y_0 1e-999999999999))": "is too large or too small a number",
+    "(assert (<= (* 1e300 1e300 Y_0) 1))": "too large for float64",
+    "(assert (<= (* 1e-300 1e-300 Y_0) -1e-320))": "too small for float64",
+    "(assert (= X_0 Y_0))": "inputs are supported in bounds",
+    "(assert (< X_0 X_1))": "inputs are supported in bounds",
+    '(assert (<= Y_0 "1"))': "is no number",
+    "(assert (<= Y_0 |1))": "| is no number",
+    "(assert (<= Y[0] 1))": "Y[0] is not declared",
+    "(declare-network f (declare-input A real [1]) (declare-output B real [1]))": "a second network or input",
     "(assert (<= Y_2 1))": "Y_2 is not declared",
     "(assert (<= Y_0 nan))": "nan is no number",
     "(assert (<= (* Y_0 Y_1) 1))": "is not linear",
@@ -106,6 +127,154 @@ def test_what_is_no_property_is_refused_in_one_line(text, tmp_path):
     with pytest.raises(PropertyError, match=re.escape(REFUSED[text])) as caught:
         read_vnnlib(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def random_formula(draw: random.Random, depth: int) -> str:
+    """Nested and / or of all relations, with numbers of few bits: float64 computes with them exactly."""
+    if depth and draw.random() < 0.7:
+        parts = (random_formula(draw, depth - 1) for _ in range(draw.randint(1, 3)))
+        return f"({draw.choice(('and', 'or'))} {' '.join(parts)})"
+    number = lambda: str(draw.randint(-8, 8) / 4)  # noqa: E731
+    relation = draw.choice(("<=", ">=", "<", ">", "=", "=="))
+    if draw.random() < 0.4:
+        sides = [draw.choice(("X_0", "(* 2 X_1)", "(- X_0)", "(+ X_1 0.5)")), number()]
+    else:
+        sides = [f"(+ (* {number()} Y_0) (- Y_1) (* Y_0 0.5))", draw.choice((number(), f"(* Y_1 {number()})"))]
+    draw.shuffle(sides)
+    return f"({relation} {' '.join(sides)})"
+
+
+def meaning(expression, values: dict[str, Fraction]):
+    """What a formula says, in exact arithmetic and by a second implementation."""
+    if isinstance(expression, str):
+        return values[expression] if expression in values else Fraction(expression)
+    word, *parts = expression
+    parts = [meaning(part, values) for part in parts]
+    match word:
+        case "and":
+            return all(parts)
+        case "or":
+            return any(parts)
+        case "+":
+            return sum(parts)
+        case "*":
+            return parts[0] * parts[1]
+        case "-":
+            return -parts[0] if len(parts) == 1 else parts[0] - parts[1]
+    left, right = parts
+    return {"<=": left <= right, ">=": left >= right, "<": left < right, ">": left > right}.get(word, left == right)
+
+
+def nested(text: str):
+    """A formula as nested lists."""
+    return eval(re.sub(r"[^()\s]+", r'"\g<0>",', text).replace("(", "[").replace(")", "],"))[0]
+
+
+def test_formulas_mean_what_they_say():
+    """Over a grid, on and beside all limits; what holds lies in the boxes that are bounded, too."""
+    draw = random.Random(0)
+    quarters = [k / 4 for k in range(-4, 5)]
+    held = 0
+    for _ in range(150):
+        formula = random_formula(draw, 3)
+        prop = parsed(f"(assert {formula})")
+        assert prop.strict == bool(re.search(r"[<>] ", formula)) or not prop.cases
+        for _ in range(60):
+            x = [draw.choice(quarters), draw.choice(quarters[4:7])]
+            y = [draw.choice(quarters) * 2, draw.choice(quarters) * 2]
+            values = {f"{name}_{k}": Fraction(v) for name, own in (("X", x), ("Y", y)) for k, v in enumerate(own)}
+            expected = meaning(nested(formula), values)
+            point, outputs = (torch.tensor(own, dtype=torch.float64) for own in (x, y))
+            assert prop.holds_for(point, outputs) == expected, (formula, values)
+            if expected:
+                held += 1
+                closed = [((case.lower <= point) & (point <= case.upper)).all() for case in prop.cases]
+                assert any(closed), formula
+    assert 500 < held < 8000
+
+
+def test_chains_and_differences():
+    ((rows, limits),) = parsed("(assert (<= Y_0 Y_1 3))").cases[0].conjunctions
+    assert rows.tolist() == [[1, -1], [0, 1]] and limits.tolist() == [0, 3]
+    prop = parsed("(assert (!= Y_0 1))")
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert [prop.holds_for(zero, torch.tensor([y, 0.0]).double()) for y in (0.5, 1.0, 1.5)] == [True, False, True]
+
+
+def test_strict_sides_are_kept_out_of_counter_examples_but_in_the_proof():
+    (case,) = parsed("(assert (< X_0 1))(assert (> X_1 0))(assert (< Y_0 0.1))").cases
+    assert case.upper[0] == 1 and case.lower[1] == 0  # a proof is of the closed box
+    assert case.inner_upper[0] == 1 - 2**-53 and case.inner_lower[1] == 5e-324
+    ((_, limits),) = case.conjunctions
+    assert limits[0] < 0.1 and torch.nextafter(limits[0], torch.tensor(1.0).double()) == 0.1
+    assert parsed("(assert (< X_0 -1))").cases == [] and parsed("(assert (> X_0 1))").cases == []
+    assert len(parsed("(assert (= X_0 1))").cases) == 1 and parsed("(assert (= X_0 1))(assert (< X_0 1))").cases == []
+    # Two numbers with one nearest float64 are two numbers.
+    assert parsed("(assert (<= X_0 0.1))(assert (>= X_0 0.10000000000000000001))").cases == []
+    ((_, limits),) = parsed("(assert (<= (+ Y_0 0.1 0.2) 0.3))").cases[0].conjunctions
+    assert limits.tolist() == [0.0]
+
+
+def test_comments_ends_of_lines_marks_and_packing(tmp_path):
+    odd = '; (a comment\n(set-info :source "a ) ; in a word")\n(set-info :x |( ;|)\n'
+    text = f"{odd}{DECLARED}{BOX}(assert (<= Y_0 ; no\n Y_1))\n"
+    plain = parse_vnnlib(text)
+    for name, data in (
+        ("crlf", text.replace("\n", "\r\n").encode()),
+        ("mark", b"\xef\xbb\xbf" + text.encode()),
+        ("gz", gzip.compress(text.encode())),
+    ):
+        (tmp_path / name).write_bytes(data)
+        (case,) = read_vnnlib(tmp_path / name).cases
+        assert torch.equal(case.lower, plain.cases[0].lower) and torch.equal(case.upper, plain.cases[0].upper)
+        assert case.conjunctions[0][0].tolist() == [[1, -1]]
+    (tmp_path / "gz").write_bytes(gzip.compress(text.encode())[:-9])
+    with pytest.raises(ValueError, match="gzip cannot unpack it"):
+        read_vnnlib(tmp_path / "gz")
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    with pytest.raises(PropertyError, match="utf-8"):
+        read_vnnlib(tmp_path / "latin")
+
+
+SECOND = """(vnnlib-version <2.0>)
+(declare-network f (declare-input in float32 [1,2,2]) (declare-output out Real [2]))
+(assert (and (<= -1 in[0,0,0]) (<= in[0,0,0] 1) (== in[0,0,1] 0.5) (< in [0, 1, 0] 2) (> in[0,1,0] 0)))
+(assert (and (<= in[0,1,1] 4) (>= in[0,1,1] 3)))
+(assert (or (<= out[0] out[1]) (>= out[1] 2.5)))
+"""
+
+
+def test_one_network_of_version_2():
+    prop = parse_vnnlib(SECOND)
+    assert (prop.num_inputs, prop.num_outputs, prop.input_shape, prop.strict) == (4, 2, (1, 2, 2), True)
+    (case,) = prop.cases
+    assert case.lower.tolist() == [-1, 0.5, 0, 3] and case.upper.tolist() == [1, 0.5, 2, 4]
+    assert [(rows.tolist(), limits.tolist()) for rows, limits in case.conjunctions] == [
+        ([[1, -1]], [0]),
+        ([[0, -1]], [-2.5]),
+    ]
+    scalar = parse_vnnlib(SECOND.replace("Real [2]", "Real []").split("(assert (or")[0] + "(assert (<= out 1))")
+    assert scalar.num_outputs == 1
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("[1,2,2]", "[1,2,2]) (declare-input more real [1]", "one input and one output are supported"),
+        ("(declare-output", "(declare-hidden h real [1]) (declare-output", "declare one input and one output"),
+        ("float32", "int8", "the type must be real, float32 or float64"),
+        ("out[0]", "out[2]", "out[2] is not declared"),
+        ("out[0]", "out[00]", "out[00] is not declared"),
+        ("out[0]", "out", "out is no number"),
+        ("declare-output out", "declare-output 1", "1 is no name"),
+        ("declare-output out", "declare-output in", "in is declared twice"),
+        ("[1,2,2]", "[100000,100000]", "is too large"),
+        ("(assert (or", "(declare-network g)(assert (or", "a second network"),
+    ],
+)
+def test_what_else_version_2_has_is_named(old, new, message):
+    with pytest.raises(PropertyError, match=re.escape(message)):
+        parse_vnnlib(SECOND.replace(old, new, 1))
 
 
 def test_too_many_cases_are_refused():
@@ -223,7 +392,7 @@ def test_no_verdict_is_wrong(tmp_path, monkeypatch, tuned_sides):
             else f"(assert (or {atoms[0]} (and {atoms[0]} {atoms[1]})))"
         )
         prop = parse_vnnlib(text)
-        found = verdict(network, prop, seconds=1.0, seed=number)
+        found = verdict(network, prop, seconds=3.0, seed=number)
         counts[found.result] += 1
         broken = [bool(prop.holds_for(x, y)) for x, y in zip(points[:500], outputs[:500], strict=True)]
         if found.result == "unsat":
@@ -283,6 +452,228 @@ def test_tuning_proves_more_of_wide_boxes(tmp_path, monkeypatch, kind):
     assert verdict(network, read_vnnlib(tmp_path / "p.vnnlib"), seconds=0.0).result == "timeout"
 
 
+def absolute_file(path):
+    """Y_0 = |X_0|, Y_1 = X_1 as an ONNX file."""
+    given = {
+        "w": [[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]],
+        "v": [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]],
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "w"], ["a"], transB=1),
+            helper.make_node("Relu", ["a"], ["r"]),
+            helper.make_node("Gemm", ["r", "v"], ["y"], transB=1),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 2))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 2))],
+        [numpy_helper.from_array(torch.tensor(value).numpy(), name) for name, value in given.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return read_onnx(path)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("(assert (= Y_0 0.25))", "sat"),
+        ("(assert (= Y_0 -0.25))", "unsat"),
+        ("(assert (= Y_0 0.1))(assert (= Y_1 0.3))", "sat"),
+        ("(assert (= (+ Y_0 Y_1) 1.25))(assert (>= Y_0 0.9))", "sat"),
+        ("(assert (= (+ Y_0 Y_1) 1.75))", "unsat"),
+        ("(assert (= X_0 0.5))(assert (>= Y_0 0.6))", "unsat"),
+        ("(assert (= X_0 0.5))(assert (>= Y_0 0.5))", "sat"),
+        ("(assert (= X_0 -0.5))(assert (= Y_0 0.5))(assert (= Y_1 0))", "sat"),
+        ("(assert (or (= Y_0 3) (= Y_0 1)))", "sat"),
+        ("(assert (> Y_0 1.5))", "unsat"),
+        ("(assert (> Y_0 0.999))", "sat"),
+        ("(assert (> Y_0 1))", "no sat"),  # the closed constraint holds at the corners, the strict one nowhere
+        ("(assert (>= Y_0 1))", "sat"),
+        ("(assert (< Y_0 0))", "no sat"),
+        ("(assert (<= Y_0 0))", "sat"),
+        ("(assert (< X_0 1))(assert (> X_0 -1))(assert (>= Y_0 1))", "no sat"),
+        ("(assert (> X_0 0.25))(assert (< X_0 0.75))(assert (> Y_0 0.7))(assert (< Y_0 0.75))", "sat"),
+        ("(assert (> X_0 0.5))(assert (< X_0 0.5))", "unsat"),
+        ("(assert (and (or (< Y_0 -1) (and (> Y_1 0.25) (or (= Y_0 2) (< Y_1 0.5))))))", "sat"),
+    ],
+)
+def test_equalities_and_strict_comparisons(text, expected, tmp_path):
+    """Sat is replayed in exact arithmetic; unsat is the truth on a grid that holds all the numbers above."""
+    network = absolute_file(tmp_path / "net.onnx")
+    prop = parsed(text)
+    found = verdict(network, prop, seconds=3.0)
+    assert found.result == expected or (expected == "no sat" and found.result in ("unknown", "timeout", "unsat"))
+    assert ("read as <= and >=" in found.note) == prop.strict
+    formulas = [nested(part) for part in re.findall(r"\(assert (.*?\))\)(?=\(assert|$)", BOX + text)]
+
+    def holds(x, y):
+        names = (*(f"X_{k}" for k in range(2)), *(f"Y_{k}" for k in range(2)))
+        return all(meaning(formula, dict(zip(names, (*x, *y), strict=True))) for formula in formulas)
+
+    if found.result == "sat":
+        x = [Fraction(v) for v in found.x.tolist()]
+        exact = [abs(x[0]), x[1]]
+        assert [float(v) for v in exact] == network.outputs(found.x[None])[0].tolist()
+        numbers = {Fraction(float(v)) for v in exact} | {Fraction(v) for v in exact}
+        assert numbers  # Y is what float64 holds: 0.1 is its nearest float64, as the property's 0.1 is
+        assert prop.holds_for(found.x, torch.tensor([float(v) for v in exact], dtype=torch.float64))
+        assert (network.runtime_outputs(found.x[None])[0] - found.y).abs().max() < 1e-6
+    else:
+        grid = [Fraction(k, 20) for k in range(-20, 21)]
+        assert not any(holds((a, b), (abs(a), b)) for a in grid for b in grid[20:31])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_outputs_of_recurrent_networks_can_be_equal_to_numbers(seed, tmp_path):
+    """Y_0 - Y_1 as at some input of the box: the counter-example has it to the last bit, in float64."""
+    network = list(nets(tmp_path))[seed % 3]
+    center = normal(4, seed=seed)
+    y = network.outputs(center[None] + 0.05)[0]
+    text = "".join(f"(declare-const X_{k} Real)" for k in range(4))
+    text += "".join(f"(declare-const Y_{k} Real)" for k in range(3))
+    for k in range(4):
+        text += f"(assert (>= X_{k} {decimal(center[k] - 0.1)}))(assert (<= X_{k} {decimal(center[k] + 0.1)}))"
+    limit = decimal(y[0] - y[1])
+    prop = parse_vnnlib(text + f"(assert (= (- Y_0 Y_1) {limit}))(assert (<= Y_2 {decimal(y[2] + 0.5)}))")
+    found = verdict(network, prop, seconds=10.0)
+    assert found.result == "sat"
+    (outputs,) = network.outputs(found.x[None])
+    assert outputs[0] - outputs[1] == float(limit) and prop.holds_for(found.x, outputs)
+    assert prop.holds_for(found.x, network.runtime_outputs(found.x[None])[0], 1e-5)
+    far = parse_vnnlib(text + f"(assert (= (- Y_0 Y_1) {decimal(y[0] - y[1] + 100)}))")
+    assert verdict(network, far, seconds=10.0).result == "unsat"
+
+
+def test_a_second_spelling_changes_no_verdict(tmp_path):
+    """Y_0 twice in a sum, 2 |X_0| >= 1.5, is sat; as Y_00 and Y_0 it was unsat, and is refused."""
+    network = absolute_file(tmp_path / "net.onnx")
+    found = verdict(network, parsed("(assert (>= (+ Y_0 Y_0) 1.5))"))
+    assert found.result == "sat" and 2 * abs(found.x[0]) >= 1.5
+    assert verdict(network, parsed("(assert (>= (+ Y_0 Y_0) 2.5))")).result == "unsat"
+    with pytest.raises(PropertyError, match="Y_00 is not declared"):
+        parsed("(assert (>= (+ Y_00 Y_0) 1.5))")
+
+
+def test_a_shape_of_version_2_must_be_the_networks(tmp_path):
+    network = absolute_file(tmp_path / "net.onnx")
+    text = "(declare-network f (declare-input X real {}) (declare-output Y real [2]))"
+    text += "(assert (<= 0 X{} 1))(assert (<= 0 X{} 1))"
+    for shape, first, second in (("[2]", "[0]", "[1]"), ("[1,2]", "[0,0]", "[0,1]"), ("[2,1]", "[0,0]", "[1,0]")):
+        prop = parse_vnnlib(text.format(shape, first, second) + "(assert (< Y[0] 0))")
+        assert verdict(network, prop, seconds=1.0).result != "sat"
+    wide = read_onnx(linear_path(tmp_path / "wide.onnx", (1, 2, 3)))
+    cells = [f"X[{a},{b}]" for a in range(3) for b in range(2)]
+    turned = "(declare-network f (declare-input X real [3,2]) (declare-output Y real [6]))"
+    prop = parse_vnnlib(turned + "".join(f"(assert (<= 0 {cell} 1))" for cell in cells))
+    with pytest.raises(ValueError, match=r"the network's input is \(1, 2, 3\), the property's \(3, 2\)"):
+        verdict(wide, prop)
+
+
+def linear_path(path, shape):
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["y"])],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def wide_relu(path, width=300, layers=3):
+    """Y_0 of an untrained net of 60 inputs: its bounds are loose, so that nothing is decided soon."""
+    torch.manual_seed(0)
+    sizes = [60, *[width] * layers, 2]
+    nodes, given, name = [], [], "x"
+    for k, (rows, columns) in enumerate(itertools.pairwise(sizes)):
+        given.append(numpy_helper.from_array((torch.randn(rows, columns) / rows**0.5).numpy(), f"w{k}"))
+        nodes.append(helper.make_node("MatMul", [name, f"w{k}"], [f"a{k}"]))
+        name = f"a{k}"
+        if k < layers:
+            nodes.append(helper.make_node("Relu", [name], [f"r{k}"]))
+            name = f"r{k}"
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 60))],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 2))],
+        given,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
+
+
+def wide_property() -> Property:
+    text = "".join(f"(declare-const X_{k} Real)(assert (<= -1 X_{k} 1))" for k in range(60))
+    return parse_vnnlib(text + "(declare-const Y_0 Real)(declare-const Y_1 Real)(assert (>= Y_0 40))")
+
+
+@pytest.mark.parametrize("slow", ["attack", "tuning", "bound", "splitting"])
+def test_the_time_limit_is_kept_whatever_takes_long(slow, tmp_path, monkeypatch):
+    """Every evaluation, or every part of a bound, is made to take long: the end comes within 1 s of the limit."""
+    network = read_onnx(wide_relu(tmp_path / "net.onnx"))
+    prop, limit = wide_property(), 2.0
+
+    def delayed(target: str, seconds: float) -> None:
+        inner = eval(target, {"Graph": Graph, "BoxSet": BoxSet})
+
+        def outer(*args, **kwargs):
+            time.sleep(seconds)
+            return inner(*args, **kwargs)
+
+        owner, name = target.split(".")
+        monkeypatch.setattr({"Graph": Graph, "BoxSet": BoxSet}[owner], name, outer)
+
+    if slow == "attack":
+        delayed("Graph.evaluate", 0.3)
+    if slow == "bound":
+        delayed("BoxSet.frame_deviation", 0.5)
+    if slow == "tuning":
+        monkeypatch.setattr("utils.certify.verify.TUNED_SHARE", 1.0)
+        delayed("BoxSet.frame_deviation", 0.02)
+    if slow == "splitting":
+        monkeypatch.setattr("utils.certify.verify.TUNED_SIDES", 99)
+    started = time.monotonic()
+    found = verdict(network, prop, seconds=limit)
+    spent = time.monotonic() - started
+    assert found.result == "timeout" and spent < limit + 1.0
+
+
+def test_tuned_slopes_end_in_time_with_the_best_that_was_met(tmp_path):
+    network = read_onnx(wide_relu(tmp_path / "net.onnx", 60))
+    boxes = BoxSet(*(network.frames(sign * torch.ones(1, 60, dtype=torch.float64)) for sign in (-1, 1)))
+    rows = torch.tensor([[[-1.0, 0.0]]], dtype=torch.float64)
+    plain = BoundPass(network.graph, boxes).margin(rows)[0, 0]
+    full, best = tune_slopes(network.graph, boxes, rows, 20)
+    none, first = tune_slopes(network.graph, boxes, rows, 20, deadline=time.perf_counter())
+    assert first.item() == plain.item() < best.item()
+    assert BoundPass(network.graph, boxes, slopes=none).margin(rows)[0, 0] == plain
+    started = time.perf_counter()
+    slopes, some = tune_slopes(network.graph, boxes, rows, 10**6, deadline=started + 1.0)
+    assert time.perf_counter() - started < 2.0 and some.item() > plain.item()
+    torch.testing.assert_close(BoundPass(network.graph, boxes, slopes=slopes).margin(rows)[0], some)
+
+
+def test_bounds_in_parts_are_the_bounds(tmp_path, monkeypatch):
+    network = read_onnx(wide_relu(tmp_path / "net.onnx", 40))
+    lower = network.frames(-torch.rand(3, 60, dtype=torch.float64))
+    boxes, rows = BoxSet(lower, lower + 0.1), normal(1, 5, 2, seed=1)
+    whole = BoundPass(network.graph, boxes).margin(rows)
+    for work in (1.0, 1e5, 1e6):
+        monkeypatch.setattr("utils.certify.verify.PART_WORK", work)
+        torch.testing.assert_close(PartedPass(network.graph, boxes).margin(rows), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_reading_counts_towards_the_time(tmp_path):
+    with pytest.raises(TimeoutError):
+        parse_vnnlib(DECLARED + BOX, deadline=time.monotonic() - 1.0)
+    with pytest.raises(TimeoutError):
+        read_onnx(wide_relu(tmp_path / "net.onnx"), deadline=time.monotonic() - 1.0)
+
+
 def test_splitting_proves_more(tmp_path):
     """|X| as relu(X) + relu(-X) is at least 0, which one bound over [-1, 1] does not see but two halves do."""
     nodes = [
@@ -321,6 +712,8 @@ def test_a_softmax_at_the_end_allows_comparisons_only(tmp_path):
     assert verdict(network, parsed("(assert (<= Y_0 Y_1))")).result == "unsat"
     found = verdict(network, parsed("(assert (<= Y_1 Y_0))"))
     assert found.result == "sat" and abs(found.y.sum() - 1) < 1e-6
+    assert verdict(network, parsed("(assert (< Y_0 Y_1))")).result == "unsat"
+    assert verdict(network, parsed("(assert (> Y_0 Y_1))")).result == "sat"
     with pytest.raises(ValueError, match="may only compare outputs"):
         verdict(network, parsed("(assert (<= Y_0 0.9))"))
 
@@ -404,12 +797,14 @@ def test_export_and_verify_from_another_folder(tmp_path, run):
 
 def test_bad_input_ends_in_one_line(tmp_path, run):
     (tmp_path / "net.onnx").write_text("nothing")
-    (tmp_path / "prop.vnnlib").write_text("(assert")
+    (tmp_path / "prop.vnnlib").write_text(DECLARED + BOX)
+    (tmp_path / "broken.vnnlib").write_text("(assert")
     (tmp_path / "instances.csv").write_text("net.onnx,prop.vnnlib,1\n")
     (tmp_path / "broken.csv").write_text("net.onnx,prop.vnnlib\n")
     for arguments, message in (
         (("--onnx", "net.onnx"), "give --onnx and --vnnlib"),
         (("--onnx", "net.onnx", "--vnnlib", "prop.vnnlib"), "is no valid ONNX file"),
+        (("--onnx", "net.onnx", "--vnnlib", "broken.vnnlib"), "broken.vnnlib: a parenthesis is not closed"),
         (("--onnx", "missing.onnx", "--vnnlib", "prop.vnnlib"), "No such file"),
         (("--instances", "broken.csv", "--results", "results.csv"), "row 1 is not onnx,vnnlib,timeout"),
         (("--onnx", "net.onnx", "--vnnlib", "prop.vnnlib", "--timeout", "0"), "not a number above 0"),
@@ -421,3 +816,60 @@ def test_bad_input_ends_in_one_line(tmp_path, run):
     assert code == 2 and row["result"] == "error" and "no valid ONNX file" in row["message"]
     code, _, err = run("export_model.py", "--model", tmp_path, "--out-dir", "out")
     assert code == 2 and "0 checkpoints" in err and len(err.splitlines()) == 1
+
+
+def test_a_row_that_fails_is_its_own_error(tmp_path, run, monkeypatch):
+    """Whatever goes wrong in a row, the rows after it have their verdicts; the exit code is 2."""
+    absolute_file(tmp_path / "net.onnx")
+    (tmp_path / "prop.vnnlib").write_text(DECLARED + BOX + "(assert (>= Y_0 1.5))")
+    (tmp_path / "bad.vnnlib").write_text(DECLARED + BOX + "(assert (>= Y_00 1.5))")
+    (tmp_path / "net.txt").write_text("no network")
+    rows = ["net.onnx,prop.vnnlib", "broken.onnx,prop.vnnlib", "net.onnx,bad.vnnlib", "net.txt,prop.vnnlib"]
+    rows += ["none.onnx,prop.vnnlib", "net.onnx,prop.vnnlib"]
+    (tmp_path / "list.csv").write_text("".join(f"{row},20\n" for row in rows))
+
+    def read(path, **options):
+        if path.name == "broken.onnx":
+            raise RuntimeError("something that nobody\nhas thought of")
+        return read_onnx(path, **options)
+
+    monkeypatch.setattr("utils.network.onnx_graph.read_onnx", read)
+    code, out, _ = run("verify.py", "--instances", "list.csv", "--results", "results.csv")
+    found = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert code == 2 and [row["result"] for row in found] == ["unsat", *["error"] * 4, "unsat"]
+    for row, words in zip(
+        found[1:5], ("nobody has thought", "Y_00 is not", "no valid ONNX", "No such file"), strict=True
+    ):
+        assert words in row["message"]
+    assert "4 error, 2 unsat" in out
+
+
+def test_a_network_that_onnxruntime_cannot_run_has_a_verdict_and_a_word(tmp_path, run):
+    """An LSTM over (batch, T, n) by layout=1."""
+    given = {"w": normal(1, 8, 2, seed=1), "r": normal(1, 8, 2, seed=2)}
+    graph = helper.make_graph(
+        [helper.make_node("LSTM", ["x", "w", "r"], ["all", "y"], hidden_size=2, layout=1)],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, "t", 2))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 1, 2))],
+        [numpy_helper.from_array(value.float().numpy(), name) for name, value in given.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    text = "".join(f"(declare-const X_{k} Real)(assert (<= -1 X_{k} 1))" for k in range(6))
+    text += "(declare-const Y_0 Real)(declare-const Y_1 Real)"
+    (tmp_path / "unsat.vnnlib").write_text(text + "(assert (>= Y_0 1.001))")  # a state is between -1 and 1
+    (tmp_path / "sat.vnnlib").write_text(text + "(assert (>= Y_0 Y_1))")
+    for name in ("unsat", "sat"):
+        files = ("--onnx", "net.onnx", "--vnnlib", f"{name}.vnnlib", "--timeout", 20)
+        code, out, err = run("verify.py", *files)
+        assert code == 0 and out.split()[0] == name and "note: onnxruntime cannot run it" in err
+    assert run("verify.py", *files, "--input-shape", 1, 3, 2)[1].split()[0] == "sat"
+    code, _, err = run("verify.py", *files, "--input-shape", 1, 4, 2)
+    assert code == 2 and "the network has 8 inputs" in err
+    code, _, err = run("verify.py", *files, "--input-shape", 1, 3, 3)
+    assert code == 2 and "takes an input of shape (1, t, 2), not (1, 3, 3)" in err
+    # The example is one that another implementation confirms, too.
+    x = torch.tensor([float(v) for v in re.findall(r"X_\d+ ([^)]*)", out)]).reshape(1, 3, 2)
+    (y,) = onnx.reference.ReferenceEvaluator(model).run(["y"], {"x": x.numpy()})
+    assert y[0, 0, 0] >= y[0, 0, 1]

@@ -169,6 +169,10 @@ OTHERS = {
         ],
         {"lo": torch.tensor(-0.2), "hi": torch.tensor(0.55)},
     ),
+    "ends that cross": (
+        [node("Clip", "x", "hi", "lo", output="a"), node("Add", "a", "x")],
+        {"lo": torch.tensor(-0.2), "hi": torch.tensor(0.55)},
+    ),
     "gated": (
         [
             node("Sigmoid", "x", output="s"),
@@ -622,6 +626,12 @@ WORDS = {  # what a user reads, and the file that leads there
         [helper.make_node("RNN", ["x", "w", "r"], ["y"], hidden_size=2)],
         {"w": normal(1, 2, 3, seed=1), "r": normal(1, 2, 2, seed=2)},
         {"shape": (FRAMES, 2, 3)},
+    ),
+    "it divides by zero": ([node("Div", "x", "w")], {"w": torch.tensor([1.0, 0.0, 2.0])}, {}),
+    "divides by a variance that is not above 0": (
+        [node("BatchNormalization", "x", "s", "s", "s", "v", epsilon=0.0)],
+        {"s": torch.ones(FRAMES), "v": torch.zeros(FRAMES)},
+        {},
     ),
     "an index is not among 4": ([node("Gather", "x", "g", axis=1)], {"g": i64(4)}, {}),
 }

@@ -248,6 +248,7 @@ class _CaseProblem:
     @torch.no_grad()
     def bound(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Scores, (boxes,), above 0 where no conjunction can be satisfied; slopes in each input, (boxes, n)."""
+        check_clock(self.deadline)
         center = 0.5 * (lower + upper)
         with torch.enable_grad():
             at = center.clone().requires_grad_()

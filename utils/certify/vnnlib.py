@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import time
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -116,25 +117,28 @@ class Row:
 Conjunction = list[Bound | Row]
 
 
-def read_vnnlib(path: str | Path) -> Property:
+def read_vnnlib(path: str | Path, deadline: float = math.inf) -> Property:
     """The property of a file, which gzip may have packed.
 
     Raises:
+        TimeoutError: ``time.monotonic()`` is beyond the deadline.
         PropertyError: it is no VNN-LIB property, or has something else than boxes and linear output constraints.
     """
     path = Path(path)
     try:
-        return parse_vnnlib(unpacked(path).decode("utf-8-sig"))
+        return parse_vnnlib(unpacked(path).decode("utf-8-sig"), deadline)
     except (PropertyError, UnicodeDecodeError, RecursionError) as error:
         raise PropertyError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def parse_vnnlib(text: str) -> Property:
+def parse_vnnlib(text: str, deadline: float = math.inf) -> Property:
     """The property of a text; see ``read_vnnlib``."""
     names: dict[str, Variable] = {}
     formulas: list[list[Conjunction]] = [[[]]]
     shape = None
     for command in _expressions(text):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the time limit is reached")
         match command:
             case ["declare-const", str(name), "Real"] | ["declare-fun", str(name), [], "Real"]:
                 if name in names:
@@ -210,6 +214,7 @@ def _variable(name: str) -> Variable:
 def _declare_tensors(parts: list, names: dict[str, Variable]) -> tuple[int, ...]:
     """Enter the elements of VNN-LIB 2.0's input and output tensors, in row-major order; the shape of the input."""
     shapes: dict[str, tuple[int, ...]] = {}
+    tensors: set[str] = set()
     for part in parts:
         match part:
             case ["declare-input" | "declare-output" as command, str(name), str(kind)]:
@@ -219,6 +224,9 @@ def _declare_tensors(parts: list, names: dict[str, Variable]) -> tuple[int, ...]
                 raise PropertyError(f"{_shown(part)} is not supported: declare one input and one output")
         if re.fullmatch(r"[A-Za-z]\w*", name) is None:
             raise PropertyError(f"{name} is no name of a tensor")
+        if name in tensors:
+            raise PropertyError(f"{name} is declared twice")
+        tensors.add(name)
         if letter in shapes:
             raise PropertyError(f"{_shown(part)}: one input and one output are supported")
         if found is None or found[1].lower() not in ("real", "float", "float32", "float64"):
@@ -227,10 +235,7 @@ def _declare_tensors(parts: list, names: dict[str, Variable]) -> tuple[int, ...]
         if math.prod(shapes[letter]) > MAX_ELEMENTS:
             raise PropertyError(f"{_shown(part)} is too large")
         for number, index in enumerate(itertools.product(*map(range, shapes[letter]))):
-            element = f"{name}[{','.join(map(str, index))}]" if index else name
-            if element in names:
-                raise PropertyError(f"{name} is declared twice")
-            names[element] = (letter, number)
+            names[f"{name}[{','.join(map(str, index))}]" if index else name] = (letter, number)
     return shapes.get("X")
 
 
@@ -241,6 +246,10 @@ def _cases(formula, names: dict[str, Variable]) -> list[Conjunction]:
             return _product([_cases(part, names) for part in parts])
         case ["or", *parts]:
             return [case for part in parts for case in _cases(part, names)]
+        case ["<=" | ">=" | "<" | ">" as relation, str(left), str(right)] if _is_bound(left, right, names):
+            return [
+                [Bound(names[left][1], relation[0] == "<", _number(right), len(relation) == 1)]
+            ]  # most are: be quick
         case ["<=" | ">=" | "<" | ">" | "=" | "==" as relation, *parts] if len(parts) >= 2:
             values = [_linear(part, names) for part in parts]
             pairs = list(itertools.pairwise(values if relation[0] != ">" else values[::-1]))
@@ -251,6 +260,10 @@ def _cases(formula, names: dict[str, Variable]) -> list[Conjunction]:
             return [*_cases(["<", left, right], names), *_cases([">", left, right], names)]
         case _:
             raise PropertyError(f"{_shown(formula)} is not understood: use and, or, <=, >=, <, > and =")
+
+
+def _is_bound(left: str, right: str, names: dict[str, Variable]) -> bool:
+    return names.get(left, CONSTANT)[0] == "X" and NUMBER.fullmatch(right) is not None and right not in names
 
 
 def _product(formulas: list[list[Conjunction]]) -> list[Conjunction]:
@@ -297,7 +310,7 @@ def _number(text: str) -> Fraction:
         raise PropertyError(f"{text} is no number")
     if len(text) > MAX_DIGITS or abs(int(match[1] or 0)) > MAX_EXPONENT:
         raise PropertyError(f"{_shown(text)} is too large or too small a number")
-    return Fraction(text)
+    return Fraction(Decimal(text))
 
 
 def _float(value: Fraction) -> float:
@@ -365,40 +378,3 @@ def _rows(atoms: list[Row], count: int) -> tuple[Tensor, Tensor]:
         for number, value in atom.coefficients:
             rows[row, number] = value
     return rows, _vector([atom.limit for atom in atoms])
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def write_robustness(
-    path: str | Path, lower: Tensor, upper: Tensor, label: int, num_classes: int, targets: list[int] | None = None
-) -> Path:
-    """Write the property "some input of the box is not given the label, but one of the targets".
-
-    Args:
-        lower, upper: (n,), the box.
-        targets: classes that must not win; None for all others.
-    """
-    path = Path(path)
-    targets = [k for k in range(num_classes) if k != label] if targets is None else targets
-    lines = [f"; an input of the box whose class is another than {label}: unsat means that there is none", ""]
-    lines += [f"(declare-const X_{number} Real)" for number in range(len(lower))]
-    lines += [f"(declare-const Y_{number} Real)" for number in range(num_classes)]
-    for number, (low, high) in enumerate(zip(lower.tolist(), upper.tolist(), strict=True)):
-        lines += [f"(assert (>= X_{number} {decimal(low)}))", f"(assert (<= X_{number} {decimal(high)}))"]
-    lines += ["(assert (or", *(f"  (and (>= Y_{target} Y_{label}))" for target in targets), "))"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def decimal(value: float) -> str:
-    """All digits of a number, without an exponent, which not every reader knows."""
-    return format(Decimal(repr(float(value))), "f")
-
-
-def counter_example(x: Tensor, y: Tensor) -> str:
-    """A counter-example as VNN-COMP has it: ((X_0 v) ... (Y_0 v) ...)."""
-    pairs = [f"(X_{number} {value!r})" for number, value in enumerate(x.tolist())]
-    pairs += [f"(Y_{number} {value!r})" for number, value in enumerate(y.tolist())]
-    return "(" + "\n".join(pairs) + ")\n"

@@ -464,6 +464,8 @@ def _multiply(reader, x, y):
 def _divide(reader, x, y):
     if isinstance(y, Symbol):
         raise UnsupportedError("only a division by constants is supported")
+    if not bool((y != 0).all()):
+        raise UnsupportedError("it divides by zero")
     return reader.builder.scaled(x, constant(1.0 / y.double()))
 
 
@@ -493,6 +495,10 @@ def _clip(reader, x, lowest=None, highest=None, min=None, max=None):
     low, high = (
         float(given if given is not None else other if other is not None else end) for given, other, end in ends
     )
+    if math.isnan(low) or math.isnan(high):
+        raise UnsupportedError("an end of its range is NaN")
+    if low >= high:  # the upper end is applied last
+        return constant(torch.full(x.shape, high))
     return reader.builder.activation(x, f"hardtanh({low!r},{high!r})")
 
 
@@ -815,6 +821,8 @@ def _batch_norm(reader, x, scale, bias, mean, var, epsilon=1e-5, training_mode=0
     _weights(scale, bias, mean, var)
     shape = (-1, *[1] * (len(x.shape) - 2))
     factor = scale.double() / (var.double() + epsilon).sqrt()
+    if not bool(factor.isfinite().all()):
+        raise UnsupportedError("it divides by a variance that is not above 0")
     shift = bias.double() - mean.double() * factor
     return reader.builder.add(reader.builder.scaled(x, constant(factor.reshape(shape))), constant(shift.reshape(shape)))
 
