@@ -112,6 +112,14 @@ def test_texts_given_on_the_spot(models, tmp_path):
     assert "zq" in page and "<script" not in page
 
 
+def test_texts_of_one_word(models, tmp_path):
+    texts = ["--text", "what", "--text", "who", "--p", "1", "--compare"]
+    succeed("gru/bound_gru_question.py", *BOUND, "--work-dir", models, *texts, cwd=tmp_path)
+    words, sentences = read_results(models / "gru_3_d4" / "1_norm_bound_text")
+    assert [word.word for word in words] == ["what", "who"]
+    assert all(word.radius == pytest.approx(word.text_radius, rel=0.2) and word.radius > 0 for word in words)
+
+
 @pytest.mark.parametrize(("text", "part"), [(" \t", "empty"), ("word " * 1000, "1000 words")])
 def test_texts_that_cannot_be_certified(models, tmp_path, text, part):
     assert part in fail("gru/bound_gru_question.py", *BOUND, "--work-dir", models, "--text", text, cwd=tmp_path)
