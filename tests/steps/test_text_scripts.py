@@ -95,6 +95,7 @@ def test_questions_are_bounded(models, tmp_path):
         (["--sample", "--N", 100000], "100000"),
         (["--data-dir", tmp_path], "no questions"),
         (["--sample", "--text", "Who ?"], "--text"),
+        (["--N", 3, "--text", "Who ?"], "--N"),
         (["--model-name", "other"], "train_gru_question_classifier.py"),
     ):
         assert part in fail("gru/bound_gru_question.py", *BOUND, "--work-dir", models, *arguments, cwd=tmp_path)
