@@ -22,9 +22,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ SIGMOID_ERROR = (1.5 * 2 * EXP_ULPS + 3) * U * 1.5
 VALUE_ERROR = SIGMOID_ERROR + 16 * U  # of F sigmoid(y) - b y and of its derivative, relative to the size of the terms
 TINY = 1e-290  # more than all that underflow can take away, even if it flushes to zero
 LARGEST = 1e15  # numbers above are refused: so TINY is enough, and nothing sensible is so large
+MAX_BYTES, MAX_HEADER, MAX_FRAMES = 2**29, 2**20, 10**4  # of a file packed or not, of its header, of a sequence
 
 # Relaxed operations of a cell's time step, in the order of the certificate's format, with their number of operands.
 OPERATIONS = {
@@ -538,23 +539,52 @@ def rigorous_margins(model, weights, certificate):
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def read_npz(path):
-    """Header and arrays of a file; nothing in it is ever executed."""
+def read_npz(path, fits):
+    """Header and arrays of a file; nothing in it is ever executed.
+
+    ``fits(header, shapes)`` raises Damaged if the arrays' shapes, by name, are not those that the header calls for. It
+    is asked before they are unpacked: a file of a few kilobytes can unfold to gigabytes.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes().decode("utf-8"))
+        require(path.stat().st_size <= MAX_BYTES, "it is too large")
+        with zipfile.ZipFile(path) as archive:
+            members = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            require(len(members) == len(archive.infolist()), "two arrays have one name")
+            kinds = {name: read_kind(archive, entry) for name, entry in members.items()}
+            shape, dtype = kinds.pop("header")
+            require(dtype == np.uint8 and len(shape) == 1 and shape[0] <= MAX_HEADER, "its header is no text")
+            header = json.loads(read_array(archive, members["header"]).tobytes().decode("utf-8"))
+            require(isinstance(header, dict), "its header is no table")
+            for name, (_, dtype) in kinds.items():
+                require(dtype in (np.dtype("<f4"), np.dtype("<f8")), f"{name} is not of float32 or float64")
+            numbers = sum(math.prod(shape) for shape, _ in kinds.values())
+            require(numbers <= MAX_BYTES // 8, f"it would unfold to {numbers} numbers, too many to be checked")
+            fits(header, {name: shape for name, (shape, _) in kinds.items()})
+            return header, {name: read_array(archive, members[name]) for name in kinds}
+    except Damaged:
+        raise
     except OSError as error:
         raise Damaged(error.strerror or "it cannot be read") from None
-    except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error, MemoryError,
-            NotImplementedError, RuntimeError) as error:  # fmt: skip
+    except Exception as error:  # a damaged file fails in whatever way its bytes lead to
         raise Damaged(f"it is no .npz file with a header ({type(error).__name__})") from None
-    if not isinstance(header, dict):
-        raise Damaged("its header is no table")
-    for name, array in arrays.items():
-        if array.dtype not in (np.dtype("<f4"), np.dtype("<f8")):
-            raise Damaged(f"{name} is not of float32 or float64")
-    return header, arrays
+
+
+def read_kind(archive, entry):
+    """(shape, dtype) of an array, which must be all that its entry holds, from the first bytes."""
+    require(entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), f"{entry.filename} is packed otherwise")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(file)
+        require(all(size >= 0 for size in shape), f"{entry.filename} has a negative size")
+        whole = entry.file_size == file.tell() + math.prod(shape) * dtype.itemsize
+        require(whole, f"{entry.filename} is cut or padded")
+    return shape, dtype
+
+
+def read_array(archive, entry):
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def hash_arrays(arrays, header=None):
@@ -589,18 +619,30 @@ def usable(array, shape, name):
 
 def read_weights(path):
     """(model, weights in float64, hash) of a weights file."""
-    header, arrays = read_npz(path)
+    header, arrays = read_npz(path, lambda header, shapes: check_shapes(read_model(header), shapes))
+    model = header["model"]
+    weights = {name: usable(array, array.shape, name) for name, array in arrays.items()}
+    require(bool((np.abs(weights["std"]) >= 1 / LARGEST).all()), "std holds 0")
+    return model, weights, hash_arrays(arrays, header)
+
+
+def read_model(header):
+    """How the network of a weights file is wired."""
     require(header.get("format") == WEIGHTS_FORMAT and header.get("version") == VERSION, "it is no weights file")
     model = header.get("model")
     require(isinstance(model, dict), "it has no model")
-    sizes = ("input_size", "hidden_size", "num_layers", "num_classes")
-    for name in sizes:
+    for name in ("input_size", "hidden_size", "num_layers", "num_classes"):
         require(is_count(model.get(name)), f"{name} is no positive integer")
-    require(model.get("architecture") in OPERATIONS, "the architecture is unknown")
+    require(model.get("architecture") in tuple(OPERATIONS), "the architecture is unknown")
     require(type(model.get("bidirectional")) is bool, "bidirectional is not true or false")
     activations = ("tanh", "relu") if model["architecture"] == "rnn" else (None,)
     require(model.get("activation") in activations, "the activation is unknown")
     require(model.get("pooling") in ("last", "mean"), "the pooling is unknown")
+    return model
+
+
+def check_shapes(model, found):
+    """Damaged unless the arrays, shapes by name, are those of the model."""
     directions = 2 if model["bidirectional"] else 1
     hidden, rows = model["hidden_size"], GATES[model["architecture"]] * model["hidden_size"]
     shapes = {
@@ -612,6 +654,8 @@ def read_weights(path):
     }
     if model["architecture"] == "lstm":
         shapes["c0"] = shapes["h0"]
+    others = "its arrays are not those of the model"
+    require(len(found) == len(shapes) + 4 * directions * model["num_layers"], others)  # before layers are counted out
     for layer in range(model["num_layers"]):
         for suffix in ("", "_reverse")[:directions]:
             width = model["input_size"] if layer == 0 else hidden * directions
@@ -619,23 +663,31 @@ def read_weights(path):
                 shapes[f"{name}_l{layer}{suffix}"] = shape
             for name in ("bias_ih", "bias_hh"):
                 shapes[f"{name}_l{layer}{suffix}"] = (rows,)
-    require(set(arrays) == set(shapes), "its arrays are not those of the model")
-    weights = {name: usable(arrays[name], shape, name) for name, shape in shapes.items()}
-    require(bool((np.abs(weights["std"]) >= 1 / LARGEST).all()), "std holds 0")
-    return model, weights, hash_arrays(arrays, header)
+    require(set(found) == set(shapes), others)
+    for name, shape in shapes.items():
+        require(found[name] == shape, f"{name} has shape {found[name]}, not {shape}")
+
+
+def check_certificate_shapes(header, shapes):
+    """Damaged unless it is a certificate whose arrays, shapes by name, are those of one sequence."""
+    require(header.get("format") == FORMAT and header.get("version") == VERSION, "it is no certificate")
+    x = shapes.get("x", ())
+    require(len(x) == 2 and min(x) > 0, "x is missing or not (T, n)")
+    require(x[0] <= MAX_FRAMES, f"x has {x[0]} frames, more than {MAX_FRAMES}")
+    require(shapes.get("eps") == (x[0],), f"eps has not one number for each of the {x[0]} frames")
+    for name, shape in shapes.items():
+        sliced = len(shape) == 4 and shape[:2] == (x[0], 2) and shape[2] in (1, 2)
+        require(name in ("x", "eps") or sliced, f"{name} has shape {shape}: no slopes of {x[0]} frames")
 
 
 def read_certificate(path):
     """The certificate as a dictionary; ``check`` fits it to its model."""
-    header, arrays = read_npz(path)
-    require(header.get("format") == FORMAT and header.get("version") == VERSION, "it is no certificate")
+    header, arrays = read_npz(path, check_certificate_shapes)
     norms = {"1": 1.0, "2": 2.0, "inf": np.inf}
     require(header.get("norm") in tuple(norms), "the norm is not 1, 2 or inf")
     require(header.get("ball") in ("frame", "sequence"), "the ball is unknown")
-    x, clip = arrays.get("x"), header.get("clip")
-    require(x is not None and x.ndim == 2 and x.size > 0, "x is missing or not (T, n)")
-    x = usable(x, x.shape, "x")
-    eps = usable(arrays.get("eps"), (len(x),), "eps")
+    x, clip = usable(arrays["x"], arrays["x"].shape, "x"), header.get("clip")
+    eps = usable(arrays["eps"], (len(x),), "eps")
     require(bool((eps >= 0).all()), "eps holds negative numbers")
     if header["ball"] == "sequence":
         require(len(set(eps[eps > 0].tolist())) <= 1, "a ball around the sequence has one eps")
@@ -660,7 +712,7 @@ def read_certificate(path):
         "ball": header["ball"],
         "clip": None if clip is None else tuple(map(float, clip)),
         "label": label,
-        "targets": targets,
+        "targets": sorted(set(targets)),
         "weights": weights,
         "x_hash": hash_arrays({"x": arrays["x"]}),
         "x_stated": sample["sha256"],
@@ -731,6 +783,11 @@ def describe(certificate, model, margin):
     )
 
 
+def one_line(reason):
+    """A message without line breaks and signs that a terminal may lack: names in it come from files."""
+    return " ".join(str(reason).split()).encode("ascii", "backslashreplace").decode()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="certificates, or folders of them")
@@ -749,11 +806,11 @@ def main():
             print(f"confirmed: {path.name}: {describe(*check(path, args.weights, cache))}")
             counts["confirmed"] += 1
         except Rejected as reason:
-            print(f"rejected: {path.name}: {reason}")
+            print(f"rejected: {path.name}: {one_line(reason)}")
             counts["rejected"] += 1
         except Damaged as reason:
             sys.stdout.flush()
-            print(f"error: {path}: {reason}", file=sys.stderr)
+            print(f"error: {path}: {one_line(reason)}", file=sys.stderr)
             counts["damaged"] += 1
     if len(files) > 1:
         print(", ".join(f"{count} {word}" for word, count in counts.items()))

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.choices import METHODS
 from utils.choices.method import TUNED_METHODS
-from utils.experiments.arguments import add_effort_arguments
+from utils.experiments.arguments import add_effort_arguments, fill_in
 from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
 from utils.runs.cli import ArgumentParser, answer_early, run_main
 
@@ -46,6 +46,10 @@ def get_args() -> argparse.Namespace:
     add_effort_arguments(parser)
     args = finish_run_arguments(parser.parse_args(), quick_images=2)
     args.methods = sorted(set(args.methods), key=CHEAPEST_FIRST.index)
+    try:
+        fill_in(args, args.methods, "--methods")
+    except ValueError as error:
+        parser.error(str(error))
     if args.quick:
         for name, most in QUICK.items():
             setattr(args, name, min(getattr(args, name), most))

@@ -6,6 +6,7 @@ import ast
 import json
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import mpmath
@@ -375,6 +376,80 @@ def test_damaged_weights_end_in_one_line(damage, copy, capsys):
     damage(copy / "weights.npz", *read(copy / "weights.npz"))
     code, out, err = run_checker(capsys, sorted(copy.glob("sample_*.npz"))[0])
     assert code == 2 and out == "" and "its weights" in err and err.count("\n") == 1
+
+
+def of_model(**changes):
+    """Damage to a weights file: other values in its model."""
+
+    def damage(path, header, arrays):
+        header["model"].update(changes)
+        save(path, header, arrays)
+
+    return damage
+
+
+WRONG = ([], {}, [1], "", 1.5, True, None, -1, 10**30, "\ud800", [[[]]])
+
+
+def test_headers_of_wrong_types_end_in_one_line(copy, capsys):
+    for file in ("sample_*.npz", "weights.npz"):
+        path = sorted(copy.glob(file))[0]
+        header, arrays = read(path)
+        before = path.read_bytes()
+        table = header.get("model", header)
+        for key in sorted(set(table) - {"method", "relaxation"}):
+            kept = table[key]
+            for value in WRONG:
+                if value == kept or (key == "clip" and value is None):
+                    continue
+                table[key] = value
+                save(path, header, arrays)
+                code, out, err = run_checker(capsys, sorted(copy.glob("sample_*.npz"))[0])
+                assert code in (1, 2) and (out + err).count("\n") == 1, (key, value, out, err)
+            table[key] = kept
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("value", [[], 3, "text", None])
+def test_a_header_that_is_no_table(value, copy, capsys):
+    path = sorted(copy.glob("sample_*.npz"))[0]
+    save(path, value, read(path)[1])
+    assert run_checker(capsys, path)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("sample", set_array("x", lambda x: np.zeros((10**5, 4), np.float32))),
+        ("sample", set_array(KEPT, lambda slopes: np.zeros((3, 2, 1, 10**6), np.float32))),
+        ("weights", of_model(num_layers=999_999)),
+        ("weights", of_model(hidden_size=999_999, num_classes=999_999)),
+        ("weights", set_array("head.weight", lambda weight: np.zeros((3000, 3000)))),
+        ("weights", lambda path, header, arrays: save(path, header | {"padding": "a" * 2**21}, arrays)),
+    ],
+)
+def test_sizes_are_checked_before_anything_is_unpacked(file, damage, copy, capsys, monkeypatch):
+    path = sorted(copy.glob("sample_*.npz"))[0]
+    damaged = path if file == "sample" else copy / "weights.npz"
+    damage(damaged, *read(damaged))
+    unpacked = []
+    own = checker.read_array
+    monkeypatch.setattr(checker, "read_array", lambda archive, entry: unpacked.append(entry) or own(archive, entry))
+    code, _, err = run_checker(capsys, path)
+    assert code == 2 and err.count("\n") == 1
+    assert all(entry.file_size < 10**6 for entry in unpacked)
+
+
+def test_entries_that_lie_about_their_size(copy, capsys):
+    path = sorted(copy.glob("sample_*.npz"))[0]
+    header, arrays = read(path)
+    arrays.pop("x")
+    save(path, header, arrays)
+    with zipfile.ZipFile(path, "a") as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (3, 10**8)})
+        file.write(bytes(1000))
+    code, _, err = run_checker(capsys, path)
+    assert code == 2 and "x.npy is cut or padded" in err
 
 
 def test_folders_and_exit_codes(copy, tmp_path, capsys):

@@ -370,6 +370,11 @@ BAD = {
     "target is no number": (("--target", "worst"), None, ["--target"]),
     "frames and per-frame": (("--per-frame", "--frames", 1), None, ["--frames"]),
     "no such frame": (("--frames", 4), None, ["0 to 3"]),
+    "alpha steps of crown": (("--alpha-steps", 20), None, ["--alpha-steps has no effect", "--method crown", "alpha"]),
+    "curve steps of alpha": (("--method", "alpha", "--curve-steps", 3), None, ["--curve-steps", "curve, bab"]),
+    "time limit of curve": (("--method", "curve", "--time-limit", 3), None, ["--time-limit", "is for bab"]),
+    "one ball a frame": (("--per-frame", "--ball", "sequence"), None, ["--ball sequence"]),
+    "ball of one frame": (("--frames", 1, 1, "--ball", "sequence"), None, ["--ball sequence"]),
     "tol": (("--tol", 1), None, ["--tol"]),
     "eps0": (("--eps0", 0), None, ["--eps0"]),
     "unknown flag": (("--epz0", 1), None, ["--epz0"]),
@@ -484,6 +489,9 @@ def test_cells_with_gates(tmp_path, architecture):
     assert place.bound("--per-frame", "--p", "inf", "--clip", "--untargeted", "--N", 4).code == 0
     assert len(place.rows("inf_norm_bound_untargeted_per_frame_clip")) == FRAMES * len(place.rows())
     assert_one_line(place.bound("--relaxation", "cube"), "--relaxation")
+    for relaxation in ("volume", "plane"):
+        flags = ("--method", "ibp", "--relaxation", relaxation)
+        assert_one_line(place.bound(*flags), "--relaxation has no effect", "crown, crown-ibp, alpha, curve, bab")
     stacked = make_place(tmp_path / "stacked", architecture, num_layers=2, bidirectional=True)
     assert stacked.bound("--num-layers", 2, "--bidirectional", "--method", "ibp").code == 0
     assert len(stacked.rows("2_norm_bound_ibp")) == IMAGES - 2

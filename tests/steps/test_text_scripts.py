@@ -95,6 +95,7 @@ def test_questions_are_bounded(models, tmp_path):
         (["--sample", "--N", 100000], "100000"),
         (["--data-dir", tmp_path], "no questions"),
         (["--sample", "--text", "Who ?"], "--text"),
+        (["--N", 3, "--text", "Who ?"], "--N"),
         (["--model-name", "other"], "train_gru_question_classifier.py"),
     ):
         assert part in fail("gru/bound_gru_question.py", *BOUND, "--work-dir", models, *arguments, cwd=tmp_path)
@@ -110,6 +111,14 @@ def test_texts_given_on_the_spot(models, tmp_path):
     assert [word.known for word in words if word.word in ("what", "zq", "\u2603")] == [1, 0, 0]
     page = (models / "gru_3_d4" / "inf_norm_bound_text" / "words.html").read_text(encoding="utf-8")
     assert "zq" in page and "<script" not in page
+
+
+def test_texts_of_one_word(models, tmp_path):
+    texts = ["--text", "what", "--text", "who", "--p", "1", "--compare"]
+    succeed("gru/bound_gru_question.py", *BOUND, "--work-dir", models, *texts, cwd=tmp_path)
+    words, sentences = read_results(models / "gru_3_d4" / "1_norm_bound_text")
+    assert [word.word for word in words] == ["what", "who"]
+    assert all(word.radius == pytest.approx(word.text_radius, rel=0.2) and word.radius > 0 for word in words)
 
 
 @pytest.mark.parametrize(("text", "part"), [(" \t", "empty"), ("word " * 1000, "1000 words")])

@@ -305,6 +305,31 @@ def test_html_is_self_contained_and_escaped():
     assert sum(NASTY in title for title in page.titles) == 2
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru", "two layers, normalised", "own state"])
+def test_sequences_of_one_step_have_the_radius_of_the_whole(name):
+    model = MODELS[name]
+    x = normal(2, 1, 3, seed=9)
+    labels, lengths = model(x).argmax(dim=1), torch.tensor([1, 1])
+    whole = certified_radius(model, x, labels, tol=1e-2)
+    for found in (step_radii(model, x, labels, lengths, tol=1e-2).radius[:, 0], step_radii_alone(model, x, labels)):
+        torch.testing.assert_close(found, whole, rtol=2e-2, atol=0.0)
+    assert (step_attacks(model, x, labels, lengths)[:, 0] >= whole).all()
+
+
+def step_radii_alone(model, x, labels):
+    one = torch.tensor([1])
+    return torch.cat([step_radii(model, x[n : n + 1], labels[n : n + 1], one, tol=1e-2).radius[:, 0] for n in (0, 1)])
+
+
+def test_reports_of_texts_of_one_word(tmp_path):
+    rows = [row(0, "what", 0.2, words=1), row(0, "who", 0.4, index=3, words=1, attack=math.inf)]
+    facts = record() | {"summary": summarize(rows, SENTENCES, [])}
+    assert facts["summary"]["certified"]["places"] == [{"mean": None, "error": None}] * 5
+    plot_sentences(rows, SENTENCES, facts).savefig(tmp_path / "a.png")
+    plot_summary(facts).savefig(tmp_path / "b.png")
+    assert "who" in html_page(rows, SENTENCES, facts)
+
+
 def test_figures_are_drawn_from_any_words(tmp_path):
     rows = [row(0, "$a_b$"), row(1, "x" * 60, words=2), *ROWS[4:]]
     plot_sentences(rows, SENTENCES, record()).savefig(tmp_path / "a.png")

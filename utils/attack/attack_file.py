@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..network.models import SequenceClassifier
-from ..question.threat import Threat
+from ..network.state import plain_state
+from ..question.threat import threat_of
 from .pgd import VERDICT, AttackProblem, AttackResult
 
 
@@ -32,11 +33,12 @@ def save_attack(
     **threat: Any,
 ) -> None:
     """Write perturbed inputs with all that a replay needs but the model; arguments as the attack had them."""
-    told = Threat(**threat)
+    told = threat_of(**threat)
     content = {"perturbed": result.x, "x": x, "labels": labels, "norm": float(told.norm), "targets": targets}
     torch.save(content | {"frames": told.frames, "clip": told.clip, "ball": told.ball}, Path(path))
 
 
+@plain_state()
 @torch.no_grad()
 def replay_attack(path: str | Path, model: SequenceClassifier) -> Replay:
     """Evaluate a saved attack on a model once more, in float64. Raises ValueError if the file holds no attack."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..network.models import SequenceClassifier
+from ..network.state import plain_state
 from ..perturbation.moves import FrameBalls
 from .pgd import VERDICT, AttackProblem, RadiusAttackResult, settle, tighten
 
@@ -30,6 +31,7 @@ LAST_RATE = 0.02  # final step sizes as a share of the first
 MOMENTUM = 0.75
 
 
+@plain_state()
 def carlini_wagner(
     model: SequenceClassifier,
     x: Tensor,

@@ -28,6 +28,7 @@ from scipy import optimize, stats
 from torch import Tensor
 
 from ..network.models import SequenceClassifier
+from ..network.state import plain_state
 from ..perturbation.lp_ball import random_in_ball
 from ..perturbation.moves import FrameBalls
 from .pgd import VERDICT, AttackProblem, margin_and_gradient
@@ -41,6 +42,7 @@ FIRST_SHAPES = (1.0, 10.0)  # where the likelihood's maximisation starts
 FARTHEST = 2.0
 
 
+@plain_state()
 def clever(
     model: SequenceClassifier,
     x: Tensor,
@@ -79,7 +81,7 @@ def clever(
     problem = AttackProblem(model, x, labels, **threat)
     parts = [
         _scores(problem, rows, eps0, PointSource(batches, points, seed, sampling), dtype)
-        for rows in torch.arange(len(x), device=x.device).split(batch_size)
+        for rows in torch.arange(len(problem), device=problem.balls.x.device).split(batch_size)
     ]
     return torch.cat(parts)
 

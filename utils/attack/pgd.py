@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ..graph.graph import Graph
 from ..network.models import SequenceClassifier
 from ..network.reading import graph_of
+from ..network.state import plain_state
 from ..perturbation.moves import FrameBalls
 from ..question.question import Question
-from ..question.threat import Threat
+from ..question.threat import threat_of
 
 VERDICT = torch.float64
 # Perturbations end this share inside their ball, so that the rounding of x + delta does not take them out of it.
@@ -45,13 +46,13 @@ class AttackProblem:
         targets: Tensor | None = None,
         **threat: Any,
     ):
-        told = Threat(**threat)
+        told = threat_of(**threat)
         if told.lengths is not None:
             raise ValueError(
                 "attacks take sequences of one length: leave out lengths, and cut x to the frames that count"
             )
         question = Question(model, x, labels, targets, told)
-        self.rows, self._model = question.rows, question.model
+        self.question, self.rows, self._model = question, question.rows, question.model
         self.balls = question.threat.moves(question.x.detach().to(VERDICT))
         self._models: dict[torch.dtype, Callable[[Tensor], Tensor]] = {}
 
@@ -170,6 +171,7 @@ def is_inside(balls: FrameBalls, x: Tensor, eps: Tensor) -> Tensor:
     return inside
 
 
+@plain_state()
 def pgd(
     model: nn.Module | Graph,
     x: Tensor,
@@ -196,16 +198,10 @@ def pgd(
         threat: norm, targets, frames, clip and ball, as for ``AttackProblem``.
     """
     problem = AttackProblem(model, x, labels, **threat)
-    x = problem.balls.x
-    eps = torch.as_tensor(eps, dtype=VERDICT, device=x.device)
-    if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
-        raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
-    if not bool(((eps >= 0) & eps.isfinite()).all()):
-        raise ValueError("eps must be a finite number >= 0")
-    eps = problem.balls.per_group(eps.expand(len(x)) if eps.dim() == 0 else eps)
+    eps = problem.balls.per_group(problem.question.eps(eps, VERDICT))
     starts = _starts(problem, restarts, seed, dtype)
     parts = []
-    for chosen in torch.arange(len(x), device=x.device).split(batch_size):
+    for chosen in torch.arange(len(eps), device=eps.device).split(batch_size):
         delta, _ = descend(problem, chosen, eps[chosen], _scaled(problem, chosen, eps[chosen], starts), steps)
         parts.append(settle(problem, chosen, eps[chosen], delta))
     perturbed, margin = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -251,6 +247,7 @@ def tighten(problem: AttackProblem, chosen: Tensor, x: Tensor, halvings: int = 1
     return smallest, problem.worst_margin(smallest, chosen), size
 
 
+@plain_state()
 def attack_radius(
     model: nn.Module | Graph,
     x: Tensor,

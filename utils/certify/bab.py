@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from ..choices.method import TIME_LIMIT
 from ..choices.tables import ATTACKS
 from ..graph.graph import Graph
+from ..network.state import plain_state
+from ..question.arguments import as_inputs
+from ..question.question import Question
+from ..question.threat import threat_of
 from .problem import SLACK, MarginProblem, margin_problem
 from .search import Bracket
 
@@ -133,6 +137,7 @@ class Decision:
     seconds: float
 
 
+@plain_state()
 @torch.no_grad()
 def decide(
     model: nn.Module | Graph,
@@ -141,6 +146,8 @@ def decide(
     eps: float | Tensor,
     *,
     targets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    relaxation: str = "plane",
     time_limit: float = TIME_LIMIT,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
@@ -153,29 +160,37 @@ def decide(
     planes with tuned slopes, curved bounds of all targets together, and of each open target by itself.
 
     Args:
-        eps: a number or (batch,).
+        eps, lengths, relaxation: likewise. Sequences are cut to their lengths; methods and their steps are the
+            function's own choice.
         time_limit: seconds a sample; a gradient step that was begun is finished.
         dtype: precision of the bounds.
         seed: of PGD's random starts.
         attack: what looks for a counter-example, a key of ``utils.choices.ATTACKS``.
         threat: norm, frames, clip and ball.
     """
-    eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
+    for name in ("method", "alpha_steps", "curve_steps"):
+        if name in threat:
+            raise ValueError(f"decide goes from one method to the next by itself: leave out {name}")
+    asked = Question(model, x, labels, targets, threat_of(lengths=lengths, **threat))
+    eps, x = asked.eps(eps, torch.float64), as_inputs(x)
     # The set that bounds hold for must not be smaller than the attack's.
     outer = eps.to(dtype)
     outer = torch.where(outer < eps, torch.nextafter(outer, outer + 1.0), outer)
+    labels, targets = asked.rows[:, 0].argmax(dim=1), asked.rows.argmin(dim=2)
     search, decisions = ATTACKS[attack], []
     for n in range(len(x)):
         own = slice(n, n + 1)
-        question = {"targets": None if targets is None else targets[own], **threat}
-        if isinstance(threat.get("frames"), Tensor) and threat["frames"].dim() == 2:  # a mask for each sample
-            question["frames"] = threat["frames"][own]
+        end = asked.x.shape[1] if asked.threat.lengths is None else int(asked.threat.lengths[n])
+        mine = x[own] if asked.threat.lengths is None else x[own, :end]
+        radii = [part[own] if part.dim() == 1 else part[own, :end] for part in (eps, outer)]
+        question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end]}
         started = time.perf_counter()
-        found = search(model, x[own], labels[own], eps[own], seed=seed, **question)
-        problem = margin_problem(model, x[own], labels[own], method="bab", time_limit=time_limit, **question)
+        found = search(model, mine, labels[own], radii[0], seed=seed, **question)
+        how = {"method": "bab", "relaxation": relaxation, "time_limit": time_limit}
+        problem = margin_problem(model, mine, labels[own], **how, **question)
         broken = float(found.margin) < 0
         verdict, margins = (
-            ("falsified", problem.clean_margins(dtype)[0]) if broken else _bound(problem, outer[own], started)
+            ("falsified", problem.clean_margins(dtype)[0]) if broken else _bound(problem, radii[1], started)
         )
         example = found.x[0] if broken else None
         decisions.append(Decision(verdict, margins, example, time.perf_counter() - started))

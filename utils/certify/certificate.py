@@ -23,6 +23,7 @@ from ..choices.tables import METHODS
 from ..graph.graph import Graph
 from ..graph.nonlinear import Activation, NonLinear, Product
 from ..network.models import SequenceClassifier
+from ..network.state import plain_state
 from ..runs.results import replacing
 from .problem import MarginProblem, margin_problem
 
@@ -104,6 +105,7 @@ def model_hash(model: SequenceClassifier) -> str:
     return hash_arrays(arrays, header)
 
 
+@plain_state()
 def save_certificates(
     folder: str | Path,
     model: SequenceClassifier,
@@ -132,11 +134,10 @@ def save_certificates(
         OSError: the folder cannot be written.
     """
     problem = margin_problem(model, x, labels, **question)
-    eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device)
-    if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
-        raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
-    eps = eps.expand(len(x)) if eps.dim() == 0 else eps
-    names = [f"{number:05d}" for number in range(len(x))] if names is None else list(names)
+    eps = problem.question.eps(eps, torch.float64)
+    names = [f"{number:05d}" for number in range(len(eps))] if names is None else list(map(str, names))
+    if len(names) != len(eps):
+        raise ValueError(f"names must be one a sample, {len(eps)}, not {len(names)}")
     return write_certificates(Path(folder), problem, eps, names)
 
 

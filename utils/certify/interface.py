@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..choices.method import ALPHA_STEPS, CURVE_STEPS, TIME_LIMIT, Method
 from ..graph.graph import Graph
+from ..network.state import plain_state
 from ..question.question import Question
 from ..question.threat import Frames, Threat
 from .bab import refine_margins, refine_radii
@@ -35,6 +36,7 @@ CURVE_SPREAD = 1.04
 MAX_EPS = 1e6
 
 
+@plain_state()
 def certified_margin(
     model: nn.Module | Graph,
     x: Tensor,
@@ -88,10 +90,7 @@ def certified_margin(
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
     x = problem.x
-    eps = torch.as_tensor(eps, dtype=dtype or x.dtype, device=x.device)
-    if eps.dim() > 2 or (eps.dim() > 0 and eps.shape != x.shape[: eps.dim()]):
-        raise ValueError(f"eps must be a number, (batch,) or (batch, T), not {tuple(eps.shape)}")
-    eps = eps.expand(len(x)) if eps.dim() == 0 else eps
+    eps = problem.question.eps(eps, dtype or x.dtype)
     margins = problem.margins(eps, dtype or x.dtype)
     if how.tuned:
         problem.tune(eps.detach(), dtype or x.dtype, alpha_steps)
@@ -241,6 +240,7 @@ def _better(first: Bracket, second: Bracket) -> Bracket:
     return Bracket(low, high, margin, first.evaluations + second.evaluations)
 
 
+@plain_state()
 @torch.no_grad()
 def certified_radius(
     model: nn.Module | Graph,

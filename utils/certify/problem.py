@@ -18,7 +18,7 @@ from ..graph.graph import Graph
 from ..network.reading import Network, graph_of
 from ..perturbation.sets import Perturbation
 from ..question.question import Question
-from ..question.threat import Threat
+from ..question.threat import Threat, threat_of
 from ..relaxation.curves import Curves
 
 # A margin counts as positive if it exceeds this share of 1 + the sum of the absolute values of its terms: room for the
@@ -202,7 +202,7 @@ def margin_problem(
     model: nn.Module | Graph, x: Tensor, labels: Tensor, targets: Tensor | None = None, **arguments: Any
 ) -> MarginProblem:
     """The problem of ``certified_margin``'s arguments: those of a threat model and those of a method."""
-    of_threat = {field.name for field in fields(Threat)}
-    threat = Threat(**{name: value for name, value in arguments.items() if name in of_threat})
-    how = {"name" if name == "method" else name: value for name, value in arguments.items() if name not in of_threat}
+    of_method = {"method" if field.name == "name" else field.name for field in fields(Method)}
+    threat = threat_of(**{name: value for name, value in arguments.items() if name not in of_method})
+    how = {"name" if name == "method" else name: value for name, value in arguments.items() if name in of_method}
     return MarginProblem(Question(model, x, labels, targets, threat), Method(**how))

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..choices.method import ALPHA_STEPS, CURVE_STEPS, CURVED_METHODS, TIME_LIMIT
+from ..choices.method import ALPHA_STEPS, CURVE_STEPS, CURVED_METHODS, TIME_LIMIT, TUNED_METHODS
 from ..choices.tables import BALLS, METHODS, RELAXATIONS
 from ..runs.cli import ROOT, add_common_arguments, non_negative_int, norm_value, positive_float, positive_int
 
 TARGETS = ("random", "runnerup", "least")
+# Flags that have an effect with some methods only: their values if they are left out, and these methods.
+OF_METHODS = {
+    "relaxation": ("plane", tuple(name for name in METHODS if name != "ibp")),
+    "alpha_steps": (ALPHA_STEPS, TUNED_METHODS),
+    "curve_steps": (CURVE_STEPS, CURVED_METHODS),
+    "time_limit": (TIME_LIMIT, ("bab",)),
+}
 
 
 def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidden_size: int, time_step: int) -> None:
@@ -54,8 +62,8 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
         group.add_argument(
             "--relaxation",
             choices=tuple(RELAXATIONS),
-            default="plane",
-            help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants",
+            help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants "
+            "(default: plane)",
         )
     group.add_argument("--eps0", type=positive_float, help="first eps of the search (default: from the gradient)")
     group.add_argument("--tol", type=relative_tolerance, default=1e-3, help="relative width of the final bracket")
@@ -81,15 +89,28 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
 
 
 def add_effort_arguments(group) -> None:
-    """Flags for how much time the tuned methods may take."""
-    group.add_argument("--alpha-steps", type=positive_int, default=ALPHA_STEPS, help="gradient steps of --method alpha")
+    """Flags for how much time the tuned methods may take; None where they are left out, see ``fill_in``."""
+    group.add_argument(
+        "--alpha-steps", type=positive_int, help=f"gradient steps of --method alpha (default: {ALPHA_STEPS})"
+    )
     group.add_argument(
         "--curve-steps",
         type=non_negative_int,
-        default=CURVE_STEPS,
-        help="gradient steps of --method curve, after alpha",
+        help=f"gradient steps of --method curve, after alpha (default: {CURVE_STEPS})",
     )
-    group.add_argument("--time-limit", type=positive_float, default=TIME_LIMIT, help="seconds an image of --method bab")
+    group.add_argument(
+        "--time-limit", type=positive_float, help=f"seconds an image of --method bab (default: {TIME_LIMIT:g})"
+    )
+
+
+def fill_in(args: argparse.Namespace, methods: Sequence[str], flag: str = "--method") -> None:
+    """Give flags that were left out their values. Raise ValueError if one was given that no method makes use of."""
+    for name, (default, users) in OF_METHODS.items():
+        if getattr(args, name, None) is not None and not set(methods) & set(users):
+            given, wanted = name.replace("_", "-"), ", ".join(users)
+            raise ValueError(f"--{given} has no effect with {flag} {' '.join(methods)}: it is for {wanted}")
+        if hasattr(args, name) and getattr(args, name) is None:
+            setattr(args, name, default)
 
 
 def target_choice(text: str) -> str | int:
@@ -113,6 +134,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.target = "random"
     if args.per_frame and args.frames:
         raise ValueError("--per-frame bounds every frame by itself: leave out --frames")
+    if getattr(args, "ball", "frame") == "sequence" and (args.per_frame or len(set(args.frames or (0, 1))) == 1):
+        raise ValueError("--ball sequence is one ball around several frames: of one frame it is the same without")
+    if hasattr(args, "method"):
+        fill_in(args, [args.method])
     if args.save_certificate and args.method in CURVED_METHODS:
         raise ValueError("--save-certificate writes planes only: it needs --method alpha or cheaper")
     if args.clip and args.p != math.inf:
@@ -143,5 +168,5 @@ def result_folder_name(args: argparse.Namespace) -> str:
 
 
 def relaxation_of(args: argparse.Namespace) -> str:
-    """--relaxation; "plane" for a script without that flag."""
-    return getattr(args, "relaxation", "plane")
+    """--relaxation; "plane" where it is left out or a script has no such flag."""
+    return getattr(args, "relaxation", None) or "plane"

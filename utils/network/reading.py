@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..graph.graph import Graph
 from .models import SequenceClassifier
+from .modules import usable_model
 from .symbolic import as_graph
 from .trace import TracedModule
 from .unroll import unroll
@@ -20,9 +21,10 @@ def read_network(model: nn.Module | Graph, x: Tensor) -> tuple[Network, Tensor]:
     A sequence classifier takes the frames as they are, with lengths if need be. Any other module is read by
     ``utils.network.trace``. A graph's single frame takes all values of an input of another shape.
     """
+    model = usable_model(model)
     if isinstance(model, Graph):
         return model, x if x.dim() == 3 or x.dim() < 2 else x.flatten(1)[:, None]
-    if isinstance(model, nn.Module) and not isinstance(model, SequenceClassifier):
+    if not isinstance(model, SequenceClassifier):
         traced = TracedModule(model, x)
         return traced, traced.frames
     return model, x

@@ -25,6 +25,7 @@ from ..graph.graph import Graph
 from ..graph.nodes import Constant, Frame, Linear, Negative, Node, Slice, WeightedSum
 from ..graph.nonlinear import Activation, Product
 from ..relaxation.lines import ACTIVATIONS
+from .state import usable_tensor
 from .unroll import GRUCell, LSTMCell, ResetFirstGRUCell, RNNCell
 
 SAMPLE = 1 << 40  # more elements than any graph has
@@ -563,7 +564,7 @@ def as_graph(graph: Graph, dtype: torch.dtype, device: torch.device | str = "cpu
 
     def converted(value):
         if isinstance(value, Tensor) and value.is_floating_point():
-            return cast.setdefault(id(value), value.to(device, dtype))
+            return cast.setdefault(id(value), usable_tensor(value).to(device, dtype))
         if isinstance(value, tuple):
             return tuple(converted(part) for part in value)
         return value

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from ..graph.graph import Graph
+from .modules import usable_model
+from .state import plain_state, user_defaults
 from .symbolic import Builder, Symbol, UnsupportedError, as_graph, check_scores, constant, join
 
 BATCH = 2  # samples that are traced together, to see that they are not mixed
@@ -99,7 +101,8 @@ class Traced(torch.Tensor):
         if name in METADATA:
             return _plainly(function, args, kwargs)
         try:
-            return _apply(name, function, args, kwargs)
+            with plain_state():
+                return _apply(name, function, args, kwargs)
         except UnsupportedError as error:
             if getattr(error, "located", False):
                 raise
@@ -643,7 +646,8 @@ class TracedModule:
         else:
             given = Traced.of(builder, builder.input(BATCH, self.x.shape[1:]), self.like)
         try:
-            output = self.module(given)
+            with user_defaults():
+                output = self.module(given)
         except (RuntimeError, IndexError, TypeError) as error:
             shape = (len(self.x), *self.x.shape[1:])
             reason = " ".join(str(error).split())
@@ -663,7 +667,9 @@ class TracedModule:
     def _check(self, graph: Graph) -> None:
         """The graph must compute what the module does, or the forward has done something behind its back."""
         some = self.x[:4] if not self.x.is_floating_point() else self.x[:4].to(self.like)
-        expected = self.module(some).to("cpu", torch.float64)
+        with user_defaults():
+            expected = self.module(some)
+        expected = expected.to("cpu", torch.float64)
         found = graph.evaluate(self.frames[:4].to("cpu", torch.float64))
         if self.softmax:
             found = getattr(torch, self.softmax)(found, dim=-1)
@@ -675,6 +681,7 @@ class TracedModule:
             )
 
 
+@plain_state()
 def trace(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64, relaxation: str = "plane") -> Graph:
     """The graph of a module's forward.
 
@@ -687,4 +694,4 @@ def trace(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64, rela
     Raises:
         UnsupportedError: the forward does something that has no bound here; the message has its line.
     """
-    return TracedModule(module, x).graph(dtype, relaxation)
+    return TracedModule(usable_model(module), x).graph(dtype, relaxation)

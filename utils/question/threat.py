@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..choices.tables import BALLS
 from ..perturbation.moves import FrameBalls
 from ..perturbation.sets import Perturbation, clip_of
+from .arguments import as_clip, as_norm, as_tensor, check_names
 
 Frames = int | Sequence[int] | Tensor | None
 
@@ -22,7 +25,7 @@ def frame_mask(frames: Frames, batch: int, num_frames: int) -> Tensor:
     """
     if frames is None:
         return torch.ones(batch, num_frames, dtype=torch.bool)
-    frames = torch.as_tensor(frames)
+    frames = as_tensor(frames, "frames", "a frame's number, a list of these or a mask of bool")
     if frames.dtype == torch.bool:
         if frames.shape not in ((num_frames,), (batch, num_frames)):
             raise ValueError(f"a frame mask is (T,) or (batch, T) = {(batch, num_frames)}, not {tuple(frames.shape)}")
@@ -53,6 +56,11 @@ class Threat:
     clip: tuple[float, float] | None = None
     lengths: Tensor | None = None
 
+    def __post_init__(self):
+        for name, value in (("norm", as_norm(self.norm)), ("clip", as_clip(self.clip))):
+            object.__setattr__(self, name, value)
+        BALLS.check(self.ball)
+
     def to(self, x: Tensor) -> Threat:
         """The threat to the batch x, (batch, T, n), with a mask of frames. Raises ValueError if it does not fit."""
         mask = frame_mask(self.frames, *x.shape[:2]).to(x.device)
@@ -60,7 +68,7 @@ class Threat:
         if lengths is not None:
             mask &= torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         clip = clip_of(self.clip, x.dtype)
-        return replace(self, norm=float(self.norm), frames=mask, clip=clip, lengths=lengths)
+        return replace(self, frames=mask, clip=clip, lengths=lengths)
 
     def part(self, samples: Tensor | slice) -> Threat:
         """The threat to some samples of its batch."""
@@ -75,3 +83,9 @@ class Threat:
     def moves(self, x: Tensor) -> FrameBalls:
         """The set for attacks, of any size, around the batch x, (batch, T, n)."""
         return FrameBalls(x, self.frames, self.norm, self.ball, self.clip)
+
+
+def threat_of(**arguments: Any) -> Threat:
+    """The threat model of keyword arguments. Raises ValueError if there is none of such a name."""
+    check_names(arguments, [field.name for field in fields(Threat)])
+    return Threat(**arguments)

@@ -11,6 +11,7 @@ from ..runs.cli import ROOT, add_common_arguments, norm_value, positive_int
 from ..training.arguments import STROKES_HELP
 from ..training.tasks import TextTask
 
+DRAWN_TEXTS = 200  # unless told otherwise
 COMPARED = ("plane", "line", "constant")
 COMPARED_COLUMNS = tuple(f"{name}_{value}" for name in COMPARED for value in ("radius", "seconds"))
 
@@ -52,7 +53,7 @@ def add_word_arguments(parser: argparse.ArgumentParser, architecture: str, task:
     group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
     group.add_argument("--embedding-size", type=positive_int, default=100, help="numbers in a word's vector")
     group = parser.add_argument_group("what is certified (eps and radii are in units of the word vectors)")
-    group.add_argument("--N", type=positive_int, default=200, help=f"test {task.item}s drawn")
+    group.add_argument("--N", type=positive_int, help=f"test {task.item}s drawn (default: {DRAWN_TEXTS})")
     group.add_argument(
         "--text", action="append", metavar="TEXT", help=f"certify this {task.item} instead; may be given several times"
     )

@@ -90,8 +90,8 @@ def states_before(model: SequenceClassifier, x: Tensor) -> tuple[Tensor, ...]:
     state = tuple(like if part is None else (like + part[:, None].to(x)) for part in given)
     states = [state]
     frames = (x - model.mean.to(x)) / model.std.to(x)
-    for frame in frames[:, :-1].split(1, dim=1):
-        _, after = exact(frame, state if len(state) == 2 else state[0])
+    for t in range(x.shape[1] - 1):
+        _, after = exact(frames[:, t : t + 1], state if len(state) == 2 else state[0])
         state = after if isinstance(after, tuple) else (after,)
         states.append(state)
     return tuple(torch.stack(part) for part in zip(*states, strict=True))

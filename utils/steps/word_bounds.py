@@ -31,7 +31,7 @@ from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive
 from ..runs.work import Job, batches, explained, find_rows
 from ..training.tasks import TextTask, text_model_name
 from ..training.text_models import TextModel, load_text_model, tokens_of
-from .arguments import COMPARED, COMPARED_COLUMNS
+from .arguments import COMPARED, COMPARED_COLUMNS, DRAWN_TEXTS
 from .step_bounds import check_steps, sequence_radii, step_radii
 from .step_runs import Steps, find_steps, search_options
 from .word_report import REPORTS, print_sentences, print_summary, write_reports
@@ -75,6 +75,9 @@ def bound_text_classifier(args: argparse.Namespace, architecture: str, task: Tex
         sys.stdout.reconfigure(errors="replace")  # a word that the terminal cannot show must not end the run
     if args.text and (args.sample or args.data_dir):
         raise ValueError("--text brings its own data: leave out --data-dir and --sample")
+    if args.text and args.N is not None:
+        raise ValueError("--N is how many test texts are drawn, and --text draws none: leave out one of them")
+    args.N = args.N or DRAWN_TEXTS
     device = apply_common_arguments(args)
     with joined(device) as ranks:
         _bound(args, architecture, task, device, ranks)
