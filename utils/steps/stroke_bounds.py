@@ -110,7 +110,7 @@ def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ra
         raise ValueError(f"nothing to certify: none of the {args.N} digits is classified correctly")
     counts = {"drawn": args.N, "misclassified": args.N - len(kept), "kept": len(kept)}
     print(f"{path.parent.name} on digits of {data.source}: {args.N} drawn, {len(kept)} to certify. ", end="")
-    print(f"One point at a time moves by at most eps in the l_{args.p:g} norm", flush=True)
+    print(f"One point at a time moves by at most eps in the l_{args.p:g} norm; bounds: crown, {args.relaxation}s")
     run = StrokeRun(args, classifier, data, kept)
     if args.dry_run:
         rows = run.search([0])
@@ -225,7 +225,8 @@ def summarize(rows: list[PointRow]) -> Record:
 def make_record(run: StrokeRun, path: Path, config: Config, counts: dict[str, int]) -> Record:
     """What run.json says about the run; paths inside the repository are relative to it."""
     return {
-        "title": f"one point of the strokes at a time, l_{run.args.p:g}",
+        "title": f"{len(run.index)} digits, one point at a time, crown, {run.args.relaxation}s, l_{run.args.p:g}",
+        "method": f"crown, {run.args.relaxation}s",
         "unit": "pixels of dx and dy, units of the flags",
         "model": checkpoint_facts(path, path.parent.name, config),
         "data": {"source": run.data.source, "drawn_sha256": digest(run.drawn)},

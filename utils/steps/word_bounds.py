@@ -42,7 +42,7 @@ from .word_results import (
     WordRow,
     write_sentences,
 )
-from .word_summary import by_text, summarize
+from .word_summary import by_text, counted, summarize
 
 LISTED = 5  # words of a ball that are named
 # A word counts as covered if it is nearer than the radius by this share: room for the rounding of its distance.
@@ -100,9 +100,9 @@ def _bound(args: argparse.Namespace, architecture: str, task: TextTask, device: 
         source, (texts, counts) = data.source, draw_texts(model, data, args)
     run = WordRun(args, model, texts)
     record = make_record(run, name, path, source, counts, task)
-    print(f"{record['model']['name']} on {task.item}s of {source}", end="")
-    print(f": {counts['drawn']} drawn, {counts['misclassified']} misclassified" if counts else "", end="")
-    print(f"; {len(texts)} to certify. One word at a time moves by at most eps in the l_{args.p:g} norm", flush=True)
+    drawn = f"of {source}: {counts['drawn']} drawn, {counts['misclassified']} misclassified" if counts else source
+    print(f"{record['model']['name']} on {task.item}s {drawn}; {counted(len(texts), task.item)} to certify")
+    print(f"One word at a time moves by at most eps in the l_{args.p:g} norm; bounds: {record['method']}", flush=True)
     if args.dry_run:
         words = run.search([0])
         print(f"dry run: {words[0].word!r} has radius {words[0].radius:.4g}, nothing written")
@@ -125,7 +125,7 @@ def run_and_write(run: WordRun, folder: Path, record: Record, ranks: Ranks) -> N
     summary = summarize(words, sentences, compare(run.model, words, args) if args.compare else [])
     write_sentences(folder, sentences)
     results.finish(summary, utc_now())
-    print_sentences(words, sentences, record["class_names"], args.show)
+    print_sentences(words, sentences, record["class_names"], args.show, given=bool(args.text))
     print_summary(summary)
     figures = write_reports(folder)
     print(f"results in {folder}: {CSV_NAME}, {SENTENCES_NAME}, run.json, {', '.join(figures)}")
@@ -305,7 +305,8 @@ def make_record(run: WordRun, name: str, path: Path, source: str, counts: dict, 
     args, model = run.args, run.model
     config = {key: value for key, value in model.config.items() if key not in ("vocabulary", "embeddings")}
     return {
-        "title": f"{task.item}s, one word at a time, l_{args.p:g}",
+        "title": f"{counted(len(run.texts), task.item)}, one word at a time, crown, {args.relaxation}s, l_{args.p:g}",
+        "method": f"crown, {args.relaxation}s",
         "unit": "word vectors",
         "class_names": list(model.config["class_names"]),
         "model": checkpoint_facts(path, name, config) | {"words": len(model.vocabulary)},

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 from ..runs.results import Record, read_record, replacing
 from .word_results import SentenceRow, WordRow, read_results
-from .word_summary import BINS, by_text
+from .word_summary import BINS, by_text, counted
 
 HTML_NAME, SENTENCES_FIGURE, SUMMARY_FIGURE = "words.html", "words.png", "summary.png"
 REPORTS = (HTML_NAME, SENTENCES_FIGURE, SUMMARY_FIGURE)
@@ -39,10 +39,17 @@ def shade(row: WordRow, rows: list[WordRow]) -> float:
 # --- console --------------------------------------------------------------------------------------------------------
 
 
-def print_sentences(words: list[WordRow], sentences: list[SentenceRow], class_names: list[str], show: int) -> None:
-    """The first texts with their radii; the most sensitive words are underlined, unknown ones marked by *."""
+def print_sentences(
+    words: list[WordRow], sentences: list[SentenceRow], class_names: list[str], show: int, given: bool = False
+) -> None:
+    """The first texts with their radii, and what the marks say. ``given`` texts have predictions, not labels."""
+    print(
+        "\nradius: how far a word's vector may move; ---- below the most sensitive quarter of a text's words;", end=" "
+    )
+    print("word*: not in the vocabulary; attack: the least move found that changes the class")
     for rows, sentence in list(zip(by_text(words), sentences, strict=True))[:show]:
-        print(f"\n#{sentence.index} {class_names[sentence.label]}: whole text {sentence.radius:.4g}")
+        kind = "predicted " * given + class_names[sentence.label]
+        print(f"\n#{sentence.index} {kind}: all words together {sentence.radius:.4g}")
         for line in sentence_lines(rows):
             print(line)
     if len(sentences) > show:
@@ -74,7 +81,8 @@ def sentence_lines(rows: list[WordRow]) -> list[str]:
 
 def print_summary(summary: Record) -> None:
     """The statistics over all texts as tables."""
-    print(f"\n{summary['words']} words of {summary['texts']} texts, {summary['unknown_words']} unknown: ", end="")
+    amounts = f"{counted(summary['words'], 'word')} of {counted(summary['texts'], 'text')}"
+    print(f"\n{amounts}, {summary['unknown_words']} unknown: ", end="")
     print(f"mean radius {summary['radius']['mean']:.4g}, whole text {summary['sentence_radius']['mean']:.4g}; ", end="")
     print(f"{summary['seconds_per_word']:.3g} s per word")
     if summary["attack"]["mean"] is not None:
@@ -265,7 +273,7 @@ def plot_summary(record: Record) -> Figure:
     summary = record["summary"]
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     figure.suptitle(
-        f"{figure_title(record)} ({summary['words']} words of {summary['texts']} texts; bars: 2 standard errors)",
+        f"{figure_title(record)} ({counted(summary['words'], 'word')} of {counted(summary['texts'], 'text')}; bars: 2 standard errors)",
         fontsize=11,
     )
     left, right = figure.subplots(1, 2, sharey=True)

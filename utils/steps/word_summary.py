@@ -42,6 +42,11 @@ def kind_of(word: str) -> str:
     return "function word" if word in FUNCTION_WORDS else "content word"
 
 
+def counted(number: int, item: str) -> str:
+    """1 question, 2 questions."""
+    return f"{number} {item}" + ("" if number == 1 else "s")
+
+
 def by_text(words: Iterable[WordRow]) -> list[list[WordRow]]:
     """Rows of one text after the other."""
     return [list(rows) for _, rows in groupby(words, key=lambda row: row.index)]
