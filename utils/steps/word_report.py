@@ -43,10 +43,8 @@ def print_sentences(
     words: list[WordRow], sentences: list[SentenceRow], class_names: list[str], show: int, given: bool = False
 ) -> None:
     """The first texts with their radii, and what the marks say. ``given`` texts have predictions, not labels."""
-    print(
-        "\nradius: how far a word's vector may move; ---- below the most sensitive quarter of a text's words;", end=" "
-    )
-    print("word*: not in the vocabulary; attack: the least move found that changes the class")
+    print("\nradius: how far a word's vector may move; attack: the least move found that changes the class;")
+    print("---- below the most sensitive quarter of a text's words; word*: not in the vocabulary")
     for rows, sentence in list(zip(by_text(words), sentences, strict=True))[:show]:
         kind = "predicted " * given + class_names[sentence.label]
         print(f"\n#{sentence.index} {kind}: all words together {sentence.radius:.4g}")
@@ -272,10 +270,8 @@ def plot_summary(record: Record) -> Figure:
     """Relative radii by kind of word and by position, certified and attacked."""
     summary = record["summary"]
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
-    figure.suptitle(
-        f"{figure_title(record)} ({counted(summary['words'], 'word')} of {counted(summary['texts'], 'text')}; bars: 2 standard errors)",
-        fontsize=11,
-    )
+    amounts = f"{counted(summary['words'], 'word')} of {counted(summary['texts'], 'text')}"
+    figure.suptitle(f"{figure_title(record)} ({amounts}; bars: 2 standard errors)", fontsize=11)
     left, right = figure.subplots(1, 2, sharey=True)
     series = [
         (name, summary[name], color)
