@@ -495,3 +495,29 @@ def test_cells_with_gates(tmp_path, architecture):
     stacked = make_place(tmp_path / "stacked", architecture, num_layers=2, bidirectional=True)
     assert stacked.bound("--num-layers", 2, "--bidirectional", "--method", "ibp").code == 0
     assert len(stacked.rows("2_norm_bound_ibp")) == IMAGES - 2
+
+
+def test_an_edited_script_answers_another_question(place, tmp_path):
+    """docs/extending.md: the second half of the frames, images of one class, by two lines; all that is said follows."""
+    text = (ROOT / SCRIPTS["rnn"]).read_text()
+    assert place.bound("--out-dir", tmp_path / "all").code == 0
+    label = read_bound_rows(tmp_path / "all" / "certified_bound.csv")[0].label
+    changes = {
+        "    args = get_args()\n": "    args.frames = list(range(args.time_step // 2, args.time_step))\n",
+        "        samples = draw_samples(data, model, args)\n": (
+            f"        samples = samples.where(samples.labels == {label})\n"
+        ),
+    }
+    for line, more in changes.items():
+        assert text.count(line) == 1
+        text = text.replace(line, line + more)
+    (tmp_path / "edited.py").write_text(text)
+    flags = ("--work-dir", place.work, "--data-dir", place.data, "--N", IMAGES, "--threads", 1, *SIZES)
+    outcome = call(tmp_path / "edited.py", *flags, "--out-dir", tmp_path / "half")
+    assert outcome.code == 0 and f"frames 2, 3 of {FRAMES}" in outcome.out, outcome
+    rows = read_bound_rows(tmp_path / "half" / "certified_bound.csv")
+    assert rows and {row.label for row in rows} == {label}
+    model, x, labels = place.samples(rows)
+    targets = torch.tensor([row.target for row in rows])
+    expected = certified_radius(model, x, labels, targets=targets, frames=[2, 3])
+    assert [row.radius for row in rows] == pytest.approx(expected.tolist(), rel=2e-3)
