@@ -339,15 +339,19 @@ class _CaseProblem:
 
     def _goal_gradients(self, x: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
         """The largest violation of each input's own conjunction, (k,), and its gradient, (k, n)."""
-        found, gradients = [], []
-        for part, goal in zip(x.split(self.part), goals.split(self.part), strict=True):
+        found, gradients, start = [], [], 0
+        while start < len(x):
             check_clock(self.deadline)
+            began, part, goal = time.monotonic(), x[start : start + self.part], goals[start : start + self.part]
+            start += self.part
             with torch.enable_grad():
                 at = part.clone().requires_grad_()
                 own = self.worst(self.violations(at)).gather(1, goal[:, None]).squeeze(1)
                 gradient = torch.autograd.grad(own.sum(), at)[0] if len(self.limits) else torch.zeros_like(part)
             found.append(own.detach())
             gradients.append(gradient)
+            if time.monotonic() - began > PART_SECONDS:
+                self.part = max(1, len(part) // 2)
         return torch.cat(found), torch.cat(gradients)
 
     def _equal(self, x: Tensor, lower: Tensor, upper: Tensor, goal: int, generator: torch.Generator) -> Tensor:
