@@ -38,6 +38,7 @@ TUNED_SIDES, TUNED_SHARE = 24, 0.5
 TUNED_STEPS = (40, 80, 160)  # of tuning curved bounds
 TUNING_COST = 10.0  # bounds that the time must suffice for if tuning is to start
 PART_WORK = 3e9  # multiplications and additions that are done without a look at the clock, about
+PART_SECONDS = 0.25  # if it took longer, the next part is half as large
 NEWTON_STEPS, NEIGHBOURS = 20, 256  # of the search for inputs at which outputs are equal to a number
 MAX_NUMBERS = 20_000_000  # that describe open boxes: above, memory would run out
 # What onnxruntime's float32 outputs may miss a constraint by, relative to its limit, for a counter-example to count.
@@ -90,13 +91,20 @@ class BoxSet(InputSet):
 
 
 class PartedPass(BoundPass):
-    """A "crown" pass that bounds rows in parts: between two of them the set looks at the clock."""
+    """A "crown" pass that bounds rows in parts, smaller ones if they take long: the set looks at the clock between."""
+
+    share = 1.0  # of the rows that ``PART_WORK`` allows
 
     def lower_bound(self, node: Node, rows: Tensor) -> Tensor:
-        size = max(1, int(PART_WORK / work_per_row(self.graph, node) / len(self.perturbation.x)))
-        if rows.shape[1] <= size:
-            return super().lower_bound(node, rows)
-        return torch.cat([super(PartedPass, self).lower_bound(node, part) for part in rows.split(size, dim=1)], dim=-1)
+        most = PART_WORK / work_per_row(self.graph, node) / len(self.perturbation.x)
+        found, start = [], 0
+        while start < rows.shape[1]:
+            size, began = max(1, int(self.share * most)), time.monotonic()
+            found.append(super().lower_bound(node, rows[:, start : start + size]))
+            start += size
+            if time.monotonic() - began > PART_SECONDS:
+                self.share = 0.5 * self.share * min(1.0, rows.shape[1] / size)
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 @dataclass
@@ -332,15 +340,19 @@ class _CaseProblem:
 
     def _goal_gradients(self, x: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
         """The largest violation of each input's own conjunction, (k,), and its gradient, (k, n)."""
-        found, gradients = [], []
-        for part, goal in zip(x.split(self.part), goals.split(self.part), strict=True):
+        found, gradients, start = [], [], 0
+        while start < len(x):
             check_clock(self.deadline)
+            began, part, goal = time.monotonic(), x[start : start + self.part], goals[start : start + self.part]
+            start += self.part
             with torch.enable_grad():
                 at = part.clone().requires_grad_()
                 own = self.worst(self.violations(at)).gather(1, goal[:, None]).squeeze(1)
                 gradient = torch.autograd.grad(own.sum(), at)[0] if len(self.limits) else torch.zeros_like(part)
             found.append(own.detach())
             gradients.append(gradient)
+            if time.monotonic() - began > PART_SECONDS:
+                self.part = max(1, len(part) // 2)
         return torch.cat(found), torch.cat(gradients)
 
     def _equal(self, x: Tensor, lower: Tensor, upper: Tensor, goal: int, generator: torch.Generator) -> Tensor:
