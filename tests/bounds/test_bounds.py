@@ -286,7 +286,8 @@ def test_a_batch_is_its_samples_and_nothing_is_kept(threat):
         assert torch.equal(together, BoundPass(graph, threat.around(x, eps), method).margin(rows))
         for i in range(BATCH):
             alone = BoundPass(graph, threat.around(x[i : i + 1], eps[i : i + 1]), method).margin(rows[i : i + 1])
-            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
+            # Less of what is taken off for rounding where a sample by itself is known not to move.
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-11, atol=1e-11)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
@@ -295,11 +296,15 @@ def test_float32_is_near_float64(net):
     model, x, rows = classifier(**NETS[net]), inputs(), all_rows()
     for threat in THREATS:
         eps = torch.full((BATCH, FRAMES), 0.3)
-        double = BoundPass(unroll(model, FRAMES), threat.around(x, eps.double()), "crown").margin(rows)
-        single = BoundPass(unroll(model, FRAMES, torch.float32), threat.around(x.float(), eps), "crown").margin(
-            rows.float()
+        wide, narrow = (unroll(model, FRAMES), threat.around(x, eps.double())), unroll(model, FRAMES, torch.float32)
+        double = BoundPass(*wide, "crown").margin(rows)
+        estimate, single = (
+            BoundPass(narrow, threat.around(x.float(), eps), "crown", sound=sound).margin(rows.float()).double()
+            for sound in (False, True)
         )
-        torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(estimate, double, rtol=1e-4, atol=1e-4)
+        # What is taken off for rounding is more than rounding does, and little all the same.
+        assert (single <= double).all() and (single >= double - 5e-3 * (1.0 + double.abs())).all()
 
 
 def test_the_interface_gives_the_same_margins():
