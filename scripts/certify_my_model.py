@@ -28,13 +28,14 @@ from utils.runs.cli import (
 
 UNIT = "amplitude of the wave"  # in which eps and radius are: that of the input
 CELLS = ("lstm", "gru", "rnn")
+EPOCHS = 20  # unless told otherwise
 
 
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--cell", choices=CELLS, default="lstm", help="recurrent layer")
-    parser.add_argument("--epochs", type=non_negative_int, default=20, help="passes over the training data")
-    parser.add_argument("--weights", type=Path, help="load this state dict instead of training")
+    parser.add_argument("--epochs", type=non_negative_int, help=f"passes over the training data (default: {EPOCHS})")
+    parser.add_argument("--weights", type=Path, help="load this state dict (torch, safetensors) instead of training")
     parser.add_argument("--save-weights", type=Path, help="write the state dict after training")
     parser.add_argument("--p", type=norm_value, default=2.0, help=f"norm of the balls: 1, 2, inf; eps in {UNIT}")
     parser.add_argument("--samples", type=positive_int, default=20, help="test sequences to certify")
@@ -55,6 +56,7 @@ from torch import Tensor, nn
 
 from utils.certify import certified_radius
 from utils.certify.certificate import save_certificates
+from utils.network.checkpoint import load_weights
 from utils.network.models import SequenceClassifier
 
 NUM_FRAMES, FRAME_SIZE, NUM_CLASSES, HIDDEN_SIZE = 8, 4, 3, 16
@@ -91,26 +93,23 @@ def train(model: nn.Module, x: Tensor, labels: Tensor, epochs: int) -> None:
             optimizer.step()
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill the model from a state dict. Raises ValueError if the file holds none that fits."""
-    try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:
-        raise
-    except Exception as error:  # a damaged or foreign file fails in whatever way its bytes lead to
-        raise ValueError(f"{path} holds no weights of this model ({type(error).__name__})") from error
-
-
 def main() -> None:
     args = get_args()
     device = apply_common_arguments(args)
+    if args.weights and args.epochs is not None:
+        raise ValueError("--epochs is for training, and --weights is loaded instead: leave out one of them")
     model = build(args.cell)
     if args.weights:
         load_weights(model, args.weights)
     model = model.to(device)
     if not args.weights:
         x, labels = load_data(600, seed=args.seed + 1)
-        train(model, x.to(device), labels.to(device), 1 if args.dry_run else args.epochs)
+        train(
+            model,
+            x.to(device),
+            labels.to(device),
+            1 if args.dry_run else EPOCHS if args.epochs is None else args.epochs,
+        )
     if args.save_weights and not args.dry_run:
         torch.save({name: value.cpu() for name, value in model.state_dict().items()}, args.save_weights)
     x, labels = (part.to(device) for part in load_data(1 if args.dry_run else args.samples, seed=args.seed + 2))

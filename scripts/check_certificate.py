@@ -39,7 +39,7 @@ SIGMOID_ERROR = (1.5 * 2 * EXP_ULPS + 3) * U * 1.5
 VALUE_ERROR = SIGMOID_ERROR + 16 * U  # of F sigmoid(y) - b y and of its derivative, relative to the size of the terms
 TINY = 1e-290  # more than all that underflow can take away, even if it flushes to zero
 LARGEST = 1e15  # numbers above are refused: so TINY is enough, and nothing sensible is so large
-MAX_BYTES, MAX_HEADER, MAX_FRAMES = 2**29, 2**20, 10**4  # of a file packed or not, of its header, of a sequence
+MAX_BYTES, MAX_HEADER, MAX_FRAMES = 2**28, 2**20, 10**4  # of a file packed or not, of its header, of a sequence
 
 # Relaxed operations of a cell's time step, in the order of the certificate's format, with their number of operands.
 OPERATIONS = {

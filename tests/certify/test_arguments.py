@@ -153,7 +153,7 @@ def test_decide_takes_lengths_and_radii_of_frames():
         ({"lengths": "a"}, "lengths must be"),
         ({"eps": "a"}, "eps must be"),
         ({"eps": None}, "eps must be"),
-        ({"eps": -1.0}, "eps must be .*not negative"),
+        ({"eps": -1.0}, "eps must be a finite number >= 0"),
         ({"eps": [0.1, 0.2, 0.3]}, "eps must be"),
         ({"norm": "l3"}, "p must be 1, 2 or inf"),
         ({"norm": None}, "p must be 1, 2 or inf"),

@@ -400,7 +400,7 @@ def test_headers_of_wrong_types_end_in_one_line(copy, capsys):
         for key in sorted(set(table) - {"method", "relaxation"}):
             kept = table[key]
             for value in WRONG:
-                if value == kept or (key == "clip" and value is None):
+                if value == kept or (key, value) in (("clip", None), ("targets", [1])):
                     continue
                 table[key] = value
                 save(path, header, arrays)
@@ -433,6 +433,7 @@ def test_sizes_are_checked_before_anything_is_unpacked(file, damage, copy, capsy
     damaged = path if file == "sample" else copy / "weights.npz"
     damage(damaged, *read(damaged))
     unpacked = []
+    monkeypatch.setattr(checker, "MAX_BYTES", 10**7)
     own = checker.read_array
     monkeypatch.setattr(checker, "read_array", lambda archive, entry: unpacked.append(entry) or own(archive, entry))
     code, _, err = run_checker(capsys, path)

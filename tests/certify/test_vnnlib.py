@@ -32,7 +32,8 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from utils.certify.verify import BoxSet, PartedPass, Verifier, inside_float32  # noqa: E402
+from utils.certify.boxes import BoxSet, PartedPass  # noqa: E402
+from utils.certify.verify import Verifier, inside_float32  # noqa: E402
 from utils.network.onnx_export import export_onnx  # noqa: E402
 from utils.network.onnx_graph import OnnxNetwork, read_onnx  # noqa: E402
 
@@ -663,7 +664,7 @@ def test_bounds_in_parts_are_the_bounds(tmp_path, monkeypatch):
     boxes, rows = BoxSet(lower, lower + 0.1), normal(1, 5, 2, seed=1)
     whole = BoundPass(network.graph, boxes).margin(rows)
     for work in (1.0, 1e5, 1e6):
-        monkeypatch.setattr("utils.certify.verify.PART_WORK", work)
+        monkeypatch.setattr("utils.certify.boxes.PART_WORK", work)
         torch.testing.assert_close(PartedPass(network.graph, boxes).margin(rows), whole, rtol=1e-12, atol=1e-12)
 
 

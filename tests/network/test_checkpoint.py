@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from utils.network.checkpoint import CheckpointError, build_model, load_checkpoint, model_name, save_checkpoint
+from utils.network.checkpoint import (
+    CheckpointError,
+    build_model,
+    load_checkpoint,
+    load_weights,
+    model_name,
+    save_checkpoint,
+)
+from utils.network.models import SequenceClassifier
 
 KINDS = [("rnn", "tanh"), ("rnn", "relu"), ("lstm", None), ("gru", None)]
 
@@ -192,3 +200,86 @@ def test_interrupted_saving_keeps_the_earlier_file(saved, monkeypatch):
         save_checkpoint(path, model, config)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == ["rnn"]
+
+
+# --- weights of others ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained():
+    torch.manual_seed(3)
+    return SequenceClassifier(nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2))
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+WRAPPED = {
+    "bare": lambda state: state,
+    "stock names": lambda state: {name.removeprefix("rnn."): value for name, value in state.items()},
+    "DataParallel": lambda state: prefixed(state, "module."),
+    "compiled": lambda state: prefixed(state, "_orig_mod."),
+    "both": lambda state: prefixed(state, "module._orig_mod."),
+    "compiled inside": lambda state: {name.replace("rnn.", "rnn._orig_mod."): value for name, value in state.items()},
+    "Lightning": lambda state: {"state_dict": prefixed(state, "model."), "epoch": 3, "hyper_parameters": {"lr": 0.1}},
+    "nested": lambda state: {"model_state_dict": state, "optimizer": {"state": {0: torch.zeros(2)}}},
+    "half": lambda state: {name: value.half() for name, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_weights_however_they_were_saved(trained, tmp_path, name):
+    torch.save(WRAPPED[name](trained.state_dict()), tmp_path / "my.pt")
+    model = SequenceClassifier(nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2))
+    load_weights(model, tmp_path / "my.pt")
+    rounded = {key: value.half().float() if name == "half" else value for key, value in trained.state_dict().items()}
+    assert all(torch.equal(value, rounded[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_of_another_model_name_the_keys(trained, tmp_path):
+    path = tmp_path / "my.pt"
+    for content, words in (
+        (prefixed(trained.state_dict(), "a.") | {"b": torch.zeros(1)}, "found a.head.bias.*needed head.bias"),
+        ({"lstm.weight": torch.zeros(1)}, "found weight .*needed head.bias"),
+        ({"a": trained.state_dict(), "b": trained.state_dict()}, "no state dict"),
+        ([1, 2], "no state dict"),
+        (trained.state_dict() | {"head.bias": torch.zeros(7)}, "another size: size mismatch for head.bias"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=words) as caught:
+            load_weights(trained, path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_safetensors_or_how_to_get_them(trained, tmp_path):
+    path = tmp_path / "my.safetensors"
+    path.write_bytes(b"")
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        with pytest.raises(CheckpointError, match="install safetensors"):
+            load_weights(trained, path)
+        return
+    save_file(prefixed(trained.state_dict(), "module."), path)
+    load_weights(trained, path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_checkpoints_with_prefixes_and_in_half_precision(tmp_path, prefix):
+    config = make_config()
+    model = build_model(config)
+    save_checkpoint(tmp_path / "rnn", model, config)
+    content = torch.load(tmp_path / "rnn", weights_only=True)
+    content["state_dict"] = {prefix + name: value.half() for name, value in content["state_dict"].items()}
+    torch.save(content, tmp_path / "rnn")
+    loaded, _ = load_checkpoint(tmp_path / "rnn")
+    for own, other in zip(loaded.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
+
+
+def test_another_models_name_is_no_reason_to_train(tmp_path):
+    save_checkpoint(tmp_path / "gru_4_32" / "gru", build_model(make_config()), make_config())
+    with pytest.raises(CheckpointError, match="the models of that folder are gru") as caught:
+        load_checkpoint(tmp_path / "gru_4_32" / "nope")
+    assert "train" not in str(caught.value)

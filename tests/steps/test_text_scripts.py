@@ -96,7 +96,8 @@ def test_questions_are_bounded(models, tmp_path):
         (["--data-dir", tmp_path], "no questions"),
         (["--sample", "--text", "Who ?"], "--text"),
         (["--N", 3, "--text", "Who ?"], "--N"),
-        (["--model-name", "other"], "train_gru_question_classifier.py"),
+        (["--model-name", "other"], "the models of that folder are gru"),
+        (["--hidden-size", 9], "train_gru_question_classifier.py"),
     ):
         assert part in fail("gru/bound_gru_question.py", *BOUND, "--work-dir", models, *arguments, cwd=tmp_path)
     assert files(folder) == before

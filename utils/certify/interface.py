@@ -58,6 +58,8 @@ def certified_margin(
 ) -> Tensor:
     """Lower bounds of the margins over all perturbations of size eps; differentiable in the model and in x.
 
+    Arrays and lists are as good as tensors, of x, labels and everything else.
+
     Args:
         model: the classifier, any module whose forward ``utils.network`` can read, or a graph; its weights are read,
             never changed.
@@ -65,8 +67,8 @@ def certified_margin(
             of words, whose vectors are perturbed then, or of another shape, (batch, ...), which is one frame.
         labels: (batch,) classes that must win.
         eps: radius in the units of x: a number, (batch,), or (batch, T) for one radius a frame.
-        norm: p of the l_p balls: 1, 2 or inf.
-        targets: (batch,) or (batch, n_specs) classes to beat; None for every other class.
+        norm: p of the l_p balls: 1, 2 or inf, also as "l1", "l2", "linf".
+        targets: classes to beat, one for all, (batch,) or (batch, n_specs); None for every other class.
         frames: which frames are perturbed (``frame_mask``); the others are exact. None for all.
         clip: valid input range (lowest, highest) to which l_inf boxes are cut.
         ball: "frame" for a ball around every frame, "sequence" for one around the whole sequence.

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ ARCHITECTURES = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 ACTIVATIONS = ("tanh", "relu")
 SIZES = ("input_size", "num_frames", "hidden_size", "num_layers", "num_classes")
 FLAGS = ("bidirectional", "bias")
+STATE_NAMES = ("state_dict", "model_state_dict", "model")  # under which tables hold them
+HALF = (torch.float16, torch.bfloat16)
+KEYS_SHOWN = 4
 CONFIG_KEYS = ("architecture", *SIZES, *FLAGS, "activation", "pooling", "input_mean", "input_std")
 FOLDER_NAME = re.compile(
     r"(?P<architecture>rnn|lstm|gru)_(?P<frames>\d+)_(?P<hidden>\d+)"
@@ -144,17 +148,99 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     return model.to(device).eval(), config
 
 
+def missing(path: Path, advice: str) -> CheckpointError:
+    """That there is no such file: what lies beside it, or else how it is made."""
+    folder = path.parent
+    beside = sorted(entry.name for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
+    models = [name for name in beside if Path(name).suffix not in (".png", ".json", ".csv", ".html")]
+    if models:
+        return CheckpointError(f"there is no checkpoint {path}: the models of that folder are {', '.join(models)}")
+    return CheckpointError(f"there is no checkpoint {path}: {advice}")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict of a .safetensors file or a torch file, there on its own or in a table such as Lightning's.
+
+    Raises:
+        CheckpointError: it holds none, or safetensors is not installed.
+    """
+    state = _state_of(_read(path))
+    if state is None:
+        raise CheckpointError(f"{path} holds no state dict: save one by torch.save(model.state_dict(), ...)")
+    return state
+
+
+def _state_of(content: object) -> dict[str, Tensor] | None:
+    if isinstance(content, dict) and content and _are_weights(content):
+        return content
+    nested = content if isinstance(content, dict) else {}
+    names = [name for name in STATE_NAMES if name in nested] or list(nested)
+    found = [state for state in map(_state_of, (nested[name] for name in names)) if state is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def _are_weights(table: dict) -> bool:
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in table.items())
+
+
+def plain_names(state: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """The weights under the names of the bare model: without what DataParallel, compile or an outer module put before.
+
+    In single precision, if they are in half.
+    """
+    wanted = set(wanted)
+    while state and not wanted & set(state):
+        first = {key.partition(".")[0] for key in state}
+        if len(first) > 1 or any("." not in key for key in state):
+            break
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    return {key: value.float() if value.dtype in HALF else value for key, value in state.items()}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill the model from a file's state dict. Raises CheckpointError that names the keys if it is another's."""
+    wanted = set(model.state_dict())
+    stock = {key.removeprefix("rnn.") for key in wanted}
+    state = plain_names(read_weights(path), wanted | stock)
+    keys = {key if key in wanted else f"rnn.{key}" for key in state}
+    if keys != wanted:
+        found, needed = (", ".join(sorted(names)[:KEYS_SHOWN]) for names in (set(state), wanted))
+        raise CheckpointError(f"{path} holds weights of another model: found {found} ..., needed {needed} ...")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        shapes = " ".join(str(error).split("\n", 1)[-1].split())
+        raise CheckpointError(f"{path} holds weights of another size: {shapes}") from None
+
+
 def _read(path: Path) -> object:
     if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}: {train_command(path)}")
+        raise missing(path, train_command(path))
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a damaged file fails in whatever way its bytes lead to
         raise CheckpointError(
-            f"{path} is damaged or is not a plain torch checkpoint ({type(error).__name__})"
+            f"{path} is damaged or is not a plain torch checkpoint ({type(error).__name__}): of a whole module, or of "
+            "Lightning's with objects in it, save the state_dict()"
         ) from error
+
+
+def _read_safetensors(path: Path) -> object:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise CheckpointError(f"to read {path} install safetensors, or save it by torch.save") from None
+    try:
+        return load_file(path)
+    except OSError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({type(error).__name__})") from error
 
 
 def _parts(content: object, path: Path) -> tuple[Config, dict[str, Tensor]]:
@@ -164,11 +250,13 @@ def _parts(content: object, path: Path) -> tuple[Config, dict[str, Tensor]]:
             f"{path} holds bare weights without a config: save it by utils.network.save_checkpoint, which adds one"
         )
     if not isinstance(content, dict) or not {"config", "state_dict"} <= set(content):
-        raise CheckpointError(f"{path} is not a checkpoint of this project: it needs a config and a state_dict")
+        found = f", and holds {', '.join(map(str, content))}" if isinstance(content, dict) and len(content) < 20 else ""
+        raise CheckpointError(f"{path} is not a checkpoint of this project: it needs a config and a state_dict{found}")
     config, state = content["config"], content["state_dict"]
-    tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+    tensors = isinstance(state, dict) and _are_weights(state)
     if not isinstance(config, dict) or not tensors:
         raise CheckpointError(f"{path} is not a checkpoint of this project: config and state_dict must be dicts")
+    state = plain_names(state, ("head.weight", "weight_ih_l0", "rnn.weight_ih_l0"))
     return config, {key.removeprefix("rnn."): value for key, value in state.items()}
 
 
@@ -179,7 +267,7 @@ def _shape_problem(state: dict[str, Tensor], config: Config) -> str | None:
     expected = {key.removeprefix("rnn."): tuple(value.shape) for key, value in model.state_dict().items()}
     for name, shape in expected.items():
         if name not in state:
-            return f"the weights lack {name}"
+            return f"the weights lack {name}: they hold {', '.join(sorted(state)[:KEYS_SHOWN])} ..."
         if tuple(state[name].shape) != shape:
             return f"{name} has shape {tuple(state[name].shape)}, the config makes it {shape}"
     unknown = sorted(set(state) - set(expected))

@@ -8,6 +8,7 @@ the values of the input, is refused with the line of the forward that does it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import linecache
 import math
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from ..graph.graph import Graph
+from .keeping import kept
 from .modules import usable_model
 from .state import plain_state, user_defaults
 from .symbolic import Builder, Symbol, UnsupportedError, as_graph, check_scores, constant, join
@@ -28,7 +30,8 @@ from .symbolic import Builder, Symbol, UnsupportedError, as_graph, check_scores,
 BATCH = 2  # samples that are traced together, to see that they are not mixed
 # Largest difference, relative to the largest output, between a graph and its module, by the module's precision.
 SAME = {torch.float32: 1e-3, torch.float64: 1e-9}
-HIDDEN_FILES = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("symbolic.py")))
+HIDDEN_FILES = (str(Path(torch.__file__).parent), __file__, contextlib.__file__)
+HIDDEN_FILES += tuple(str(Path(__file__).with_name(name)) for name in ("symbolic.py", "state.py"))
 
 Handler = Callable[..., object]
 OPERATIONS: dict[str, Handler] = {}
@@ -57,14 +60,48 @@ ALIASES = _names(
     "positive __pos__ dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout"
 )
 FILLED = _names("zeros_like ones_like full_like new_zeros new_ones new_full")
+ATTENTION = "attention multiplies perturbed values with each other and takes an exponential of them: no bound here"
+BATCH_SECOND = (
+    ". x is (batch, T, n), but the layer is built with batch_first=False and takes the first axis for time: build it "
+    "with batch_first=True, or let the forward transpose"
+)
+ROUNDING = "it rounds perturbed values to whole numbers, and has jumps: no bound here"
+ITEM = "the forward must not depend on the input's values, but one is asked for"
+ORDER = "an order of values depends on the input: no bound here"
+COMPARISON = (
+    "a mask or choice that is made by comparing the input's values depends on them: make it from shapes, or before, "
+    "and keep it as a constant of the module (for frames of padding give lengths to a SequenceClassifier); if it is "
+    "max(x, c) or min(x, c), write clamp or relu"
+)
 REASONS = {
     "layer_norm": "LayerNorm divides by a standard deviation of the perturbed values, which has no bound here",
     "group_norm": "GroupNorm divides by a standard deviation of the perturbed values, which has no bound here",
     "instance_norm": "InstanceNorm divides by a standard deviation of the perturbed values, which has no bound here",
-    "scaled_dot_product_attention": "attention multiplies perturbed values with each other",
+    "scaled_dot_product_attention": ATTENTION,
+    "multi_head_attention_forward": ATTENTION,
+    "_transformer_encoder_layer_fwd": ATTENTION,
+    "_native_multi_head_attention": ATTENTION,
+    "rdiv": "a division by values of the input has no bound here: divide by constants",
+    "reciprocal": "a division by values of the input has no bound here: divide by constants",
+    "norm": "the length of perturbed values has no bound here: divide by a constant instead",
+    "floordiv": ROUNDING,
+    "floor_divide": ROUNDING,
+    "remainder": ROUNDING,
+    "mod": ROUNDING,
+    "floor": ROUNDING,
+    "ceil": ROUNDING,
+    "round": ROUNDING,
+    "pow": "a power of perturbed values has no bound here: only linear functions of them and their activations have",
+    "rpow": "an exponential of perturbed values has no bound here",
+    "exp": "an exponential of perturbed values has no bound here",
+    "numpy": "the values leave torch for NumPy, where nothing is read: compute with torch",
+    "nan_to_num": "it depends on the input's values: leave it out, inputs are finite",
     "_pack_padded_sequence": "packed sequences are not read: give sequences of one length",
     "__bool__": "the forward must not depend on the input's values, but its truth value is asked for",
-    "item": "the forward must not depend on the input's values, but one is asked for",
+    **dict.fromkeys(("item", "float", "int", "index", "tolist"), ITEM),
+    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "greater_equal", "less_equal"), COMPARISON),
+    **dict.fromkeys(("any", "all", "isnan", "isfinite", "isinf", "sign", "nonzero", "equal", "allclose"), COMPARISON),
+    **dict.fromkeys(("sort", "argsort", "topk", "argmax", "argmin", "kthvalue", "median"), ORDER),
     "__setitem__": "values are written into a tensor: collect them in a list and torch.stack them",
 }
 MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "max", "amax")
@@ -101,6 +138,7 @@ class Traced(torch.Tensor):
         if name in METADATA:
             return _plainly(function, args, kwargs)
         try:
+            check_autocast(args, kwargs)
             with plain_state():
                 return _apply(name, function, args, kwargs)
         except UnsupportedError as error:
@@ -111,20 +149,39 @@ class Traced(torch.Tensor):
             raise located(f"{_spoken(name)}: {' '.join(str(error).split())}") from error
 
 
+def check_autocast(*given) -> None:
+    """Refuse a forward's own autocast; a caller's has no effect, as that is ``plain_state``."""
+    device = next(value.device.type for value in _flat(given) if isinstance(value, Traced))
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        raise UnsupportedError(
+            f"the forward computes under autocast, which rounds to {dtype}: leave it out, or switch it off "
+            "in evaluation"
+        )
+
+
 def _plainly(function, args, kwargs):
     with torch._C.DisableTorchFunctionSubclass():
         return function(*args, **kwargs)
 
 
+SIGNS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "div": "/", "floordiv": "//", "mod": "%", "pow": "**"}
+SIGNS |= {"matmul": "@", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=", "remainder": "%"}
+SIGNS |= {"setitem": "[...] = ...", "getitem": "[...]", "bool": "if", "multi_head_attention_forward": "attention"}
+
+
 def _spoken(name: str) -> str:
-    return name if name.startswith("__") else name.strip("_")
+    """An operation's name in a user's words: of operators their signs."""
+    bare = name.strip("_")
+    sign = SIGNS.get(bare.removeprefix("r")) or SIGNS.get(bare.removeprefix("i")) if name.startswith("__") else None
+    return sign or SIGNS.get(bare, bare)
 
 
 def located(message: str) -> UnsupportedError:
     """An error that says where in the user's code it happened."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(HIDDEN_FILES):
-        frame = frame.f_back
+        frame = None if frame.f_code is TracedModule._trace.__code__ else frame.f_back  # no line of the user's
     if frame is not None:
         file, number = frame.f_code.co_filename, frame.f_lineno
         line = linecache.getline(file, number).strip()
@@ -149,8 +206,8 @@ def _apply(name: str, function, args, kwargs):
         result = _view(function, symbols, options)
     elif name in OPERATIONS:
         result = OPERATIONS[name](some.builder, *symbols, **options)
-    elif name in REASONS:
-        raise UnsupportedError(REASONS[name])
+    elif name in REASONS or name.strip("_") in REASONS:
+        raise UnsupportedError(REASONS.get(name) or REASONS[name.strip("_")])
     elif name.strip("_").removesuffix("_with_indices") in MAX_POOLS:
         raise UnsupportedError("a maximum has no bound here: pool by the mean or the last state")
     else:
@@ -352,7 +409,7 @@ def _multiply(builder, x, y):
 @operation("div", "divide", "true_divide", "__truediv__")
 def _divide(builder, x, y, rounding_mode=None):
     if isinstance(y, Symbol) or rounding_mode is not None:
-        raise UnsupportedError("only a division by constants is supported")
+        raise UnsupportedError("only a division by constants is supported, not by values that depend on the input")
     return builder.scaled(x, constant(1.0 / torch.as_tensor(y, dtype=torch.float64)))
 
 
@@ -533,7 +590,10 @@ def _recurrent(kind: str, nonlinearity: str = "tanh") -> Handler:
                 row = layer * directions + direction
                 own = [*weights[row * each : (row + 1) * each], None, None][:4]
                 start = tuple(part.view(lambda p, row=row: p[row]) for part in state)
-                hidden, final = builder.recurrent(kind, frames, start, own, nonlinearity, backwards=bool(direction))
+                try:
+                    hidden, final = builder.recurrent(kind, frames, start, own, nonlinearity, backwards=bool(direction))
+                except UnsupportedError as error:
+                    raise UnsupportedError(f"{error}{'' if batch_first else BATCH_SECOND}") from None
                 runs.append(hidden)
                 finals.append(final)
             frames = [join(lambda parts: torch.cat(parts, dim=-1), pair) for pair in zip(*runs, strict=True)]
@@ -645,13 +705,18 @@ class TracedModule:
             given = Tokens.of(builder, BATCH, self.x.shape[1])
         else:
             given = Traced.of(builder, builder.input(BATCH, self.x.shape[1:]), self.like)
-        try:
-            with user_defaults():
+        with kept(self.module) as keeper, user_defaults():
+            held = keeper.held()
+            earlier = f"; if it reads what an earlier call left in {', '.join(held)}, reset that" if held else ""
+            try:
                 output = self.module(given)
-        except (RuntimeError, IndexError, TypeError) as error:
-            shape = (len(self.x), *self.x.shape[1:])
-            reason = " ".join(str(error).split())
-            raise UnsupportedError(f"the forward fails on x of shape {shape}: {reason}") from error
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{error}{earlier}") from error
+            except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+                reason = " ".join(str(error).split())
+                raise UnsupportedError(
+                    f"the forward fails on x of shape {tuple(self.x.shape)}: {reason}{earlier}"
+                ) from error
         if isinstance(output, (tuple, list, dict)):
             raise UnsupportedError(
                 f"the forward must return the scores of the classes alone, not a {type(output).__name__}"
@@ -667,8 +732,14 @@ class TracedModule:
     def _check(self, graph: Graph) -> None:
         """The graph must compute what the module does, or the forward has done something behind its back."""
         some = self.x[:4] if not self.x.is_floating_point() else self.x[:4].to(self.like)
-        with user_defaults():
-            expected = self.module(some)
+        with kept(self.module) as keeper, user_defaults():
+            expected, again = self.module(some), self.module(some)
+            changed = keeper.changed()
+        if changed and not torch.equal(expected, again):
+            raise UnsupportedError(
+                f"the forward carries a state from call to call, in {', '.join(changed)}: "
+                "it must begin from the same state each time"
+            )
         expected = expected.to("cpu", torch.float64)
         found = graph.evaluate(self.frames[:4].to("cpu", torch.float64))
         if self.softmax:

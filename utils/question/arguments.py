@@ -56,7 +56,7 @@ def as_eps(value: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     if eps.dtype == torch.bool or eps.is_complex() or eps.dim() > 2 or eps.shape != x.shape[: eps.dim()]:
         raise ValueError(f"eps must be {meaning}, not {tuple(eps.shape)} of {eps.dtype}")
     if not bool(((eps >= 0) & eps.isfinite()).all()):
-        raise ValueError(f"eps must be {meaning}, finite and not negative")
+        raise ValueError("eps must be a finite number >= 0, or (batch,) or (batch, T) of these")
     eps = eps.to(x.device, dtype)
     return eps.expand(len(x)) if eps.dim() == 0 else eps
 

@@ -38,7 +38,7 @@ class Question:
         self.model, self.x = read_network(model, as_inputs(x))
         labels = as_classes(labels, "labels", f"({len(self.x)},) of integers")
         if targets is not None:
-            targets = as_classes(targets, "targets", "an integer, (batch,) or (batch, n_specs) of integers")
+            targets = as_classes(targets, "targets", "(batch,) or (batch, n_specs) of integers, or one")
             targets = targets.expand(len(self.x)) if targets.dim() == 0 else targets
         if threat.lengths is not None:
             lengths = as_classes(threat.lengths, "lengths", f"({len(self.x)},) of integers")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.strokes import POINT_SIZE, StrokeData, load_strokes, sequence_lengths
 
-from ..network.checkpoint import CheckpointError, Config, load_checkpoint
+from ..network.checkpoint import CheckpointError, Config, load_checkpoint, missing
 from ..network.models import SequenceClassifier
 from ..runs.cli import (
     apply_common_arguments,
@@ -96,7 +96,7 @@ def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ra
     path = args.work_dir / f"{architecture}_{args.hidden_size}" / args.model_name
     if not path.exists():
         script = f"{architecture}/train_{architecture}_stroke_classifier.py --hidden-size {args.hidden_size}"
-        raise CheckpointError(f"there is no checkpoint {path}: train it by python {script}")
+        raise missing(path, f"train it by python {script}")
     classifier, config = load_checkpoint(path, device)
     if config["architecture"] != architecture or config["input_size"] != POINT_SIZE or config["num_classes"] != 10:
         raise CheckpointError(f"{path} holds no {architecture} that classifies strokes")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.text import MAX_WORDS, PADDING, UNKNOWN, TextData, tokenize
 
-from ..network.checkpoint import CheckpointError
+from ..network.checkpoint import CheckpointError, missing
 from ..perturbation.lp_ball import INF
 from ..runs.cli import (
     apply_common_arguments,
@@ -89,7 +89,7 @@ def _bound(args: argparse.Namespace, architecture: str, task: TextTask, device: 
     path = args.work_dir / name / args.model_name
     if not path.exists():
         script = f"{architecture}/train_{architecture}_{task.name}_classifier.py --hidden-size {args.hidden_size}"
-        raise CheckpointError(f"there is no checkpoint {path}: train it by python {script}")
+        raise missing(path, f"train it by python {script}")
     model = load_text_model(path, device)
     check_model(model, architecture, args, path)
     counts: dict[str, int] = {}
