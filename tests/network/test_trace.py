@@ -18,7 +18,7 @@ from utils.certify import certified_margin, certified_radius
 from utils.graph.nodes import Linear
 from utils.network.models import SequenceClassifier
 from utils.network.symbolic import UnsupportedError, as_graph
-from utils.network.trace import trace
+from utils.network.trace import OPERATIONS, trace
 from utils.network.unroll import unroll
 from utils.perturbation.lp_ball import INF
 from utils.question import margin_rows
@@ -559,7 +559,7 @@ def test_inputs_that_do_not_fit():
 
 def test_the_comparison_with_the_module_catches_a_wrong_reading(monkeypatch):
     """If an operation were read wrongly, tracing would fail instead of certifying another network."""
-    monkeypatch.setitem(trace.__globals__["OPERATIONS"], "tanh", lambda builder, x: builder.activation(x, "sigmoid"))
+    monkeypatch.setitem(OPERATIONS, "tanh", lambda builder, x: builder.activation(x, "sigmoid"))
     with pytest.raises(UnsupportedError, match="something else than what was read"):
         trace(randomised(HAND["update gate"]()), inputs())
 
