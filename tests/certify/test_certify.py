@@ -186,7 +186,9 @@ def test_settings_of_the_search_do_not_change_the_radius(changes, kind):
     expected = certified_radius(model, x, labels, search_dtype=torch.float64)
     assert (expected > 0).all()
     radius = certified_radius(model, x, labels, **changes).double()
-    torch.testing.assert_close(radius, expected, rtol=TOL, atol=0.0)
+    if "dtype" in changes:  # what is taken off for its rounding makes the radius a little smaller
+        assert (radius <= expected * (1.0 + TOL)).all()
+    torch.testing.assert_close(radius, expected, rtol=5 * TOL if "dtype" in changes else TOL, atol=0.0)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3, 2.0**-10])
