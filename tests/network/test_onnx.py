@@ -750,7 +750,7 @@ def test_the_comparison_with_onnxruntime_catches_a_wrong_reading(tmp_path, monke
 
 def test_without_the_package_one_line_says_what_to_install(tmp_path):
     code = (
-        "import sys; sys.modules['onnx'] = None\nfrom utils.network.onnx_graph import read_onnx\nread_onnx 'net.onnx' "
+        "import sys; sys.modules['onnx'] = None\nfrom utils.network.onnx_graph import read_onnx\nread_onnx('net.onnx')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "ValueError: ONNX files need one more package: pip install -r requirements-onnx.txt" in done.stderr

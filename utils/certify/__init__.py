@@ -8,6 +8,7 @@ from .interface import RadiusResult, certified_margin, certified_radius, search_
 from .problem import MarginProblem, margin_problem
 from .verify import Verifier
 from .vnnlib import read_vnnlib
+from .vnnlib_write import counter_example, write_robustness
 
 __all__ = [
     "METHODS",
@@ -17,6 +18,7 @@ __all__ = [
     "Verifier",
     "certified_margin",
     "certified_radius",
+    "counter_example",
     "decide",
     "margin_problem",
     "margin_rows",
@@ -24,4 +26,5 @@ __all__ = [
     "read_vnnlib",
     "save_certificates",
     "search_radius",
+    "write_robustness",
 ]
