@@ -10,6 +10,8 @@ are exact or have balls of their own.
 from __future__ import annotations
 
 import copy
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -123,10 +125,13 @@ class RadiusAttackResult(AttackResult):
     radius: Tensor
 
 
-def descend(problem: AttackProblem, chosen: Tensor, eps: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def descend(
+    problem: AttackProblem, chosen: Tensor, eps: Tensor, start: Tensor, steps: int, deadline: float = math.inf
+) -> tuple[Tensor, Tensor]:
     """PGD for the chosen samples from perturbations (m, n_specs, restarts, T, n); eps is (m, groups).
 
-    Row i of the second dimension decreases the i-th margin. Step sizes fall geometrically.
+    Row i of the second dimension decreases the i-th margin. Step sizes fall geometrically. No step is begun once
+    ``time.perf_counter()`` is beyond the deadline.
 
     Returns:
         The perturbation with the least worst margin that any row met, (m, T, n), and that margin, (m,).
@@ -141,6 +146,8 @@ def descend(problem: AttackProblem, chosen: Tensor, eps: Tensor, start: Tensor, 
         worst = margins.amin(dim=-1)
         best_delta = torch.where((worst < best)[..., None, None], delta, best_delta)
         best = torch.minimum(best, worst)
+        if time.perf_counter() > deadline:
+            break
         rate = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (step / max(steps, 1))
         delta = balls.project(delta + balls.scaled(balls.steepest(-gradient, delta), rate * eps), eps)
     best, index = best.flatten(1).min(dim=1)
@@ -183,6 +190,7 @@ def pgd(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 100,
+    deadline: float = math.inf,
     **threat: Any,
 ) -> AttackResult:
     """The least margins that PGD finds at eps.
@@ -195,6 +203,7 @@ def pgd(
         seed: of the random starts, which all samples share, so that a sample's result does not depend on the others.
         dtype: precision of the descent; verdicts are made in float64.
         batch_size: samples attacked at once.
+        deadline: ``time.perf_counter()`` after which no step is begun.
         threat: norm, targets, frames, clip and ball, as for ``AttackProblem``.
     """
     problem = AttackProblem(model, x, labels, **threat)
@@ -202,7 +211,8 @@ def pgd(
     starts = _starts(problem, restarts, seed, dtype)
     parts = []
     for chosen in torch.arange(len(eps), device=eps.device).split(batch_size):
-        delta, _ = descend(problem, chosen, eps[chosen], _scaled(problem, chosen, eps[chosen], starts), steps)
+        first = _scaled(problem, chosen, eps[chosen], starts)
+        delta, _ = descend(problem, chosen, eps[chosen], first, steps, deadline)
         parts.append(settle(problem, chosen, eps[chosen], delta))
     perturbed, margin = (torch.cat(part) for part in zip(*parts, strict=True))
     return AttackResult(perturbed, margin)

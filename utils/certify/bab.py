@@ -113,6 +113,8 @@ def _refine_margins(together: MarginProblem, eps: Tensor, dtype, best: Tensor, d
             # Above what rounding in the precision of tuning may hide.
             until = {"aim": aim * SLACK[TUNING] / SLACK[dtype], "deadline": deadline}
             branches.tune_curves(eps, TUNING, ROUND_STEPS << in_vain[worst], own, **until)
+            if time.perf_counter() > deadline:
+                break
             found = branches.margins(eps, dtype, own)[0]
             best[targets[worst]] = torch.maximum(best[targets[worst]], found if branches is together else found[0])
             gain = float(best[targets[worst]].min()) - before
@@ -185,7 +187,8 @@ def decide(
         radii = [part[own] if part.dim() == 1 else part[own, :end] for part in (eps, outer)]
         question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end]}
         started = time.perf_counter()
-        found = search(model, mine, labels[own], radii[0], seed=seed, **question)
+        deadline = started + time_limit
+        found = search(model, mine, labels[own], radii[0], seed=seed, deadline=deadline, **question)
         how = {"method": "bab", "relaxation": relaxation, "time_limit": time_limit}
         problem = margin_problem(model, mine, labels[own], **how, **question)
         broken = float(found.margin) < 0
@@ -208,13 +211,14 @@ def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Te
     best = torch.full_like(clean, -torch.inf)
     stages = (
         lambda: None,
-        lambda: problem.tune(eps, TUNING, problem.method.alpha_steps),
+        lambda: problem.tune(eps, TUNING, problem.method.alpha_steps, deadline=deadline),
         lambda: problem.tune_curves(eps, TUNING, ROUND_STEPS, aim=spare, deadline=deadline),
     )
     for tune in stages:
         if float(best.min()) <= enough and time.perf_counter() < deadline:
             tune()
-            best = torch.maximum(best, problem.margins(eps, dtype)[0])
+            if tune is stages[0] or time.perf_counter() < deadline:
+                best = torch.maximum(best, problem.margins(eps, dtype)[0])
     _refine_margins(problem, eps, dtype, best, deadline, enough)
     resolved = bool((eps == 0) | (eps >= problem.resolution(dtype)))
     return ("certified" if resolved and float(best.min()) > enough else "unknown"), best

@@ -129,14 +129,19 @@ class MarginProblem:
         return self.threat.part(chosen).around(self.x[chosen].to(dtype), eps)
 
     @torch.no_grad()
-    def tune(self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None)) -> None:
-        """Tune the slopes of the chosen samples at eps, (m,) or (m, T), from those they have; ``margins`` uses them."""
+    def tune(
+        self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None), **until: float
+    ) -> None:
+        """Tune the slopes of the chosen samples at eps, (m,) or (m, T), from those they have; ``margins`` uses them.
+
+        ``until``: a deadline, see ``utils.bounds.tune_slopes``.
+        """
         samples, size = torch.arange(len(self.x), device=self.x.device)[chosen], self._samples_at_once(dtype)
         table = self.slopes
         for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
             start = None if self.slopes is None else select(self.slopes, part, dtype)
             perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
-            tuned, _ = tune_slopes(self.graph(dtype, part), perturbation, rows, steps, start)
+            tuned, _ = tune_slopes(self.graph(dtype, part), perturbation, rows, steps, start, **until)
             table = [None] * len(tuned) if table is None else table
             store(table, part, tuned, len(self.x))
         self.slopes = table
