@@ -68,8 +68,8 @@ def test_radius_keeps_its_time_and_is_at_least_that_of_curves():
     how = {"norm": INF, "alpha_steps": 4, "curve_steps": 6}
     curve = certified_radius(model, x[:2], labels[:2], method="curve", **how)
     started = time.perf_counter()
-    bab = certified_radius(model, x[:2], labels[:2], method="bab", time_limit=1.5, **how)
-    assert time.perf_counter() - started < 20.0
+    bab = certified_radius(model, x[:2], labels[:2], method="bab", time_limit=6.0, **how)
+    assert time.perf_counter() - started < 20.0  # what the limit is for takes a moment
     assert (bab >= curve).all()
     assert (pgd(model, x[:2], labels[:2], bab, norm=INF).margin > 0).all()
 
@@ -97,7 +97,7 @@ def test_margins_are_refined_within_the_limit():
     x, labels = sequences(model)
     how = {"norm": 2.0, "alpha_steps": 2, "curve_steps": 2}
     curve = certified_margin(model, x[:1], labels[:1], 0.4, method="curve", **how)
-    bab = certified_margin(model, x[:1], labels[:1], 0.4, method="bab", time_limit=1.0, **how)
+    bab = certified_margin(model, x[:1], labels[:1], 0.4, method="bab", time_limit=6.0, **how)
     assert (bab >= curve).all()
     assert bool(bab.min() > curve.min())
     with pytest.raises(ValueError, match="time_limit"):

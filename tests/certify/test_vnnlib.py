@@ -650,8 +650,9 @@ def test_tuned_slopes_end_in_time_with_the_best_that_was_met(tmp_path):
     plain = BoundPass(network.graph, boxes).margin(rows)[0, 0]
     full, best = tune_slopes(network.graph, boxes, rows, 20)
     none, first = tune_slopes(network.graph, boxes, rows, 20, deadline=time.perf_counter())
-    assert first.item() == plain.item() < best.item()
-    assert BoundPass(network.graph, boxes, slopes=none).margin(rows)[0, 0] == plain
+    torch.testing.assert_close(first[0], plain)
+    assert first.item() < best.item()
+    torch.testing.assert_close(BoundPass(network.graph, boxes, slopes=none).margin(rows)[0, 0], plain)
     started = time.perf_counter()
     slopes, some = tune_slopes(network.graph, boxes, rows, 10**6, deadline=started + 1.0)
     assert time.perf_counter() - started < 2.0 and some.item() > plain.item()
