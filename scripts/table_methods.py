@@ -46,10 +46,7 @@ def get_args() -> argparse.Namespace:
     add_effort_arguments(parser)
     args = finish_run_arguments(parser.parse_args(), quick_images=2)
     args.methods = sorted(set(args.methods), key=CHEAPEST_FIRST.index)
-    try:
-        fill_in(args, args.methods, "--methods")
-    except ValueError as error:
-        parser.error(str(error))
+    fill_in(args, METHODS)  # all efforts may be given, those of methods that are left out too
     if args.quick:
         for name, most in QUICK.items():
             setattr(args, name, min(getattr(args, name), most))

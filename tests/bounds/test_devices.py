@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from utils.bounds.memory import Parts, bytes_per_sample, is_out_of_memory, samples_at_once, waiting_columns
 from utils.bounds.passes import BoundPass
 from utils.certify import certified_margin, certified_radius, margin_problem
+from utils.choices import BALLS
 from utils.graph.graph import Graph
 from utils.network.models import SequenceClassifier
 from utils.network.unroll import unroll
@@ -70,7 +71,7 @@ def test_a_bound_stays_on_the_device_of_its_input(kind):
     model = make_model(kind).to("meta")
 
     def known(perturbation):
-        perturbation._box, perturbation._exact = None, [False] * T
+        perturbation._box, perturbation._exact, perturbation._ball = None, [False] * T, BALLS["frame"]
 
     x, eps = (torch.empty(*shape, dtype=torch.float64, device="meta") for shape in ((4, T, N), (4, T)))
     rows = torch.empty(4, CLASSES - 1, CLASSES, dtype=torch.float64, device="meta")

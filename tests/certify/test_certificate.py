@@ -626,7 +626,7 @@ def test_bound_script_writes_certificates(architecture, tmp_path):
     assert result.returncode == 0 and f"{len(names)} confirmed" in result.stdout, result.stdout + result.stderr
     eps = read(folder / "certificates" / f"sample_{rows[0].index:05d}.npz")[1]["eps"]
     assert eps.tolist() == [rows[0].radius] * len(eps)
-    assert place.bound("--p", "inf", "--clip", "--untargeted", "--N", IMAGES - 1).code == 0
+    assert place.bound("--p", "inf", "--clip", "--untargeted", "--N", IMAGES - 1, "--overwrite").code == 0
     assert not (folder / "certificates").exists()  # they belonged to the rows that were replaced
 
 

@@ -128,7 +128,7 @@ def test_an_interrupted_run_is_resumed(place, tmp_path):
     assert_one_line(run(place, tmp_path, 2 * SMALL, "--resume"), "cannot resume", "--eps was 1e-06")
     assert timeless(rows_of(tmp_path)) == timeless(rows)
     # A new run leaves no counter-examples of the one that it replaces.
-    assert run(place, tmp_path, SMALL, "--seed", 1, images=2).code == 0
+    assert run(place, tmp_path, SMALL, "--seed", 1, "--overwrite", images=2).code == 0
     assert len(rows_of(tmp_path)) == 2
     if any(row["verdict"] == "falsified" for row in rows_of(tmp_path)):
         check_examples(tmp_path, place, SMALL)

@@ -270,8 +270,8 @@ def as_number(cell: str) -> float | str:
 @pytest.mark.parametrize("make, module", [(make_words, word_bounds), (make_points, stroke_bounds)])
 def test_all_happens_on_the_device_that_was_asked_for(tmp_path, make, module):
     place = make(tmp_path)
-    place.flags = (*place.flags[: 8 if module is word_bounds else None], "--N", 2)
-    place.flags += ("--text", "How ?") if module is word_bounds else ()
+    place.flags = place.flags[: 8 if module is word_bounds else None]
+    place.flags += ("--text", "How ?") if module is word_bounds else ("--N", 2)
     assert place.bound().code == 0
     reference = rows_of(place.folder)
     with (

@@ -220,5 +220,5 @@ def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Te
             if tune is stages[0] or time.perf_counter() < deadline:
                 best = torch.maximum(best, problem.margins(eps, dtype)[0])
     _refine_margins(problem, eps, dtype, best, deadline, enough)
-    resolved = bool((eps == 0) | (eps >= problem.resolution(dtype)))
+    resolved = bool(((eps == 0) | (eps >= problem.resolution(dtype))).all())
     return ("certified" if resolved and float(best.min()) > enough else "unknown"), best

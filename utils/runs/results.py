@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -319,4 +320,4 @@ def exclusive(folder: Path, ranks: Ranks = ALONE) -> Iterator[None]:
 
 def _shown(value: object) -> str:
     text = "not given" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
+    return f"{text[:12]}..." if re.fullmatch("[0-9a-f]{64}", text) else text
