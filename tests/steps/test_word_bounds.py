@@ -1,5 +1,6 @@
 """Radii of single steps against the engine, attacks and substitutions; covered words; reports."""
 
+import copy
 import csv
 import html.parser
 import math
@@ -307,7 +308,7 @@ def test_html_is_self_contained_and_escaped():
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "two layers, normalised", "own state"])
 def test_sequences_of_one_step_have_the_radius_of_the_whole(name):
-    model = MODELS[name]
+    model = copy.deepcopy(MODELS[name]).double()
     x = normal(2, 1, 3, seed=9)
     labels, lengths = model(x).argmax(dim=1), torch.tensor([1, 1])
     whole = certified_radius(model, x, labels, tol=1e-2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -210,14 +209,13 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
     """One method after the other, from the cheapest on; each begins where the one before it came to."""
     started = time.perf_counter()
     problem.slopes = problem.curves = None
-    deadline = started + problem.method.time_limit * len(rows) if problem.method.branches else math.inf
     first = search.first(problem, rows)
     found = search(problem, rows, first)
     if problem.method.tuned:
         overshoot, steps = torch.full_like(found.low, ALPHA_OVERSHOOT), -(-problem.method.alpha_steps // 2)
         for _ in range(2):
             aim, reached = torch.where(found.low > 0, overshoot * found.low, first), found.low
-            problem.tune(aim, search.search_dtype, steps, rows, deadline=deadline)
+            problem.tune(aim, search.search_dtype, steps, rows)
             found = _better(found, search(problem, rows, aim, ALPHA_OVERSHOOT))
             in_vain = (found.low <= reached) & (found.low > 0)
             overshoot = torch.where(in_vain, ALPHA_NEAR, ALPHA_OVERSHOOT)
@@ -226,7 +224,7 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
         steps, reached = -(-problem.method.curve_steps // len(CURVE_OVERSHOOTS)), found.low
         for overshoot in CURVE_OVERSHOOTS:
             aim = torch.where(reached > 0, overshoot * reached, first)
-            problem.tune_curves(aim, search.search_dtype, steps, rows, deadline=deadline)
+            problem.tune_curves(aim, search.search_dtype, steps, rows)
             reached = torch.maximum(reached, search.foretell(problem, rows, aim, overshoot))
         found = _better(found, search(problem, rows, torch.where(reached > 0, reached, first), CURVE_SPREAD))
     if problem.method.branches:
