@@ -12,7 +12,6 @@ from torch import nn
 from utils.attack.pgd import pgd
 from utils.bounds import curve, quadratic
 from utils.bounds.curve import CurvedPass, tune_curves
-from utils.bounds.passes import BoundPass
 from utils.certify import certified_margin, certified_radius, margin_problem, search_radius
 from utils.graph.nodes import Constant
 from utils.graph.nonlinear import Activation, Product
@@ -59,6 +58,9 @@ def violation(node, centers, box, curves, relaxation, points: int = 161) -> floa
     return max(float((below - value).max()), float((value - above).max()))
 
 
+KINKED = ("relu", "leaky_relu(0.2)", "hardtanh", "hardtanh(0,6)")
+
+
 def nodes():
     x, y = Constant(torch.zeros(1)), Constant(torch.zeros(1))
     return [
@@ -66,6 +68,7 @@ def nodes():
         Activation(x, "sigmoid"),
         Product(x, y, "x*sigmoid(y)", "plane"),
         Product(x, y, "tanh(x)*sigmoid(y)", "plane"),
+        *(Activation(x, name) for name in KINKED),
     ]
 
 
@@ -76,7 +79,8 @@ def test_curved_bounds_hold_on_a_dense_grid(node, width):
     centers, box = zip(*(random_box(count, seed, width) for seed in range(operands)), strict=True)
     for curves in (random_curves(operands, count, 7), node.curved.tangent(centers, box)):
         relaxation = curved_relaxation(node.curved, centers, box, curves)
-        assert violation(node, centers, box, curves, relaxation) <= 0.0
+        room = 1e-13 * width if node.name in KINKED else 0.0  # exact intercepts; the grid's own sums round
+        assert violation(node, centers, box, curves, relaxation) <= room
 
 
 @pytest.mark.parametrize("node", nodes(), ids=lambda node: node.name)
@@ -89,7 +93,7 @@ def test_the_grid_test_catches_an_intercept_of_grid_points_alone(node):
     assert violation(node, centers, box, curves, relaxation._replace(lower=raised)) > 0.0
 
 
-@pytest.mark.parametrize("node", nodes(), ids=lambda node: node.name)
+@pytest.mark.parametrize("node", [node for node in nodes() if node.curved.smooth], ids=lambda node: node.name)
 def test_tangents_touch_at_the_centre(node):
     """The curvatures of the tangent lose next to nothing at the centre, the point of having them."""
     count, operands = 150, len(node.parents)
@@ -240,7 +244,8 @@ def test_no_estimate_is_a_verdict(monkeypatch, factor, norm):
         honest = getattr(curve, name)
 
         def estimate(*parts, honest=honest):
-            return honest(*parts) if parts[-1] else factor * honest(*parts)
+            sound = parts[-2]
+            return honest(*parts) if sound else factor * honest(*parts)
 
         monkeypatch.setattr(curve, name, estimate)
     model = network(nn.LSTM)
@@ -325,15 +330,30 @@ def test_curved_bounds_hold_where_gates_saturate_and_boxes_are_points(norm, dtyp
     assert (margin <= least + slack * (1.0 + least.abs())).all()
 
 
-def test_relu_has_planes_and_no_curves():
+@pytest.mark.parametrize("norm", [2.0, INF])
+def test_curves_of_relu_certify_more_than_planes(norm):
+    torch.manual_seed(0)
+    model = network(nn.RNN)
+    model.rnn, model.head = nn.RNN(20, 30, batch_first=True, nonlinearity="relu").double(), nn.Linear(30, 3).double()
+    x = torch.randn(4, 5, 20, dtype=torch.float64)
+    labels = model(x).argmax(dim=1)
+    alpha, curved = (
+        certified_radius(model, x, labels, method=m, curve_steps=20, norm=norm) for m in ("alpha", "curve")
+    )
+    assert (curved >= alpha).all() and float((curved / alpha).mean()) > 1.1
+    assert (pgd(model, x, labels, curved, norm=norm).margin > 0).all()
+
+
+def test_neurons_that_do_not_bend_have_no_curvature():
     model = network(nn.RNN, nonlinearity="relu")
-    x, labels = sequences(model)
+    x, _ = sequences(model)
     graph = unroll(model, x.shape[1], torch.float64).detach()
-    perturbation = Perturbation(x, torch.full(x.shape[:2], 0.2, dtype=torch.float64))
-    rows = margin_rows(labels, 3).double()
-    bounds = CurvedPass(graph, perturbation)
-    assert torch.equal(bounds.margin(rows), BoundPass(graph, perturbation).margin(rows))
-    assert all(curves is None for curves in bounds.curves())
+    bounds = CurvedPass(graph, Perturbation(x, torch.full(x.shape[:2], 0.2, dtype=torch.float64)))
+    for node in bounds.graph.nodes:
+        if isinstance(node, Activation) and not bounds.is_exact(node):
+            low, high = bounds.interval(node.parents[0])
+            still, curves = (low >= 0) | (high <= 0), bounds._chosen[node]
+            assert all((part[0][still] == 0).all() and (part[0][~still] > 0).any() for part in curves[2:])
 
 
 def test_frames_that_are_exact_and_bad_arguments():

@@ -66,7 +66,7 @@ def _slopes(relaxation: Relaxation | None):
 def _ranges(bounds: BoundPass, node: NonLinear) -> list[tuple[tuple[Tensor, Tensor, Tensor], ...]]:
     """For each plane and operand: the unit in which the slope moves, and the ends between which it stays."""
     ends = node.slope_ends(*(bounds.interval(operand) for operand in node.parents))
-    if node.curved is not None:
+    if node.curved is not None and node.curved.smooth:
         return [tuple((high - low, low - torch.inf, high + torch.inf) for low, high in ends)] * 2
     return [tuple((pace * (high - low), low, high) for low, high in ends) for pace in KINKED_PACE]
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .eigenvalues import eigenvalue_bound
-from .quadratic import GUARD_ULPS, block, finished, in_single, leading_directions, rest_of, rounding_guard
+from .quadratic import GUARD_ULPS, Guesses, block, finished, in_single, leading_directions, rest_of, rounding_guard
 
 LEADING = 64  # common directions
 OWN = 16  # squares of neurons of its own that a row keeps
@@ -48,7 +48,9 @@ class _Form(NamedTuple):
     lines: Tensor | None  # (batch, rows, n)
 
 
-def squares_over_box(weights: Tensor, jacobian: Tensor, radii: Tensor, sound: bool = True) -> Tensor:
+def squares_over_box(
+    weights: Tensor, jacobian: Tensor, radii: Tensor, sound: bool = True, guesses: Guesses | None = None
+) -> Tensor:
     """Upper bound of the maximum of sum_k w_k (J_k y)^2 over |y_j| <= e_j, (batch, rows).
 
     It is computed in single precision, with guards against its rounding.
@@ -63,30 +65,35 @@ def squares_over_box(weights: Tensor, jacobian: Tensor, radii: Tensor, sound: bo
     longest = radii.amax(dim=-1, keepdim=True)
     longest = torch.where(longest > 0, longest, 1.0)
     unit = unit * longest.double() ** 2
-    estimate, bound = _maximum(w, j, (radii / longest).to(w), None, sound)
+    estimate, bound = _maximum(w, j, (radii / longest).to(w), None, sound, guesses or Guesses())
     estimate = (estimate * unit).to(weights)
     return finished(bound * unit, estimate) if sound else estimate
 
 
 def line_and_squares_over_box(
-    lines: Tensor, weights: Tensor, jacobian: Tensor, radii: Tensor, sound: bool = True
+    lines: Tensor,
+    weights: Tensor,
+    jacobian: Tensor,
+    radii: Tensor,
+    sound: bool = True,
+    guesses: Guesses | None = None,
 ) -> Tensor:
     """Upper bound of the maximum of g.y + sum_k w_k (J_k y)^2 over the box, for lines g (batch, rows, n); as above.
 
     The line is a product with one more coordinate, in [-1, 1], with a D of its own.
     """
-    estimate, bound = _maximum(weights, jacobian, radii, lines, sound)
+    estimate, bound = _maximum(weights, jacobian, radii, lines, sound, guesses or Guesses())
     return finished(bound, estimate) if sound else estimate
 
 
 def _maximum(
-    weights: Tensor, jacobian: Tensor, radii: Tensor, lines: Tensor | None, sound: bool
+    weights: Tensor, jacobian: Tensor, radii: Tensor, lines: Tensor | None, sound: bool, guesses: Guesses
 ) -> tuple[Tensor, Tensor | None]:
     """An estimate and, if it is asked for, a bound."""
-    directions = leading_directions(weights, jacobian, LEADING)
+    directions = leading_directions(weights, jacobian, LEADING, guesses)
     head = jacobian @ directions
     if not sound or torch.is_grad_enabled():
-        estimate = _estimate(weights, jacobian, radii, lines, directions, head)
+        estimate = _estimate(weights, jacobian, radii, lines, directions, head, guesses)
     else:
         estimate = radii.new_zeros(weights.shape[:2])
     if not sound:
@@ -96,13 +103,19 @@ def _maximum(
 
 
 def _estimate(
-    weights: Tensor, jacobian: Tensor, radii: Tensor, lines: Tensor | None, directions: Tensor, head: Tensor
+    weights: Tensor,
+    jacobian: Tensor,
+    radii: Tensor,
+    lines: Tensor | None,
+    directions: Tensor,
+    head: Tensor,
+    guesses: Guesses,
 ) -> Tensor:
     """At the V of the primal's maximum, the value has the maximum's gradient."""
     nothing = weights.new_zeros(*weights.shape[:2], 0)
     own = jacobian.new_zeros(*weights.shape[:2], 0, jacobian.shape[-1])
     form = _Form(directions, (weights, head), own, nothing, lines)
-    columns, beside, _, _ = _primal(form, radii, ESTIMATE_STEPS)
+    columns, beside, _, _ = _primal(form, radii, ESTIMATE_STEPS, guesses)
     value = (weights.unsqueeze(2) * (_times(columns, directions) @ head.mT.unsqueeze(1)) ** 2).sum(dim=(-1, -2))
     return value if lines is None else value + ((columns @ lines.unsqueeze(-1)).squeeze(-1) * beside).sum(dim=-1)
 
@@ -124,7 +137,9 @@ def _image(block: Tensor | tuple[Tensor, Tensor], inside: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _primal(form: _Form, radii: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _primal(
+    form: _Form, radii: Tensor, steps: int, guesses: Guesses | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """V (batch, rows, q, n) and the line's own column (batch, rows, q), and the lengths of their images, D e."""
     n = radii.shape[-1]
     rows = form.own_weights.shape[:2]
@@ -133,6 +148,10 @@ def _primal(form: _Form, radii: Tensor, steps: int) -> tuple[Tensor, Tensor, Ten
     beside = torch.full_like(columns[..., 0], COLUMNS**-0.5)
     length = torch.zeros_like(beside[..., 0])
     tiny = torch.finfo(radii.dtype).tiny ** 0.5
+    guesses = guesses or Guesses()
+    known, side = guesses.of("columns", columns.shape), guesses.of("beside", beside.shape)
+    if known is not None and side is not None:
+        columns, beside, steps = known.to(columns), side.to(beside), 1
     for _ in range(steps if form.lines is None else 3 * steps):
         images = _times(_image(form.block, _times(columns, form.directions)), form.directions.mT)
         if form.own.shape[2]:
@@ -145,6 +164,7 @@ def _primal(form: _Form, radii: Tensor, steps: int) -> tuple[Tensor, Tensor, Ten
             beside = turned / (turned.norm(dim=-1, keepdim=True) + tiny)
         lengths = (images**2).sum(dim=2).sqrt()
         columns = images * (radii[:, None] / (lengths + tiny)).unsqueeze(2)
+    guesses.keep("columns", columns), guesses.keep("beside", beside)
     return columns, beside, lengths, length
 
 

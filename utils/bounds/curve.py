@@ -35,7 +35,7 @@ from ..relaxation.curves import Curves, curved_relaxation
 from ..relaxation.lines import Relaxation
 from .box_quadratic import line_and_squares_over_box, squares_over_box
 from .passes import BoundPass, intersect
-from .quadratic import largest_eigenvalue, line_and_squares
+from .quadratic import Guesses, largest_eigenvalue, line_and_squares
 
 STEP_SIZES = (0.02, 0.2)  # of slopes in units of their range, and of log curvatures; measured
 WARM_UP = 3
@@ -65,9 +65,19 @@ class Operand(NamedTuple):
 class CurvedPass(BoundPass):
     """A "crown" pass whose smooth nodes have curved bounds, with given curves or those that tuning starts from."""
 
-    def __init__(self, graph: Graph, perturbation: Perturbation, curves: CurveTable | None = None, sound: bool = True):
-        """With ``sound=False``, what neurons lose together is estimated: no bound, but good enough to tune by."""
-        self._sound = sound
+    def __init__(
+        self,
+        graph: Graph,
+        perturbation: Perturbation,
+        curves: CurveTable | None = None,
+        sound: bool = True,
+        guesses: dict[Node, Guesses] | None = None,
+    ):
+        """With ``sound=False``, what neurons lose together is estimated: no bound, but good enough to tune by.
+
+        ``guesses`` are taken from an earlier pass over the same graph and set, and kept for a later one.
+        """
+        self._sound, self._guesses, self._asked = sound, guesses, graph.output
         nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
         self._curves = dict(zip(nonlinear, curves or [None] * len(nonlinear), strict=True))
         self._chosen: dict[Node, Curves] = {}
@@ -94,7 +104,7 @@ class CurvedPass(BoundPass):
                     losses.append((operand, 0.5 * (up * low.unsqueeze(-2) + down * high.unsqueeze(-2))))
 
     def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
-        self._met = ({}, [])
+        self._met, self._asked = ({}, []), node
         without_curvature = super()._pass_back(node, rows)
         losses = self._met[1]
         if not losses:
@@ -221,12 +231,13 @@ class CurvedPass(BoundPass):
         """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""
         squares = (weights.detach().mean(dim=-2).unsqueeze(-1) * jacobian.detach() ** 2).sum(dim=1)
         box = self.perturbation.is_box
+        guesses = None if self._guesses is None else self._guesses.setdefault(self._asked, Guesses())
         if lines is None:
             scale, size = self._scales(squares)
             scaled = (weights, jacobian * scale.unsqueeze(-2))
             if box:
-                return squares_over_box(*scaled, size, self._sound)
-            bound = size[:, None] * largest_eigenvalue(*scaled, self._sound)
+                return squares_over_box(*scaled, size, self._sound, guesses)
+            bound = size[:, None] * largest_eigenvalue(*scaled, self._sound, guesses)
         else:
             line, deviation = torch.cat(lines, dim=-1), self._deviation(lines)
             # A line is worth (g delta)^2 / (2 deviation) + deviation / 2, with equality at its worst point.
@@ -236,7 +247,7 @@ class CurvedPass(BoundPass):
             scale, size = self._scales(squares)
             scaled = (line * scale.unsqueeze(-2), weights, jacobian * scale.unsqueeze(-2))
             function = line_and_squares_over_box if box else line_and_squares
-            bound = function(*scaled, size, self._sound) - deviation
+            bound = function(*scaled, size, self._sound, guesses) - deviation
         vertices = self.perturbation.most_of_squares([frame.frame for frame in self._frames], weights, jacobian)
         return bound if vertices is None else torch.minimum(bound, vertices)
 
@@ -275,7 +286,8 @@ def tune_curves(
         The best curves that were met, by estimates.
     """
     began, longest = time.perf_counter(), 0.0
-    first = CurvedPass(graph, perturbation, start, sound=False)
+    guesses: dict[Node, Guesses] = {}
+    first = CurvedPass(graph, perturbation, start, sound=False, guesses=guesses)
     estimates = first.margin(rows).amin(dim=1)
     origin, ranges = first.curves(), first.ranges()
     moves = [curves and _map(lambda t: torch.zeros_like(t).requires_grad_(), curves) for curves in origin]
@@ -298,7 +310,7 @@ def tune_curves(
             excess = estimates - certified
         with torch.enable_grad():
             curves = [_moved(*parts) for parts in zip(origin, moves, ranges, strict=True)]
-            margin = CurvedPass(graph, perturbation, curves, sound=False).margin(rows).amin(dim=1)
+            margin = CurvedPass(graph, perturbation, curves, False, guesses).margin(rows).amin(dim=1)
             # A sample's scale of margins does not matter to Adam, but a few huge ones would to the sum.
             loss = -(margin / (1.0 + margin.detach().abs())).nan_to_num(0.0).sum()
         best, estimates = _keep_better(best, estimates, curves, margin.detach())

@@ -21,10 +21,29 @@ from .eigenvalues import eigenvalue_bound, eigh_guess
 
 LEADING = 64  # directions in the basis, for squares alone; measured against 32, 128
 LEADING_BESIDE_LINES = 32  # and for squares with lines, which lie in the basis as well
-POWER_STEPS = 8  # of the power iteration, in estimates
+POWER_STEPS, KNOWN_STEPS = 8, 2  # of the power iteration, in estimates; and where nearly the vectors are known
 GUARD_ULPS = 64.0  # of rounding, of sums as large as the form's trace, and of this many squares or fewer:
 GUARD_TERMS = 512  # of more, guards grow with their number. Sums of k equal ones were seen to err by k / 60 units
 LEVELS = 24  # multipliers that are tried at once, twice
+
+
+class Guesses:
+    """Directions and vectors that a call found: where the next one for nearly the same forms begins its iterations.
+
+    Whatever they are, bounds are sound.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+
+    def of(self, name: str, shape: torch.Size) -> Tensor | None:
+        """What was found, if it has the shape, else None."""
+        found = self._found.get(name)
+        return found if found is not None and found.shape == shape else None
+
+    def keep(self, name: str, found: Tensor) -> Tensor:
+        self._found[name] = found.detach()
+        return found
 
 
 class Rest(NamedTuple):
@@ -38,17 +57,18 @@ class Rest(NamedTuple):
         return 0.5 * (largest + self.norm) + (0.25 * (largest - self.norm) ** 2 + self.beside).sqrt()
 
 
-def largest_eigenvalue(weights: Tensor, jacobian: Tensor, sound: bool = True) -> Tensor:
+def largest_eigenvalue(weights: Tensor, jacobian: Tensor, sound: bool = True, guesses: Guesses | None = None) -> Tensor:
     """Upper bound of the largest eigenvalue of J^T diag(w) J, (batch, rows), for w (batch, rows, k), J (batch, k, n).
 
     It is computed in single precision, with a guard against its rounding.
     """
+    guesses = guesses or Guesses()
     w, j, unit = in_single(weights, jacobian)
-    head = j @ leading_directions(w, j, LEADING)
+    head = j @ leading_directions(w, j, LEADING, guesses)
     estimate = weights.new_zeros(weights.shape[:2])
     if not sound or torch.is_grad_enabled():
         # At its eigenvector, the form has the eigenvalue's gradient too.
-        estimate = ((w * (_leading_vectors(w, head) @ head.mT) ** 2).sum(dim=-1) * unit).to(weights)
+        estimate = ((w * (_leading_vectors(w, head, guesses) @ head.mT) ** 2).sum(dim=-1) * unit).to(weights)
     if not sound:
         return estimate
     with torch.no_grad():
@@ -58,16 +78,24 @@ def largest_eigenvalue(weights: Tensor, jacobian: Tensor, sound: bool = True) ->
 
 
 @torch.no_grad()
-def _leading_vectors(weights: Tensor, head: Tensor) -> Tensor:
+def _leading_vectors(weights: Tensor, head: Tensor, guesses: Guesses) -> Tensor:
     """Nearly the rows' leading eigenvectors, (batch, rows, m), for J V, (batch, k, m)."""
-    vectors = torch.ones_like(weights[..., :1]).expand(-1, -1, head.shape[-1])
-    for _ in range(POWER_STEPS):
+    known = guesses.of("vectors", torch.Size((*weights.shape[:2], head.shape[-1])))
+    vectors = torch.ones_like(weights[..., :1]).expand(-1, -1, head.shape[-1]) if known is None else known
+    for _ in range(POWER_STEPS if known is None else KNOWN_STEPS):
         vectors = (weights * (vectors @ head.mT)) @ head
         vectors = vectors / (vectors.norm(dim=-1, keepdim=True) + torch.finfo(vectors.dtype).tiny ** 0.5)
-    return vectors
+    return guesses.keep("vectors", vectors)
 
 
-def line_and_squares(lines: Tensor, weights: Tensor, jacobian: Tensor, size: Tensor, sound: bool = True) -> Tensor:
+def line_and_squares(
+    lines: Tensor,
+    weights: Tensor,
+    jacobian: Tensor,
+    size: Tensor,
+    sound: bool = True,
+    guesses: Guesses | None = None,
+) -> Tensor:
     """Upper bound of the maximum of g.y + sum_k w_k (J_k y)^2 over ||y||^2 <= size, (batch, rows).
 
     Bounded apart, line and squares are each at their worst point. Together, for any lambda with lambda I - A positive
@@ -84,7 +112,7 @@ def line_and_squares(lines: Tensor, weights: Tensor, jacobian: Tensor, size: Ten
         size: squared radius, (batch,).
         sound: see above.
     """
-    basis = _basis_of_lines(lines.detach(), leading_directions(weights, jacobian, LEADING_BESIDE_LINES))
+    basis = _basis_of_lines(lines.detach(), leading_directions(weights, jacobian, LEADING_BESIDE_LINES, guesses))
     head, line = jacobian @ basis, lines @ basis
     form, guard = block(weights, head), rounding_guard(weights, jacobian)
     if sound:
@@ -189,16 +217,21 @@ def _weighted_lengths(weights: Tensor, directions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def leading_directions(weights: Tensor, jacobian: Tensor, count: int) -> Tensor:
+def leading_directions(weights: Tensor, jacobian: Tensor, count: int, guesses: Guesses | None = None) -> Tensor:
     """Nearly the leading directions of the rows' mean form, orthonormal, (batch, n, m) with m <= ``count``."""
+    guesses = guesses or Guesses()
     mean = weights.mean(dim=-2)
     scaled = (mean + 1e-3 * mean.mean(dim=-1, keepdim=True)).sqrt().unsqueeze(-1) * jacobian
     count = min(count, *scaled.shape[-2:])
-    found = torch.randn(scaled.shape[-1], count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = found.to(scaled).expand(len(scaled), -1, -1)
-    for _ in range(3):
+    known = guesses.of("directions", torch.Size((len(scaled), scaled.shape[-1], count)))
+    if known is None:
+        start = torch.randn(scaled.shape[-1], count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        found = start.to(scaled).expand(len(scaled), -1, -1)
+    else:
+        found = known.to(scaled)
+    for _ in range(3 if known is None else 1):
         found = torch.linalg.qr(scaled.mT @ (scaled @ found))[0]
-    return found
+    return guesses.keep("directions", found)
 
 
 @torch.no_grad()

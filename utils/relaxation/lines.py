@@ -256,14 +256,23 @@ class Activation(NamedTuple):
 FAMILIES = {"leaky_relu": leaky_relu_pieces, "hardtanh": hardtanh_pieces}
 
 
+def pieces_of(name: str) -> Pieces | None:
+    """The piecewise-linear function of a name such as "relu" or "leaky_relu(0.2)", a family's name with numbers."""
+    if name == "relu":
+        return RELU
+    family, _, numbers = name.removesuffix(")").partition("(")
+    if family not in FAMILIES:
+        return None
+    return FAMILIES[family](*(float(number) for number in numbers.split(",") if number))
+
+
 class Activations(dict):
-    """Activations by name. A family's name with numbers, such as "leaky_relu(0.2)", makes that member of it."""
+    """Activations by name; members of the piecewise-linear families are made when they are asked for."""
 
     def __missing__(self, name: str) -> Activation:
-        family, _, numbers = name.removesuffix(")").partition("(")
-        if family not in FAMILIES:
+        pieces = pieces_of(name)
+        if pieces is None:
             raise KeyError(name)
-        pieces = FAMILIES[family](*(float(number) for number in numbers.split(",") if number))
         self[name] = Activation(pieces.function, functools.partial(relax_pieces, pieces))
         return self[name]
 
