@@ -72,11 +72,10 @@ def test_a_table_is_written_and_resumed(place, tmp_path):
 
     record = json.loads((folder / "run.json").read_text())
     content = (folder / "rows.csv").read_bytes()
-    for share in (0.4, 0.9):
-        (folder / "rows.csv").write_bytes(content[: int(share * len(content))])
-        (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
-        assert run(place, tmp_path, "--resume").code == 0
-        assert rows_of(folder / "rows.csv") == rows
+    (folder / "rows.csv").write_bytes(content[: int(0.9 * len(content))])  # within the rows of the last image
+    (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    assert run(place, tmp_path, "--resume").code == 0
+    assert rows_of(folder / "rows.csv") == rows
     other = ("--resume", "--alpha-steps", 3)
     assert_one_line(run(place, tmp_path, *other), "cannot resume", "--alpha-steps was 2")
     assert rows_of(folder / "rows.csv") == rows
