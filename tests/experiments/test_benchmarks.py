@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "benchmark_bounds.py"
-TINY = ["--time-step", "2", "--hidden-size", "4", "--input-size", "3", "--batch-sizes", "2", "--frames-sweep", "1"]
-TINY += ["--hidden-sweep", "3", "--sweep-batch", "2", "--repeats", "1"]
+TINY = ["--time-step", "2", "--hidden-size", "3", "--input-size", "3", "--batch-sizes", "2", "--frames-sweep", "1"]
+TINY += ["--hidden-sweep", "2", "--sweep-batch", "2", "--repeats", "1"]
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
