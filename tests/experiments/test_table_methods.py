@@ -98,9 +98,10 @@ def test_every_method_in_any_order_with_random_targets(place, tmp_path):
     assert "one random other class" in (tmp_path / "methods" / "table.md").read_text()
 
 
+@pytest.mark.full  # test_tables.py has the same of another table: the processes are shared by the same function
 @pytest.mark.real_rounding
 def test_two_processes_make_the_table_of_one(place, tmp_path):
-    small = {"methods": ("ibp", "crown")}
+    small = {"methods": ("crown", "alpha")}
     assert run(one_model(place), tmp_path / "one", **small).code == 0
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     command = [str(word) for word in (*torchrun, SCRIPT, *arguments(one_model(place), tmp_path / "two", **small))]
