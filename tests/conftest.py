@@ -7,6 +7,7 @@ from rounding import round_otherwise
 
 def pytest_addoption(parser):
     parser.addoption("--torch-threads", type=int, default=1, help="threads of PyTorch in the tests' own process")
+    parser.addoption("--full", action="store_true", help="with the repetitions that are only insurance")
     parser.addoption("--other-rounding", action="store_true", help="matrix products have other last bits, by chance")
 
 
@@ -19,6 +20,8 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if item.config.getoption("--other-rounding") and item.get_closest_marker("real_rounding"):
         pytest.skip("pretended kernels do not reach other processes")
+    if item.get_closest_marker("full") and not item.config.getoption("--full"):
+        pytest.skip("a longer repetition of a test that is run: bash scripts/test.sh --full")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -56,7 +56,8 @@ def test_products_are_close_and_pretended_ones_differ(name, pytestconfig):
     assert torch.equal(whole, again)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+# On most processors AVX2 is what the tests run with anyway, or one more order of the sums.
+@pytest.mark.parametrize("setting", ["pretended", "no vectors", pytest.param("AVX2", marks=pytest.mark.full)])
 def test_the_most_sensitive_tests_pass_under_other_kernels(setting):
     arguments, changes = SETTINGS[setting]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

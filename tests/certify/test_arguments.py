@@ -42,7 +42,7 @@ CALLS = {
     "pgd": lambda *given: pgd(*given, 0.3, steps=2, restarts=1).margin,
     "attack": lambda *given: attack_radius(*given, steps=2, restarts=1, tol=0.5).radius,
     "cw": lambda *given: carlini_wagner(*given, steps=2, searches=1).radius,
-    "clever": lambda *given: clever(*given, batches=3, points=4),
+    "clever": lambda *given: clever(*given, batches=2, points=4),  # fewer than are fitted
 }
 
 
@@ -68,15 +68,16 @@ STATES = {
 @pytest.fixture(scope="module", params=MODELS)
 def answers(request):
     given = (MODELS[request.param], X, LABELS[request.param])
-    return given, {name: call(*given).detach() for name, call in CALLS.items()}
+    names = [name for name in CALLS if request.param == "classifier" or name != "curve"]  # it is slow
+    return given, {name: CALLS[name](*given).detach() for name in names}
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_torchs_state_changes_no_result(answers, state):
     (model, x, labels), expected = answers
-    for name, call in CALLS.items():
+    for name in expected:
         with STATES[state]():
-            found = call(model, x.clone() if state != "meta" else x, labels)
+            found = CALLS[name](model, x.clone() if state != "meta" else x, labels)
         found = found.detach().clone()
         assert found.dtype == expected[name].dtype
         torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-7, msg=name)

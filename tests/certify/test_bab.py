@@ -21,9 +21,9 @@ def test_verdicts_agree_with_radii_and_attacks(cell, norm):
     x, labels = sequences(model)
     radius = certified_radius(model, x, labels, norm=norm)
     for share in (0.5, 1.15, 30.0):
-        eps = share * radius
+        eps, limit = share * radius, 1.0 if share < 1 else 0.3
         for decision, sample, label, size in zip(
-            decide(model, x, labels, eps, norm=norm, time_limit=1.0), x, labels, eps, strict=True
+            decide(model, x, labels, eps, norm=norm, time_limit=limit), x, labels, eps, strict=True
         ):
             assert decision.verdict in VERDICTS
             attacked = pgd(model, sample[None], label[None], float(size), norm=norm, restarts=8, seed=5).margin
@@ -66,12 +66,12 @@ def test_radius_keeps_its_time_and_is_at_least_that_of_curves():
     model = network(nn.GRU)
     x, labels = sequences(model)
     how = {"norm": INF, "alpha_steps": 4, "curve_steps": 6}
-    curve = certified_radius(model, x[:2], labels[:2], method="curve", **how)
+    curve = certified_radius(model, x[:1], labels[:1], method="curve", **how)
     started = time.perf_counter()
-    bab = certified_radius(model, x[:2], labels[:2], method="bab", time_limit=6.0, **how)
+    bab = certified_radius(model, x[:1], labels[:1], method="bab", time_limit=6.0, **how)
     assert time.perf_counter() - started < 20.0  # what the limit is for takes a moment
     assert (bab >= curve).all()
-    assert (pgd(model, x[:2], labels[:2], bab, norm=INF).margin > 0).all()
+    assert (pgd(model, x[:1], labels[:1], bab, norm=INF).margin > 0).all()
 
 
 def test_branches_are_the_rows_of_one_sample():

@@ -64,15 +64,15 @@ def test_a_sample_of_which_nothing_moves(method, batch_size):
 
 @pytest.mark.parametrize("norm", [1.0, 2.0, math.inf])
 def test_a_frame_that_is_not_read(norm):
-    model, x = LeavesOut(), torch.rand(2, 4, 3, dtype=torch.float64)
+    model, x = LeavesOut(), torch.rand(2, 3, 3, dtype=torch.float64)
     labels = model(x).argmax(dim=1)
     plain = certified_radius(model, x, labels, norm=norm)
     for method in ("alpha", "curve", "bab"):
-        radius = certified_radius(model, x, labels, norm=norm, method=method, **QUICK)
+        radius = certified_radius(model, x, labels, norm=norm, method=method, **QUICK | {"time_limit": 0.1})
         assert (radius >= plain * (1.0 - 2e-3)).all()
     inner = certified_radius(model.inner, x[:, 1:], labels, norm=norm)
     assert torch.allclose(plain, inner, rtol=2e-3)
-    assert [found.verdict for found in decide(model, x, labels, 1.5 * plain, norm=norm, time_limit=1.0)]
+    assert [found.verdict for found in decide(model, x, labels, 1.5 * plain, norm=norm, time_limit=0.2)]
 
 
 def test_every_sample_has_its_own_mask_in_decide():
@@ -103,7 +103,7 @@ def test_terms_that_cancel_do_not_certify(size):
     """A bias cancels W x, so that the margin's sign is lost in rounding: what is certified must be positive exactly."""
     model, certified = linear(), 0
     first = model[1]
-    for seed in range(60):
+    for seed in range(15):
         generator = torch.Generator().manual_seed(seed)
         first.weight[:] = torch.randn(2, 8, generator=generator, dtype=torch.float64)
         x = size * (1.0 + torch.rand(1, 1, 8, generator=generator, dtype=torch.float64))

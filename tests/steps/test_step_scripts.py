@@ -241,8 +241,8 @@ def test_two_processes_give_the_rows_of_one(words, tmp_path):
 @pytest.mark.real_rounding
 def test_what_a_killed_process_finished_is_kept(points, tmp_path):
     place = points.copy(tmp_path)
-    data = make_strokes(tmp_path / "more", seed=2, digits=40)
-    flags = ("--data-dir", str(data), "--N", "40", "--tol", "1e-3", "--no-attack")
+    data = make_strokes(tmp_path / "more", seed=2, digits=20)
+    flags = ("--data-dir", str(data), "--N", "20", "--tol", "1e-3", "--no-attack")
     run = place.start(2, *flags)
     parts = [part_path(place.folder / CSV_NAME, rank) for rank in range(2)]
     try:

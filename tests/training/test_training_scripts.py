@@ -64,7 +64,7 @@ def test_scripts_train_from_another_folder(tmp_path, data, script, flags, name):
 def test_training_learns_and_repeats(tmp_path, data, script):
     architecture = Path(script).name.split("_")[1]
     for run in ("one", "two"):
-        flags = ("--time-step", 7, "--hidden-size", 16, "--epochs", 60, "--batch-size", 50, "--lr", 0.02)
+        flags = ("--time-step", 7, "--hidden-size", 16, "--epochs", 25, "--batch-size", 25, "--lr", 0.02)
         flags = (*flags, "--weight-decay", 0.1, "--data-dir", data, "--save-dir", tmp_path / run)
         assert call(script, *flags).code == 0
     one, two = (next((tmp_path / run).rglob(architecture)) for run in ("one", "two"))
@@ -73,10 +73,11 @@ def test_training_learns_and_repeats(tmp_path, data, script):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_dry_run_writes_nothing(tmp_path, data):
-    result = run_script(RNN, "--data-dir", data, "--dry-run", "--save-dir", tmp_path / "out", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "nothing written" in result.stdout
+def test_dry_run_writes_nothing(tmp_path, data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = call(RNN, "--data-dir", data, "--dry-run", "--save-dir", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "nothing written" in outcome.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -100,26 +101,32 @@ def test_help_shows_defaults(tmp_path):
         (("--lr", 1e30, "--epochs", 3), "diverged in epoch"),
     ],
 )
-def test_bad_input_is_one_line_and_keeps_earlier_results(tmp_path, data, flags, word):
+def test_bad_input_is_one_line_and_keeps_earlier_results(tmp_path, data, monkeypatch, flags, word):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     earlier = tmp_path / "out" / "rnn_7_8_relu"
     earlier.mkdir(parents=True)
     (earlier / "rnn").write_text("earlier")
     before = files_under(tmp_path)
     usual = (*TINY, "--activation", "relu", "--data-dir", data, "--save-dir", "out")
-    assert_one_line_error(run_script(RNN, *usual, *flags, cwd=tmp_path), word)
+    assert_one_line(call(RNN, *usual, *flags), word)
     assert files_under(tmp_path) == before
 
 
-def test_damaged_data_is_one_line(tmp_path):
+def test_a_mistyped_flag_is_one_line_of_the_process(tmp_path):
+    assert_one_line_error(run_script(RNN, "--epoch", 1, cwd=tmp_path), "--epoch")
+
+
+def test_damaged_data_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     raw = write_mnist_folder(tmp_path / "data", 20, 10) / "MNIST" / "raw"
     (raw / "train-images-idx3-ubyte").write_bytes(b"damaged")
-    assert_one_line_error(run_script(RNN, *TINY, "--data-dir", "data", cwd=tmp_path), "damaged MNIST training file")
+    assert_one_line(call(RNN, *TINY, "--data-dir", "data"), "damaged MNIST training file")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_that_is_not_there(tmp_path, data):
-    assert_one_line_error(run_script(RNN, *TINY, "--data-dir", data, "--cuda", cwd=tmp_path), "no CUDA device")
+    assert_one_line(call(RNN, *TINY, "--data-dir", data, "--cuda", "--save-dir", tmp_path), "no CUDA device")
 
 
 def test_interruption_leaves_the_earlier_checkpoint(tmp_path, data):
