@@ -139,7 +139,9 @@ def test_download_arrives_whole(tmp_path, monkeypatch, serve):
     for name in mnist.FILES:
         (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
     stock = mnist._datasets().MNIST
-    monkeypatch.setattr(stock, "mirrors", [serve(raw)])
+    mirror = serve(raw)
+    monkeypatch.setattr(mnist, "MIRROR", mirror)
+    monkeypatch.setattr(stock, "mirrors", [mirror])
     monkeypatch.setattr(stock, "resources", [(f"{name}.gz", None) for name in mnist.FILES])
     monkeypatch.setattr(mnist, "DATA_FOLDER", tmp_path / "data")
     (tmp_path / "data").mkdir()
@@ -151,7 +153,9 @@ def test_download_arrives_whole(tmp_path, monkeypatch, serve):
 
 def test_failed_download_leaves_nothing(tmp_path, monkeypatch, serve):
     stock = mnist._datasets().MNIST
-    monkeypatch.setattr(stock, "mirrors", [serve(tmp_path)])
+    mirror = serve(tmp_path)
+    monkeypatch.setattr(mnist, "MIRROR", mirror)
+    monkeypatch.setattr(stock, "mirrors", [mirror])
     with pytest.raises(mnist.DownloadError, match="no network"):
         mnist.download_mnist(tmp_path)
     monkeypatch.setattr(mnist, "_answers", lambda url: True)

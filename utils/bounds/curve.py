@@ -97,11 +97,12 @@ class CurvedPass(BoundPass):
             self.relaxation(node)
             if node in self._chosen:
                 curves = self._chosen[node]
-                up, down = coefficients.clamp(min=0.0), (-coefficients).clamp(min=0.0)
+                up, minus_down = self.signed_parts(coefficients)  # which the node itself asks for next
                 for operand, low, high in zip(
                     node.parents, curves.lower_curvatures, curves.upper_curvatures, strict=True
                 ):
-                    losses.append((operand, 0.5 * (up * low.unsqueeze(-2) + down * high.unsqueeze(-2))))
+                    bent = up * (0.5 * low).unsqueeze(-2)
+                    losses.append((operand, torch.addcmul(bent, minus_down, (-0.5 * high).unsqueeze(-2))))
 
     def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
         self._met, self._asked = ({}, []), node

@@ -7,6 +7,12 @@ mu here. With any matrix L, such as the Cholesky factor of mu I - A,
     A  =  mu I - L L^T - E,        hence        lambda_max(A) <= mu + ||E||_F,
 
 for the E that is left, measured in double precision.
+
+Where many matrices are asked for and a little tightness can be given up, powers need no guess: with Frobenius norms,
+
+    ||A||_2  <=  ||A^p||_F^(1/p),        p = 2^s,
+
+which is above it by a factor of m^(1/2p) at most, and A^p takes s products.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ import torch
 from torch import Tensor
 
 GUESS_ULPS = 32.0  # added to a guess, of the matrix's norm in the guess's precision: more than it errs as a rule
+SQUARINGS = 6  # of a matrix of 64 rows: at most 3 % too much if all eigenvalues are equal, as a rule .1 %
 WRONG = 1e-3  # a guess that is off by this share of the norm is made again in double precision
 
 
@@ -51,6 +58,26 @@ def _proved(matrices: Tensor, guess: Tensor, size: Tensor) -> Tensor:
     # Sums of m products round by at most m units of the sum of their absolute values.
     lost = 2.0 * matrices.shape[-1] * torch.finfo(left.dtype).eps * (_norm(factor) ** 2 + guess.abs() + size)
     return guess + _norm(left) + lost
+
+
+@torch.no_grad()
+def norm_by_powers(matrices: Tensor) -> Tensor:
+    """Upper bound of the spectral norm of (..., m, m), in double precision; infinite where a number is not finite.
+
+    Powers are taken in the matrices' precision. A product X X^T errs by at most m units of ||X||_F^2, in that norm, and
+    errors of higher powers hardly count in the root.
+    """
+    lost = 2.0 * (matrices.shape[-1] + 4) * torch.finfo(matrices.dtype).eps
+    power, norms = matrices, []
+    for _ in range(SQUARINGS):
+        norms.append(_norm(power))
+        unit = torch.where((norms[-1] > 0) & norms[-1].isfinite(), norms[-1], 1.0).to(power)
+        power = power / unit.clamp(min=torch.finfo(power.dtype).tiny)[..., None, None]
+        power = power @ power.mT
+    bound = _norm(power)
+    for norm in reversed(norms):
+        bound = norm * (1.0 + lost) * (bound + lost).sqrt()
+    return torch.where(bound.isnan(), torch.inf, bound)
 
 
 def eigh_guess(matrices: Tensor, vectors: bool = False) -> tuple[Tensor, Tensor | None]:

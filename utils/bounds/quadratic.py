@@ -1,10 +1,14 @@
 """Upper bounds, over a ball, of weighted sums of squares, with and without a line beside them.
 
 All rows share the directions J of the squares, (J_k y)^2 for ||y|| <= 1 or another radius, and differ in their
-weights w, so that work on J is done once for all of them. Of a row's form A = J^T diag(w) J, only the block V^T A V is
-taken as it is, for an orthonormal basis V of a few leading directions. Of the others, the Frobenius norms c (beside it)
-and f are enough: lambda I - A is positive definite if lambda > f and nu I - V^T A V is, with
-nu = lambda - c^2 / (lambda - f).
+weights w, so that work on J is done once for all of them. Of a row's form A = J^T diag(w) J, only the block B = V^T A V
+is taken as it is, for an orthonormal basis V of a few leading directions. Of the others, Frobenius norms are enough.
+For squares alone, as the greatest eigenvalue of a matrix that is split into B and the rest,
+
+    lambda_max(A)^2  <=  ||B||_2^2 + ||A||_F^2 - ||B||_F^2,      ||A||_F^2 = sum over k, l of w_k w_l (J_k.J_l)^2,
+
+and with a line, with the norms c (beside B) and f: lambda I - A is positive definite if lambda > f and nu I - B is,
+with nu = lambda - c^2 / (lambda - f).
 
 With ``sound=False`` the other blocks are left out: no bound but an estimate, with nearly the same gradient, at a
 fraction of the cost. It is for tuning.
@@ -17,10 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .eigenvalues import eigenvalue_bound, eigh_guess
+from .eigenvalues import eigh_guess, norm_by_powers
 
 LEADING = 64  # directions in the basis, for squares alone; measured against 32, 128
 LEADING_BESIDE_LINES = 32  # and for squares with lines, which lie in the basis as well
+REUSES = 1  # of directions and vectors that are nearly known
 POWER_STEPS, KNOWN_STEPS = 8, 2  # of the power iteration, in estimates; and where nearly the vectors are known
 GUARD_ULPS = 64.0  # of rounding, of sums as large as the form's trace, and of this many squares or fewer:
 GUARD_TERMS = 512  # of more, guards grow with their number. Sums of k equal ones were seen to err by k / 60 units
@@ -30,19 +35,22 @@ LEVELS = 24  # multipliers that are tried at once, twice
 class Guesses:
     """Directions and vectors that a call found: where the next one for nearly the same forms begins its iterations.
 
-    Whatever they are, bounds are sound.
+    Whatever they are, bounds are sound. They are taken as they are ``REUSES`` times before they are iterated again.
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, Tensor] = {}
+        self._found: dict[str, tuple[Tensor, int]] = {}
 
-    def of(self, name: str, shape: torch.Size) -> Tensor | None:
-        """What was found, if it has the shape, else None."""
-        found = self._found.get(name)
-        return found if found is not None and found.shape == shape else None
+    def of(self, name: str, shape: torch.Size) -> tuple[Tensor | None, bool]:
+        """What was found, if it has the shape, else None; and whether it is to be iterated."""
+        found, used = self._found.get(name, (None, 0))
+        if found is None or found.shape != shape:
+            return None, True
+        self._found[name] = found, used + 1
+        return found, used >= REUSES
 
     def keep(self, name: str, found: Tensor) -> Tensor:
-        self._found[name] = found.detach()
+        self._found[name] = found.detach(), 0
         return found
 
 
@@ -57,10 +65,17 @@ class Rest(NamedTuple):
         return 0.5 * (largest + self.norm) + (0.25 * (largest - self.norm) ** 2 + self.beside).sqrt()
 
 
-def largest_eigenvalue(weights: Tensor, jacobian: Tensor, sound: bool = True, guesses: Guesses | None = None) -> Tensor:
+def largest_eigenvalue(
+    weights: Tensor,
+    jacobian: Tensor,
+    sound: bool = True,
+    guesses: Guesses | None = None,
+    squares: Tensor | None = None,
+) -> Tensor:
     """Upper bound of the largest eigenvalue of J^T diag(w) J, (batch, rows), for w (batch, rows, k), J (batch, k, n).
 
-    It is computed in single precision, with a guard against its rounding.
+    It is computed in single precision, with a guard against its rounding. ``squares`` are those of the Gram matrix of J
+    (``gram_squares``), if they are known.
     """
     guesses = guesses or Guesses()
     w, j, unit = in_single(weights, jacobian)
@@ -72,15 +87,34 @@ def largest_eigenvalue(weights: Tensor, jacobian: Tensor, sound: bool = True, gu
     if not sound:
         return estimate
     with torch.no_grad():
-        rest = rest_of(w, head, j)
-        bound = rest.least(eigenvalue_bound(block(w, head)) + rounding_guard(w, j)) * unit
+        bound = _greatest(w, head, gram_squares(j) if squares is None else squares, rounding_guard(w, j)) * unit
     return finished(bound, estimate)
+
+
+def gram_squares(jacobian: Tensor) -> Tensor:
+    """(J_k.J_l)^2, (batch, k, k)."""
+    return (jacobian @ jacobian.mT).square_()
+
+
+def _greatest(weights: Tensor, head: Tensor, squares: Tensor, guard: Tensor) -> Tensor:
+    """Bound of the greatest eigenvalue, in double precision, for J V and the squares of J's Gram matrix.
+
+    ``guard`` is for the rounding of sums as large as the trace, which A's Frobenius norm is not above.
+    """
+    inner = block(weights, head)
+    whole = ((weights @ squares) * weights).sum(dim=-1).double()
+    inside = torch.linalg.vector_norm(inner, dim=(-2, -1), dtype=torch.float64)
+    trace = guard.double() / (GUARD_ULPS * torch.finfo(weights.dtype).eps)
+    rest = (whole - inside**2).clamp(min=0.0) + guard * trace
+    return (norm_by_powers(inner) ** 2 + rest).sqrt() + guard
 
 
 @torch.no_grad()
 def _leading_vectors(weights: Tensor, head: Tensor, guesses: Guesses) -> Tensor:
     """Nearly the rows' leading eigenvectors, (batch, rows, m), for J V, (batch, k, m)."""
-    known = guesses.of("vectors", torch.Size((*weights.shape[:2], head.shape[-1])))
+    known, again = guesses.of("vectors", torch.Size((*weights.shape[:2], head.shape[-1])))
+    if not again:
+        return known
     vectors = torch.ones_like(weights[..., :1]).expand(-1, -1, head.shape[-1]) if known is None else known
     for _ in range(POWER_STEPS if known is None else KNOWN_STEPS):
         vectors = (weights * (vectors @ head.mT)) @ head
@@ -220,10 +254,12 @@ def _weighted_lengths(weights: Tensor, directions: Tensor) -> Tensor:
 def leading_directions(weights: Tensor, jacobian: Tensor, count: int, guesses: Guesses | None = None) -> Tensor:
     """Nearly the leading directions of the rows' mean form, orthonormal, (batch, n, m) with m <= ``count``."""
     guesses = guesses or Guesses()
+    count = min(count, *jacobian.shape[-2:])
+    known, again = guesses.of("directions", torch.Size((len(jacobian), jacobian.shape[-1], count)))
+    if not again:
+        return known.to(jacobian)
     mean = weights.mean(dim=-2)
     scaled = (mean + 1e-3 * mean.mean(dim=-1, keepdim=True)).sqrt().unsqueeze(-1) * jacobian
-    count = min(count, *scaled.shape[-2:])
-    known = guesses.of("directions", torch.Size((len(scaled), scaled.shape[-1], count)))
     if known is None:
         start = torch.randn(scaled.shape[-1], count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         found = start.to(scaled).expand(len(scaled), -1, -1)

@@ -28,9 +28,10 @@ ALPHA_OVERSHOOT, ALPHA_NEAR = 1.03, 1.004
 # less is known of how much.
 CURVE_OVERSHOOTS = (1.2, 1.1, 1.03)
 
-# In between, radii are foretold to this relative tolerance; a search begins with that eps and one a little below.
-FORETOLD_TOL = 5e-3
-CURVE_SPREAD = 1.04
+# Radii are foretold to these relative tolerances by estimates: in between, and before bounds are asked for. Bounds come
+# to a little less than estimates; how much less is measured once. Then a search begins with two eps this far apart.
+ROUGH_TOL, FORETOLD_TOL = 2e-2, 5e-3
+CURVE_EXCESS, CURVE_SPREAD, EXCESS_POWER = 1.02, 1.05, 5
 
 # No larger eps is tried unless asked for: a sample of a saturating network can be certified at any.
 MAX_EPS = 1e6
@@ -181,19 +182,47 @@ class _Searcher:
 
         return margin_of
 
-    def foretell(self, problem: MarginProblem, rows: Tensor, first: Tensor, spread: float) -> Tensor:
+    def foretell(
+        self,
+        problem: MarginProblem,
+        rows: Tensor,
+        first: Tensor,
+        spread: float,
+        tol: float,
+        scout: MarginOf | None = None,
+    ) -> Tensor:
         """Roughly the radii, by estimates of the margins; 0 where none is in sight."""
-        scout = self.margin_of(problem, rows, self.search_dtype, sound=False)
+        scout = self.margin_of(problem, rows, self.search_dtype, sound=False) if scout is None else scout
         clean = problem.clean_margins(self.dtype, rows).amin(dim=1)
         linear = problem.linear_radius(self.search_dtype, rows).to(self.dtype)
-        return foretold_radius(scout, clean, first, FORETOLD_TOL, self.max_eps, linear=linear, spread=spread)
+        return foretold_radius(scout, clean, first, tol, self.max_eps, linear=linear, spread=spread)
+
+    def calibrated(self, problem: MarginProblem, rows: Tensor, eps: Tensor) -> MarginOf:
+        """Estimates of the margins, corrected by what bounds take more than they do at eps.
+
+        That is a share of what estimates take, which grows with eps, about as its power ``EXCESS_POWER``.
+        """
+        everyone = torch.arange(len(rows), device=rows.device)
+        estimate = self.margin_of(problem, rows, self.search_dtype, sound=False)
+        clean = problem.clean_margins(self.dtype, rows).amin(dim=1)
+        taken = clean - self.margin_of(problem, rows, self.dtype)(everyone, eps)
+        excess = taken / (clean - estimate(everyone, eps)) - 1.0
+        excess, at = torch.where(excess.isfinite() & (excess > -1.0), excess, 0.0), eps
+
+        def margin_of(chosen: Tensor, eps: Tensor) -> Tensor:
+            share = 1.0 + excess[chosen] * (eps / at[chosen]) ** EXCESS_POWER
+            return clean[chosen] - share * (clean[chosen] - estimate(chosen, eps))
+
+        return margin_of
 
     def __call__(self, problem: MarginProblem, rows: Tensor, first: Tensor, spread: float = SPREAD) -> Bracket:
         """Search some samples of a problem, with the bounds it has by now, from their first eps on."""
         scout = None
         if problem.curves is not None:
-            foretold = self.foretell(problem, rows, first, spread)
-            first, spread = torch.where(foretold > 0, foretold, first) / CURVE_SPREAD, CURVE_SPREAD
+            foretold = self.foretell(problem, rows, first, spread, FORETOLD_TOL)
+            first = torch.where(foretold > 0, foretold / CURVE_EXCESS, first)
+            scout = self.calibrated(problem, rows, first)
+            first, spread = first / CURVE_SPREAD, CURVE_SPREAD
         elif self.search_dtype != self.dtype:
             scout = self.margin_of(problem, rows, self.search_dtype, sound=False)
         verdict = self.margin_of(problem, rows, self.dtype)
@@ -225,8 +254,10 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
         for overshoot in CURVE_OVERSHOOTS:
             aim = torch.where(reached > 0, overshoot * reached, first)
             problem.tune_curves(aim, search.search_dtype, steps, rows)
-            reached = torch.maximum(reached, search.foretell(problem, rows, aim, overshoot))
-        found = _better(found, search(problem, rows, torch.where(reached > 0, reached, first), CURVE_SPREAD))
+            reached = torch.maximum(reached, search.foretell(problem, rows, aim, overshoot, ROUGH_TOL))
+        found = _better(
+            found, search(problem, rows, torch.where(reached > 0, reached, first) / CURVE_EXCESS, CURVE_EXCESS)
+        )
     if problem.method.branches:
         left = problem.method.time_limit - (time.perf_counter() - started) / len(rows)
         refine_radii(problem, rows, found, search, left)
