@@ -45,7 +45,7 @@ MAX_BYTES, MAX_HEADER, MAX_FRAMES = 2**28, 2**20, 10**4  # of a file packed or n
 # Choices that matter to how tight bounds of squares are, not to whether they hold: how many common directions, squares
 # of a row's own, columns and steps in the search for a metric; how R is weighed against the linear part, and so on.
 LEADING, OWN, COLUMNS, STEPS = 96, 24, 3, 8
-OWN_SHARE, FINAL_SHARES, CROSS_SHARE = 0.5, (0.35, 0.5, 0.7), 0.6
+OWN_SHARE, FINAL_SHARES, CROSS_SHARE = 0.5, (0.5, 0.7), 0.6
 
 # Relaxed operations of a cell's time step, in the order of the certificate's format, with their number of operands.
 OPERATIONS = {
@@ -133,16 +133,6 @@ def _less(value, *terms):
 # --- intercepts: the largest c with f >= slopes . operands + c on a box, but for rounding -----------------------------
 
 
-def relu_intercept(slope, low, high):
-    kink = np.minimum(np.maximum(0.0, low), high)
-    return np.minimum.reduce([_less(np.maximum(y, 0.0), slope * y) for y in (low, high, kink)])
-
-
-def minus_relu_intercept(slope, low, high):
-    kink = np.minimum(np.maximum(0.0, low), high)
-    return np.minimum.reduce([_less(-np.maximum(y, 0.0), slope * y) for y in (low, high, kink)])
-
-
 def tanh_intercept(slope, low, high, factor=1.0):
     """Of factor * tanh, factor >= 0."""
     return _less(valley(2.0 * factor, 0.5 * slope, 2.0 * low, 2.0 * high), factor)
@@ -215,7 +205,7 @@ def _bowl(slope, bend, center, low, high):
     return value - gamma(8) * (np.abs(slope * z) + bend * (np.abs(z) + np.abs(center)) ** 2) - TINY
 
 
-def curved_relu_intercept(sign, slope, bend, center, low, high):
+def relu_intercept(slope, low, high, sign=1.0, bend=0.0, center=0.0):
     """Of sign * relu: a bowl on either side of the kink."""
     left = np.where(low <= 0, _bowl(-slope, bend, center, low, np.minimum(high, 0.0)), np.inf)
     right = np.where(high >= 0, _bowl(sign - slope, bend, center, np.maximum(low, 0.0), high), np.inf)
@@ -405,35 +395,35 @@ class Relaxed(Node):
         """On the ranges that the operands have by now. An upper plane is a lower one of the function mirrored in x."""
         x = self.parents[0]
         (a, *b), (a_up, *b_up) = self.slopes
-        if self.bends is not None:
-            self.intercepts = self._curved_intercepts()
-            return
-        if self.kind == "relu":
-            self.intercepts = relu_intercept(a, x.low, x.high), -minus_relu_intercept(-a_up, x.low, x.high)
-            return
         low, high = np.stack((x.low, -x.high)), np.stack((x.high, -x.low))
-        if self.kind == "tanh":
+        if self.kind == "relu":
+            bends, center = (0.0, 0.0), 0.0
+            if self.bends is not None:
+                bends, center = self.bends[:, 0], self.operands[0][0].line[2]
+            below = relu_intercept(a, x.low, x.high, 1.0, bends[0], center)
+            above = relu_intercept(-a_up, x.low, x.high, -1.0, bends[1], center)
+        elif self.kind == "tanh":
             below, above = tanh_intercept(np.stack((a, a_up)), low, high)
         else:
             y = self.parents[1]
             intercept = tanh_gate_intercept if self.kind == "tanh*sigmoid" else gate_intercept
             below, above = intercept(np.stack((a, a_up)), np.stack((b[0], -b_up[0])), low, high, y.low, y.high)
+        if self.bends is not None and self.kind != "relu":  # where they are 0, planes are tighter
+            curved = self._curved_intercepts()
+            below, above = np.maximum(below, curved[0]), np.maximum(above, curved[1])
         self.intercepts = below, -above
 
     def _curved_intercepts(self):
         centers = np.stack([sign * operand.line[2] for operand, sign in self.operands])
         ends = np.stack([(parent.low, parent.high) for parent in self.parents], axis=1)  # (low or high, operands, size)
-        if self.kind == "relu":
-            own = [(self.slopes[k, 0], self.bends[k, 0], centers[0], *ends[:, 0]) for k in (0, 1)]
-            return curved_relu_intercept(1.0, *own[0]), -curved_relu_intercept(-1.0, -own[1][0], *own[1][1:])
         flip = np.where(np.arange(len(centers)) == 0, -1.0, 1.0)[:, None]  # mirrors x
         slopes = np.stack((self.slopes[0], -flip * self.slopes[1]), axis=1)
         mirrored = ends.copy()
         mirrored[:, 0] = -ends[::-1, 0]
         low, high = (np.stack(pair, axis=1) for pair in zip(ends, mirrored, strict=True))
         centers = np.stack((centers, flip * centers), axis=1)
-        below, above = curved_intercept(self.kind, slopes, np.swapaxes(self.bends, 0, 1), centers, low, high)
-        return below, -above
+        bends = np.swapaxes(self.bends, 0, 1)
+        return curved_intercept(self.kind, slopes, bends, centers, low, high)
 
     def losses(self, rows):
         """[(operand, weights w)]: how much curved bounds lose against the planes is sum_k w_k d_k^2, per row."""
@@ -690,15 +680,20 @@ class Inputs:
     # --- a line beside them: bounds of  max of sum_k w_k (J_k delta)^2 - g delta  ---
 
     def line_and_squares(self, lines, weights, jacobian):
-        own = self._line_at_vertices if self.norm == 1.0 else self._line_and_squares
-        return np.array([own(*row, jacobian) for row in zip(lines, weights, strict=True)])
+        if self.norm == 1.0:
+            return np.array([self._line_at_vertices(*row, jacobian) for row in zip(lines, weights, strict=True)])
+        # How much coordinates matter, to each row by itself and to all of them.
+        squares = weights @ jacobian**2 + lines**2 / (self.deviation(lines) + 1e-100)[:, None]
+        mean = squares.mean(axis=0)
+        rows = zip(lines, weights, squares, strict=True)
+        return np.array([self._line_and_squares(g, w, (own, mean), jacobian) for g, w, own in rows])
 
-    def _line_and_squares(self, line, weights, jacobian):
-        """The best of several diagonal metrics over a box; of units after the row's own squares for balls."""
-        squares, fall = weights @ jacobian**2, float(self.deviation(line[None])[0])
-        first = self._scale(squares + line**2 / (fall + 1e-100))
+    def _line_and_squares(self, line, weights, squares, jacobian):
+        """The best of several diagonal metrics: units common to a frame for balls, any for a box."""
         if self.norm != np.inf:
-            return self._in_units(first, line, weights, jacobian)
+            units = [self._scale(one) for one in squares[: 1 if self.ball == "sequence" else 2]]
+            return min(self._in_units(scale, line, weights, jacobian) for scale in units)
+        first, fall = self._scale(squares[0]), float(self.deviation(line[None])[0])
         sides, half = self.sides / first, 0.5 * line * first
         scaled = jacobian * first
 

@@ -523,7 +523,7 @@ def test_line_intercepts_are_below_and_tight(name):
     loss = exact.lower.intercept.numpy() - c
     assert abs(loss).max() < 1e-12
     if name == "relu":
-        assert abs(exact.upper.intercept.numpy() + checker.minus_relu_intercept(-a, low, high)).max() < 1e-12
+        assert abs(exact.upper.intercept.numpy() + checker.relu_intercept(-a, low, high, -1.0)).max() < 1e-12
 
 
 def test_sigmoid_is_as_exact_as_stated():

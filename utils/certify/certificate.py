@@ -174,28 +174,29 @@ def _attempts(problem: MarginProblem, eps: Tensor) -> Iterator[Callable[[Tensor]
     """Ways to bound the samples that are left, one after the other."""
     method = problem.method
 
-    def as_they_are(left: Tensor) -> _Found:
-        yield left, problem
+    def parts(left: Tensor) -> _Found:
+        size = problem.at_once(torch.float64)
+        yield from ((part, problem) for part in left.split(size))
 
     def tuned(left: Tensor) -> _Found:
         if method.curved:
             problem.tune_curves(eps[left], TUNING, method.curve_steps, left)
         else:
             problem.tune(eps[left], torch.float64, method.alpha_steps, left)
-        yield left, problem
+        yield from parts(left)
 
     def planes(left: Tensor) -> _Found:
         """Where curved bounds gain nothing, a radius may be that of alpha."""
         problem.curves = None
         problem.tune(eps[left], torch.float64, method.alpha_steps, left)
-        yield left, problem
+        yield from parts(left)
 
     def apart(left: Tensor) -> _Found:
         for sample in left.split(1):
             yield sample, _apart(problem.part(sample), eps[sample])
 
     if not method.curved or problem.curves is not None:
-        yield as_they_are
+        yield parts
     for _ in range(TUNINGS if method.tuned else 0):
         yield tuned
     if method.branches:

@@ -102,8 +102,11 @@ class MarginProblem:
         and mostly a little too high.
         """
         samples = torch.arange(len(self.x), device=self.x.device)[chosen]
-        size = self._samples_at_once(dtype) if self.curves is None else self._curved_at_once(dtype)
+        size = self.at_once(dtype)
         return self._parts(lambda *part: self._margins(*part, dtype, sound), size, eps, samples)
+
+    def at_once(self, dtype: torch.dtype) -> int:
+        return self._samples_at_once(dtype) if self.curves is None else self._curved_at_once(dtype)
 
     def _samples_at_once(self, dtype: torch.dtype) -> int:
         """As many as a processor's cache takes, more at once would be slower, or as many as a GPU's memory takes."""
