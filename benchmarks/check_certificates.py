@@ -37,7 +37,7 @@ from utils.runs.cli import (
     run_main,
 )
 
-MODELS = ("rnn_7_64_tanh", "rnn_4_32_tanh", "lstm_4_32", "gru_4_32", "lstm_7_32_2layer")
+MODELS = ("rnn_7_64_tanh", "rnn_7_64_relu", "lstm_4_32", "gru_4_32", "lstm_7_32_2layer")
 
 
 def get_args() -> argparse.Namespace:
