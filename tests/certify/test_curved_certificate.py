@@ -165,7 +165,6 @@ DAMAGED = {
     "one missing": lambda header, arrays: arrays.pop(BENT),
     "no slopes": lambda header, arrays: [arrays.pop(name) for name in list(arrays) if "slopes" in name],
     "unknown": lambda header, arrays: arrays.update({"curvatures.l1.forward.output": arrays[BENT]}),
-    "target twice": lambda header, arrays: header.update(targets=[header["targets"][0]] * 2),
 }
 
 
