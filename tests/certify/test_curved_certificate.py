@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import THREATS, Threat, lowest_margins
+from test_bound_scripts import make_place
 from test_certificate import (
     CLASSES,
     INF,
@@ -38,7 +39,7 @@ def write(folder, net, count=1, frames=2, mask=None, share=1.0, **threat):
     problem = margin_problem(net, x, labels, frames=mask, **FEW, **threat)
     low, high = torch.zeros(count, dtype=torch.float64), torch.full((count,), 0.5, dtype=torch.float64)
     problem.tune_curves(0.3 * high, torch.float32, 2)
-    for _ in range(12):
+    for _ in range(10):
         middle = 0.5 * (low + high)
         certified = (problem.margins(middle, torch.float64) > problem.slack(torch.float64)).all(dim=1)
         low, high = torch.where(certified, middle, low), torch.where(certified, high, middle)
@@ -61,8 +62,8 @@ CASES = {
         {"norm": INF, "clip": (-1.5, 1.0), "count": 2},
     ),
     "rnn, sequence, l_1": ({"kind": "rnn"}, {"norm": 1.0, "ball": "sequence", "frames": 3}),
-    "lstm, sequence, state": ({"kind": "lstm", "bidirectional": True, "state": STATE}, {"ball": "sequence"}),
-    "gru, one frame": ({"kind": "gru", "layers": 2, "pooling": "mean"}, {"mask": [0]}),
+    "lstm, sequence, state": ({"kind": "lstm", "state": STATE}, {"ball": "sequence"}),
+    "gru, one frame": ({"kind": "gru", "bidirectional": True, "pooling": "mean"}, {"mask": [0]}),
     "rnn, lengths": ({"kind": "rnn", "layers": 2}, {"lengths": torch.tensor([3, 2]), "frames": 3, "count": 2}),
     "relu": ({"kind": "relu"}, {}),
 }
@@ -406,3 +407,13 @@ def test_many_neurons_share_a_basis(threat, tmp_path, monkeypatch):
     monkeypatch.setattr(checker, "LEADING", 4)
     monkeypatch.setattr(checker, "OWN", 3)
     assert 0 < checker.check(path)[2] <= margin + 0.05
+
+
+def test_bound_script_writes_certificates_of_tuned_methods(tmp_path, capsys):
+    place = make_place(tmp_path, "rnn")
+    flags = ("--alpha-steps", 1, "--curve-steps", 2, "--N", 4)
+    assert place.bound("--save-certificate", "--method", "curve", *flags).code == 0
+    folder = place.folder("2_norm_bound_curve")
+    certified = [row for row in place.rows(folder.name) if row.radius > 0]
+    code, out, _ = run_checker(capsys, folder / "certificates")
+    assert code == 0 and out.count("confirmed: ") == len(certified) > 1

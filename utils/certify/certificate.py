@@ -153,7 +153,8 @@ def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names:
     if not isinstance(problem.model, SequenceClassifier):
         kind = type(problem.model).__name__
         raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
-    problem = copy.copy(problem)  # what is tuned here stays here
+    problem = copy.copy(problem)
+    problem.slopes, problem.curves = copy.deepcopy((problem.slopes, problem.curves))  # tuning changes them in place
     eps = (eps[:, None] if eps.dim() == 1 else eps).to(torch.float64) * problem.threat.frames
     left = (eps.amax(dim=1) > 0).nonzero().squeeze(-1)
     paths: dict[int, Path] = {}
