@@ -4,10 +4,11 @@
     python scripts/check_certificate.py sample_00012.npz --weights weights.npz
 
 A certificate (docs/certificates.md describes the files) names a network by the hash of its weights, an input, a set of
-perturbed inputs, a label and classes to beat, and gives slopes for a linear relaxation of every non-linear operation.
-Slopes prove nothing by themselves and any are allowed. The checker unrolls the network anew, finds for every slope an
-intercept of its own that makes the relaxation sound, bounds every operand by backward substitution to the input, and
-in the end the margins: label's logit less another class's. It confirms if all lower bounds are above 0.
+perturbed inputs, a label and classes to beat, and gives slopes for a linear relaxation of every non-linear operation,
+and curvatures if these are curved. They prove nothing by themselves and any are allowed. The checker unrolls the
+network anew, finds for every slope an intercept of its own that makes the relaxation sound, bounds every operand by
+backward substitution to the input, what curvatures lose over all neurons together by eigenvalues that Cholesky factors
+prove, and in the end the margins: label's logit less another class's. It confirms if all lower bounds are above 0.
 
 The bounds hold for the network over the real numbers, with the weights as stored, although they are computed in
 float64: every rounding error is bounded and subtracted (``gamma``, ``Sum.slack``). Trusted are IEEE-754 float64
@@ -37,9 +38,15 @@ EXP_ULPS = 8  # trusted: numpy.exp is off by at most so many units in the last p
 # sigmoid from an exponential: 1.5 times its relative error and three roundings, made larger by a half.
 SIGMOID_ERROR = (1.5 * 2 * EXP_ULPS + 3) * U * 1.5
 VALUE_ERROR = SIGMOID_ERROR + 16 * U  # of F sigmoid(y) - b y and of its derivative, relative to the size of the terms
+GUARD = 64  # of quadratic forms, see ``Forms``: relative to their trace, in units of gamma
 TINY = 1e-290  # more than all that underflow can take away, even if it flushes to zero
 LARGEST = 1e15  # numbers above are refused: so TINY is enough, and nothing sensible is so large
 MAX_BYTES, MAX_HEADER, MAX_FRAMES = 2**28, 2**20, 10**4  # of a file packed or not, of its header, of a sequence
+
+# Choices that matter to how tight bounds of squares are, not to whether they hold: how many common directions, squares
+# of a row's own, columns and steps in the search for a metric; how R is weighed against the linear part, and so on.
+LEADING, OWN, COLUMNS, STEPS = 96, 24, 3, 8
+OWN_SHARE, FINAL_SHARES, CROSS_SHARE = 0.5, (0.5, 0.7), 0.6
 
 # Relaxed operations of a cell's time step, in the order of the certificate's format, with their number of operands.
 OPERATIONS = {
@@ -127,16 +134,6 @@ def _less(value, *terms):
 # --- intercepts: the largest c with f >= slopes . operands + c on a box, but for rounding -----------------------------
 
 
-def relu_intercept(slope, low, high):
-    kink = np.minimum(np.maximum(0.0, low), high)
-    return np.minimum.reduce([_less(np.maximum(y, 0.0), slope * y) for y in (low, high, kink)])
-
-
-def minus_relu_intercept(slope, low, high):
-    kink = np.minimum(np.maximum(0.0, low), high)
-    return np.minimum.reduce([_less(-np.maximum(y, 0.0), slope * y) for y in (low, high, kink)])
-
-
 def tanh_intercept(slope, low, high, factor=1.0):
     """Of factor * tanh, factor >= 0."""
     return _less(valley(2.0 * factor, 0.5 * slope, 2.0 * low, 2.0 * high), factor)
@@ -194,6 +191,93 @@ def _cells(function, low, high, count: int = 32, levels: int = 30):
     return points
 
 
+# --- curved bounds: the largest c with f >= slopes . z + c - curvatures . d^2 / 2 on a box, d = z - center ------------
+
+
+def _bowl(slope, bend, center, low, high):
+    """A number below slope*z + bend*(z - center)^2/2 for all z in [low, high], bend >= 0; tight but for rounding.
+
+    The least is where the derivative vanishes, if that is inside. The point is wrong by a few units of rounding of
+    its and the center's size, and its value by their squares.
+    """
+    bottom = center - slope / np.where(bend > 0, bend, 1.0)
+    z = np.clip(np.where(bend > 0, bottom, np.where(slope > 0, low, high)), low, high)
+    value = slope * z + 0.5 * bend * (z - center) ** 2
+    return value - gamma(8) * (np.abs(slope * z) + bend * (np.abs(z) + np.abs(center)) ** 2) - TINY
+
+
+def relu_intercept(slope, low, high, sign=1.0, bend=0.0, center=0.0):
+    """Of sign * relu: a bowl on either side of the kink."""
+    left = np.where(low <= 0, _bowl(-slope, bend, center, low, np.minimum(high, 0.0)), np.inf)
+    right = np.where(high >= 0, _bowl(sign - slope, bend, center, np.maximum(low, 0.0), high), np.inf)
+    return np.minimum(left, right)
+
+
+def curved_intercept(kind, slopes, bends, centers, low, high):
+    """Of tanh, x*sigmoid(y) or tanh(x)*sigmoid(y), by branch and bound; all arguments are (operands, ...).
+
+    The box is cut into cells, and the cells of the lowest bounds into smaller ones. Every cell's bound holds, whichever
+    cells there are, so the least of them does; it is wrong by the square of the deciding cell's width.
+    """
+    shape = low.shape[1:]
+    a, q, m, low, high = (v.reshape(len(low), -1, 1) for v in np.broadcast_arrays(slopes, bends, centers, low, high))
+    parts, chosen, splits, rounds = (32, 6, 4, 7) if len(low) == 1 else (8, 30, 3, 7)
+    low, high = _split(low, high, parts)
+    bound = _on_cell(kind, a, q, m, low, high)
+    for _ in range(rounds):
+        order = np.argsort(bound, axis=-1)  # a bound that is no number is last, and stays
+        low, high = (np.take_along_axis(end, order[None], axis=-1) for end in (low, high))
+        bound = np.take_along_axis(bound, order, axis=-1)
+        inner = _split(low[..., :chosen], high[..., :chosen], splits)
+        finer = _on_cell(kind, a, q, m, *inner)
+        rest = low[..., chosen:], high[..., chosen:]
+        low, high = (np.concatenate(pair, axis=-1) for pair in zip(inner, rest, strict=True))
+        bound = np.concatenate((finer, bound[..., chosen:]), axis=-1)
+    return bound.min(axis=-1).reshape(shape)
+
+
+def _split(low, high, parts):
+    """Cells (operands, numbers, cells) cut into ``parts`` along every operand; together they cover what was cut."""
+    edges = low[..., None] + (high - low)[..., None] * (np.arange(parts + 1) / parts)
+    edges = np.clip(edges, low[..., None], high[..., None])
+    edges[..., -1] = high
+    ends = edges[..., :-1], edges[..., 1:]
+    if len(low) == 1:
+        return tuple(end.reshape(*low.shape[:2], -1) for end in ends)
+    pairs = (np.broadcast_arrays(end[0][..., :, None], end[1][..., None, :]) for end in ends)
+    return tuple(np.stack(pair).reshape(*low.shape[:2], -1) for pair in pairs)
+
+
+def _on_cell(kind, a, q, m, low, high):
+    """A number below f(z) - a z + q d^2 / 2 on cells: below f lies a line, exact at both ends or nearly.
+
+    For products, T S = t S + s T - t s + (T - t)(S - s) with numbers t and s in the middle of the factors' ranges.
+    """
+    x_low, x_high = low[0], high[0]
+    if len(low) == 1:
+        k = _secant(np.tanh, 1.0, x_low, x_high)
+        return _less(tanh_intercept(k, x_low, x_high), -_bowl(k - a[0], q[0], m[0], x_low, x_high))
+    t_ends = tanh_range(x_low, x_high) if kind == "tanh*sigmoid" else (x_low, x_high)
+    s_ends = sigmoid_range(low[1], high[1])
+    t, s = (0.5 * (ends[0] + ends[1]) for ends in (t_ends, s_ends))
+    s = np.maximum(s, 0.0)
+    apart = [np.maximum(ends[1] - middle, middle - ends[0]) for middle, ends in ((t, t_ends), (s, s_ends))]
+    k = _secant(sigmoid, t, low[1], high[1])
+    y_part = valley(t, k, low[1], high[1])
+    y_bowl = _bowl(k - a[1], q[1], m[1], low[1], high[1])
+    k, x_part = s, np.zeros_like(s)
+    if kind == "tanh*sigmoid":
+        k = _secant(np.tanh, s, x_low, x_high)
+        x_part = tanh_intercept(k, x_low, x_high, s)
+    x_bowl = _bowl(k - a[0], q[0], m[0], x_low, x_high)
+    return _less(y_part, -y_bowl, -x_part, -x_bowl, t * s, apart[0] * apart[1] * (1 + 8 * U))
+
+
+def _secant(function, factor, low, high):
+    width = high - low
+    return factor * (function(high) - function(low)) / np.where(width > 0, width, 1.0)
+
+
 # --- the network ----------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +287,7 @@ class Node:
     index = -1
     low = high = None
     tight = False
+    line = None  # (J, R, center) of an operand that a backward step has bounded: |node - center - J delta| <= R
 
     def __init__(self, size, parents=()):
         self.size, self.parents = size, tuple(parents)
@@ -235,11 +320,12 @@ class Frame(Node):
     def __init__(self, x, eps, clip, mean, std):
         super().__init__(len(x))
         self.perturbed, self.eps, self.mean, self.std = eps > 0, eps, mean, std
-        self.x, self.box = x, None
+        self.center, self.sides = x, np.full(len(x), eps)  # of the box around the ball; x' = center + delta
         low, high = np.nextafter(x - eps, -np.inf), np.nextafter(x + eps, np.inf)
         if clip is not None:
             low, high = np.maximum(low, clip[0]), np.minimum(high, clip[1])
-            self.box = (low, high)
+            self.center = 0.5 * (low + high)
+            self.sides = np.nextafter(np.maximum(high - self.center, self.center - low), np.inf)
         if not self.perturbed:
             low = high = x
         ends = [(end - mean) / std for end in (low, high)]
@@ -282,11 +368,17 @@ class Mix(Node):
 
 
 class Relaxed(Node):
-    """A non-linear operation between two planes: ``slopes`` is (2, operands, size), lower and upper."""
+    """A non-linear operation between two planes: ``slopes`` is (2, operands, size), lower and upper.
 
-    def __init__(self, kind, parents, slopes):
+    With ``bends``, of the same shape, curved bounds lie outside of the planes, by bends . d^2 / 2.
+    """
+
+    def __init__(self, kind, parents, slopes, bends=None):
         super().__init__(parents[0].size, parents)
-        self.kind, self.slopes, self.intercepts = kind, slopes, None
+        self.kind, self.slopes, self.bends, self.intercepts = kind, slopes, bends, None
+        self.operands = [operand_of(parent) for parent in parents]
+        if bends is None or any(operand.line is None for operand, _ in self.operands):
+            self.bends = None
 
     def own_range(self):
         x = self.parents[0]
@@ -304,17 +396,44 @@ class Relaxed(Node):
         """On the ranges that the operands have by now. An upper plane is a lower one of the function mirrored in x."""
         x = self.parents[0]
         (a, *b), (a_up, *b_up) = self.slopes
-        if self.kind == "relu":
-            self.intercepts = relu_intercept(a, x.low, x.high), -minus_relu_intercept(-a_up, x.low, x.high)
-            return
         low, high = np.stack((x.low, -x.high)), np.stack((x.high, -x.low))
-        if self.kind == "tanh":
+        if self.kind == "relu":
+            bends, center = (0.0, 0.0), 0.0
+            if self.bends is not None:
+                bends, center = self.bends[:, 0], self.operands[0][0].line[2]
+            below = relu_intercept(a, x.low, x.high, 1.0, bends[0], center)
+            above = relu_intercept(-a_up, x.low, x.high, -1.0, bends[1], center)
+        elif self.kind == "tanh":
             below, above = tanh_intercept(np.stack((a, a_up)), low, high)
         else:
             y = self.parents[1]
             intercept = tanh_gate_intercept if self.kind == "tanh*sigmoid" else gate_intercept
             below, above = intercept(np.stack((a, a_up)), np.stack((b[0], -b_up[0])), low, high, y.low, y.high)
+        if self.bends is not None and self.kind != "relu":  # where they are 0, planes are tighter
+            curved = self._curved_intercepts()
+            below, above = np.maximum(below, curved[0]), np.maximum(above, curved[1])
         self.intercepts = below, -above
+
+    def _curved_intercepts(self):
+        centers = np.stack([sign * operand.line[2] for operand, sign in self.operands])
+        ends = np.stack([(parent.low, parent.high) for parent in self.parents], axis=1)  # (low or high, operands, size)
+        flip = np.where(np.arange(len(centers)) == 0, -1.0, 1.0)[:, None]  # mirrors x
+        slopes = np.stack((self.slopes[0], -flip * self.slopes[1]), axis=1)
+        mirrored = ends.copy()
+        mirrored[:, 0] = -ends[::-1, 0]
+        low, high = (np.stack(pair, axis=1) for pair in zip(ends, mirrored, strict=True))
+        centers = np.stack((centers, flip * centers), axis=1)
+        bends = np.swapaxes(self.bends, 0, 1)
+        return curved_intercept(self.kind, slopes, bends, centers, low, high)
+
+    def losses(self, rows):
+        """[(operand, weights w)]: how much curved bounds lose against the planes is sum_k w_k d_k^2, per row."""
+        if self.bends is None:
+            return []
+        up, down = np.maximum(rows, 0.0), np.maximum(-rows, 0.0)
+        bends = zip(*self.bends, strict=True)
+        weights = [0.5 * (up * low + down * high) * (1 + 8 * U) + TINY for low, high in bends]
+        return [(operand, w) for (operand, _), w in zip(self.operands, weights, strict=True)]
 
     def backward(self, rows):
         if self.intercepts is None:
@@ -328,6 +447,14 @@ class Relaxed(Node):
             handed.append((parent, rows * np.where(positive, low, high)))
             error = error + gamma(0) * (np.abs(handed[-1][1]) @ parent.magnitude)
         return handed, constant, error
+
+
+def operand_of(node):
+    """(node, sign) such that the given one is sign * node, and node is bounded by backward substitution."""
+    if isinstance(node, Mix) and len(node.parents) == 1:
+        operand, sign = operand_of(node.parents[0])
+        return operand, sign * node.factors[0]
+    return node, 1.0
 
 
 class Sum:
@@ -347,8 +474,9 @@ class Sum:
 class Network:
     """The unrolled classifier, with the ranges of its nodes over one set of inputs."""
 
-    def __init__(self, norm, ball, by_intervals):
-        self.nodes, self.norm, self.ball, self.by_intervals = [], norm, ball, by_intervals
+    def __init__(self, norm, ball, by_intervals, curved=False):
+        self.nodes, self.norm, self.ball, self.by_intervals, self.curved = [], norm, ball, by_intervals, curved
+        self.inputs = None
 
     def add(self, node):
         """Append a node and find its range from its parents' ranges."""
@@ -356,14 +484,20 @@ class Network:
         self.nodes.append(node)
         if node.low is None:
             found = node.own_range()
-            node.low, node.high = self._by_rows(node, deep=False) if found is None else found
+            node.low, node.high = self._ends(self._lines(node, deep=False)) if found is None else found
         return node
 
-    def relax(self, kind, parents, slopes):
+    def add_inputs(self, frames):
+        """Append all frames."""
+        added = [self.add(frame) for frame in frames]
+        self.inputs = Inputs([frame for frame in added if frame.perturbed], self.norm, self.ball)
+        return added
+
+    def relax(self, kind, parents, slopes, bends):
         """Append a non-linear operation, once the ranges of its operands have been tightened."""
         for parent in parents:
             self.tighten(parent)
-        return self.add(Relaxed(kind, parents, slopes))
+        return self.add(Relaxed(kind, parents, slopes, bends))
 
     def tighten(self, node):
         """Bound an operand by backward substitution to the input; once."""
@@ -371,58 +505,375 @@ class Network:
             self.tighten(node.parents[0])
             node.low, node.high = node.own_range()
         elif node.perturbed and not node.tight and not self.by_intervals:
-            low, high = self._by_rows(node, deep=True)
+            lines = self._lines(node, deep=True)
+            low, high = self._ends(lines)
             node.low, node.high = np.maximum(node.low, low), np.minimum(node.high, high)
             if not (node.low <= node.high).all():
                 raise Rejected("the range of an operand is empty or not a number")
+            if self.curved:
+                node.line = self._middle(node, *lines)
             node.tight = True
 
-    def _by_rows(self, node, deep):
+    def _lines(self, node, deep):
+        """(c, S) of lines below the node and below its negative."""
         identity = np.eye(node.size)
-        bound = self.lower_bound(node, np.concatenate((identity, -identity)), deep)
-        return bound[: node.size], -bound[node.size :]
+        result, slopes, losses = self._substitute(node, np.concatenate((identity, -identity)), deep)
+        if losses:
+            result.add(-self.joint_loss(losses), 0.0)
+        return result.below(), slopes
+
+    def _ends(self, lines):
+        at_center, slopes = lines
+        below = np.nextafter(at_center - self.inputs.deviation(slopes), -np.inf)
+        return tuple(np.split(below, 2) * np.array([[1.0], [-1.0]]))
+
+    def _middle(self, node, at_center, slopes):
+        """(J, R, center) halfway between the lines below and above, with a center in the node's range."""
+        (first, second), (below, above) = np.split(at_center, 2), np.split(slopes, 2)
+        half = 0.5 * below - 0.5 * above
+        low, high = first - self.inputs.deviation(below - half), self.inputs.deviation(above + half) - second
+        center = np.clip(0.5 * (low + high), node.low, node.high)
+        remainder = np.maximum(np.maximum(high - center, center - low), 0.0)
+        return half, remainder + 4 * U * (np.abs(low) + np.abs(high) + np.abs(center)) + TINY, center
 
     def lower_bound(self, node, rows, deep):
         """Below rows . node: through all relaxations to the input, or (not deep) from the parents' ranges.
 
+        What curved bounds lose is bounded beside the line that is left, and together with it.
+        """
+        result, slopes, losses = self._substitute(node, rows, deep)
+        fall = self.inputs.deviation(slopes)
+        if losses:
+            apart = (fall + self.joint_loss(losses)) * (1 + 2 * U)
+            together = [self.joint_loss(losses, slopes, share) for share in FINAL_SHARES]
+            fall = np.fmin(apart, np.fmin.reduce(together))
+        result.add(-fall, 0.0)
+        return result.below()
+
+    def _substitute(self, node, rows, deep):
+        """(sum, S, losses) with  rows . node >= sum + S delta - losses,  these as weights w by operand.
+
         Coefficients are rounded when they are handed to a parent. What that changes is at most their error times the
         parent's magnitude, and goes to the slack.
         """
-        result, pending, frames = Sum(len(rows)), {node.index: rows}, []
+        result, pending, frames, losses = Sum(len(rows)), {node.index: rows}, {}, {}
         for index in range(node.index, -1, -1):
             if index not in pending:
                 continue
             current, coefficients = self.nodes[index], pending.pop(index)
             if isinstance(current, Frame) and current.perturbed:
-                frames.append((current, coefficients))
+                frames[index] = coefficients
             elif index != node.index and not (deep and current.perturbed):
                 result.add(*_over_box(coefficients, current.low, current.high))
             else:
                 handed, constant, error = current.backward(coefficients)
+                if isinstance(current, Relaxed):
+                    for operand, weights in current.losses(coefficients):
+                        losses[operand] = losses.get(operand, 0.0) + weights
                 for parent, passed in handed:
                     if parent.index in pending:
                         passed = pending[parent.index] + passed
                         error = error + gamma(0) * (np.abs(passed) @ parent.magnitude)
                     pending[parent.index] = passed
                 result.add(constant, error)
-        self._meet_inputs(frames, result)
-        return result.below()
+        return result, self.inputs.meet(frames, result), losses
 
-    def _meet_inputs(self, frames, result):
-        norms = []
-        for frame, coefficients in frames:
-            scaled = coefficients / frame.std
-            if frame.box is not None:
-                ends = [end - frame.mean for end in frame.box]
-                term, error = _over_box(scaled, *ends)
-                result.add(term, 2 * error)
-                continue
-            center = frame.x - frame.mean
-            result.add(scaled @ center, gamma(frame.size) * (np.abs(scaled) @ np.abs(center)))
-            norms.append(frame.eps * dual_norm(scaled, self.norm))
-        if norms:
-            total = sum(norms) if self.ball == "frame" else dual_norm(np.stack(norms, axis=-1), self.norm)
-            result.add(-total, gamma(len(norms)) * total)
+    def joint_loss(self, losses, lines=None, share=OWN_SHARE):
+        """A number above  sum_k w_k d_k^2  (less ``lines`` delta) on the whole set, per row.
+
+        d = J delta + rho, |rho| <= R, and (a + b)^2 <= (1 + t) a^2 + (1 + 1/t) b^2 for every t > 0.
+        """
+        weights = np.concatenate(list(losses.values()), axis=1) * (1 + 2 * len(self.nodes) * U)
+        slopes, remainder, center = (np.concatenate(part) for part in zip(*(node.line for node in losses), strict=True))
+        low, high = (np.concatenate([getattr(node, end) for node in losses]) for end in ("low", "high"))
+        reach = np.maximum(high - center, center - low) * (1 + 4 * U)
+        likely = share * np.maximum(self.inputs.deviation(slopes), 1e-6)
+        t = np.maximum(remainder, 1e-6) / likely
+        joint = remainder + likely < reach  # ranges may be tighter than the lines: then by themselves
+        apart = np.where(joint, (1 + 1 / t) * remainder**2, reach**2)
+        room = 1 + gamma(len(reach) + 16)
+        rest = (weights @ apart) * room
+        squares = (weights * (1 + t) * room)[:, joint], slopes[joint]
+        if lines is not None:
+            return (self.inputs.line_and_squares(lines, *squares) + rest) * room
+        return np.fmin((weights @ reach**2) * room, (self.inputs.squares(*squares) + rest) * room)
+
+
+class Inputs:
+    """The deviations delta of all frames that move from their centers, side by side: what they can do together."""
+
+    def __init__(self, frames, norm, ball):
+        self.frames, self.norm, self.ball = frames, norm, ball
+        self.widths = [frame.size for frame in frames]
+        self.splits = np.cumsum(self.widths)[:-1]
+        self.sides = np.concatenate([frame.sides for frame in frames]) if frames else np.zeros(0)
+
+    def meet(self, found, result):
+        """S of rows whose coefficients at the frames are ``found``; the centers' terms are added to the result."""
+        slopes = [np.zeros((len(result.total), frame.size)) for frame in self.frames]
+        for place, frame in enumerate(self.frames):
+            if frame.index in found:
+                slopes[place] = scaled = found[frame.index] / frame.std
+                center = frame.center - frame.mean
+                result.add(scaled @ center, gamma(frame.size) * (np.abs(scaled) @ np.abs(center)))
+        slopes = np.concatenate(slopes, axis=1) if slopes else np.zeros((len(result.total), 0))
+        result.add(0.0, 4 * U * self.deviation(slopes))
+        return slopes
+
+    def deviation(self, rows):
+        """A number above |row . delta|, for every row."""
+        if not self.frames:
+            return np.zeros(len(rows))
+        if self.norm == np.inf:
+            return (np.abs(rows) @ self.sides) * (1 + gamma(rows.shape[1]))
+        parts = zip(self.frames, np.split(rows, self.splits, axis=1), strict=True)
+        own = np.stack([frame.eps * dual_norm(part, self.norm) for frame, part in parts], axis=-1)
+        total = own.sum(axis=-1) if self.ball == "frame" else dual_norm(own, self.norm)
+        return total * (1 + gamma(len(self.frames)))
+
+    # --- squares: bounds of  max of sum_k w_k (J_k delta)^2,  for every row w >= 0 ---
+
+    def squares(self, weights, jacobian):
+        if not jacobian.size:
+            return np.zeros(len(weights))
+        scale = self._scale(weights.mean(axis=0) @ jacobian**2)
+        forms, sides = Forms(weights, jacobian * scale, OWN if self.norm == np.inf else 0), self.sides / scale
+        if self.norm == np.inf:
+            return np.array([self._over_box(*forms.factor(row), sides) for row in range(len(weights))])
+        bound = self._size(scale) * np.array([forms.largest(row) for row in range(len(weights))]) * (1 + gamma(4))
+        return np.fmin(bound, self._at_vertices(weights, jacobian)) if self.norm == 1.0 else bound
+
+    def _scale(self, squares):
+        """Units of the coordinates, after their squares of coefficients: any are sound."""
+        if self.norm != np.inf and self.ball == "sequence":
+            return np.ones(len(squares))
+        if self.norm != np.inf:
+            parts = np.split(squares, self.splits)
+            squares = np.concatenate([np.full(len(part), part.sum()) for part in parts])
+        root = np.sqrt(squares + 1e-8 * squares.mean() + 1e-100)
+        return np.sqrt(np.maximum(self.sides, 1e-100) / root)
+
+    def _size(self, scale):
+        """A number above ||delta / scale||^2. A box's units may be any, those of balls are common to a frame."""
+        if self.norm == np.inf:
+            return ((self.sides / scale) ** 2).sum() * (1 + gamma(len(scale) + 4))
+        ends = np.split(self.sides / scale, self.splits)
+        sizes = np.array([part[0] ** 2 for part in ends])
+        return (sizes.sum() if self.ball == "frame" else sizes.max()) * (1 + gamma(len(sizes) + 4))
+
+    def _over_box(self, factor, rest, sides):
+        """Of  Z Z^T + rest  for |y_j| <= sides_j:  lambda sum D_j sides_j^2,  lambda that of D^-1/2 Z Z^T D^-1/2."""
+        root = _metric(lambda columns: factor @ (factor.T @ columns), sides, 0.1)
+        turned = factor * root[:, None]
+        trace = (turned**2).sum()
+        largest = eigenvalue_above(_gram(turned)) + 2 * gamma(sum(factor.shape) + 4) * trace
+        cost = ((sides / root) ** 2).sum()
+        return (largest * cost + rest * (sides**2).sum()) * (1 + gamma(len(sides) + 16))
+
+    def _at_vertices(self, weights, jacobian):
+        """Over l_1 balls a convex function is greatest at a vertex of each."""
+        diagonal = (weights @ jacobian**2) * (1 + gamma(len(jacobian) + 4))
+        parts = zip(self.frames, np.split(diagonal, self.splits, axis=1), strict=True)
+        roots = np.stack([frame.eps * np.sqrt(part.max(axis=1)) for frame, part in parts])
+        total = roots.sum(axis=0) if self.ball == "frame" else roots.max(axis=0)
+        return total**2 * (1 + gamma(2 * len(roots) + 8))
+
+    # --- a line beside them: bounds of  max of sum_k w_k (J_k delta)^2 - g delta  ---
+
+    def line_and_squares(self, lines, weights, jacobian):
+        if self.norm == 1.0:
+            return np.array([self._line_at_vertices(*row, jacobian) for row in zip(lines, weights, strict=True)])
+        # How much coordinates matter, to each row by itself and to all of them.
+        squares = weights @ jacobian**2 + lines**2 / (self.deviation(lines) + 1e-100)[:, None]
+        mean = squares.mean(axis=0)
+        rows = zip(lines, weights, squares, strict=True)
+        return np.array([self._line_and_squares(g, w, (own, mean), jacobian) for g, w, own in rows])
+
+    def _line_and_squares(self, line, weights, squares, jacobian):
+        """The best of several diagonal metrics: units common to a frame for balls, any for a box."""
+        if self.norm != np.inf:
+            units = [self._scale(one) for one in squares[: 1 if self.ball == "sequence" else 2]]
+            return min(self._in_units(scale, line, weights, jacobian) for scale in units)
+        first, fall = self._scale(squares[0]), float(self.deviation(line[None])[0])
+        sides, half = self.sides / first, 0.5 * line * first
+        scaled = jacobian * first
+
+        def image(columns):
+            """Of the form and the line as the form of one more coordinate, with a surplus on its own."""
+            inner = scaled.T @ (weights[:, None] * (scaled @ columns[1:])) + half[:, None] * columns[:1]
+            return np.concatenate((half[None] @ columns[1:] + 0.5 * fall * columns[:1], inner))
+
+        found = [_metric(image, np.concatenate(([1.0], sides)), floor, 60)[1:] for floor in (0.003, 0.03)]
+        return min(self._in_units(first * root, line, weights, jacobian) for root in found)
+
+    def _in_units(self, scale, line, weights, jacobian):
+        scaled = jacobian * scale
+        form = scaled.T @ (weights[:, None] * scaled)
+        trace = float(weights @ (scaled**2).sum(axis=1))
+        error = GUARD * gamma(sum(scaled.shape)) * trace
+        bound = _s_lemma(line * scale, _symmetric(form), error, self._size(scale))
+        return bound + 8 * U * float(self.deviation(line[None])[0])
+
+    def _line_at_vertices(self, line, weights, jacobian):
+        """Convex, so greatest at a vertex of each ball; of the products of different balls the greatest count."""
+        scale = np.concatenate([np.full(frame.size, frame.eps) for frame in self.frames])
+        scaled = jacobian * scale
+        form = np.abs(scaled.T @ (weights[:, None] * scaled))
+        error = GUARD * gamma(sum(scaled.shape)) * float(weights @ (scaled**2).sum(axis=1))
+        own = np.split(np.abs(line) * scale * (1 + 4 * U) + np.diag(form), self.splits)
+        own = np.array([part.max() for part in own]) + error
+        if self.ball == "sequence":
+            return float(own.max()) * (1 + 4 * U)
+        starts = np.concatenate(([0], self.splits))
+        across = np.maximum.reduceat(np.maximum.reduceat(form, starts, axis=0), starts, axis=1) + error
+        total = own.sum() + across.sum() - np.trace(across)
+        return float(total) * (1 + gamma(len(starts) ** 2)) + gamma(len(starts) ** 2) * float(across.sum())
+
+
+class Forms:
+    """Quadratic forms A = J^T diag(w) J, one for every row w >= 0, in the order I of matrices: what is above them.
+
+    Of few squares or coordinates they are taken as they are. Of more, a block in some common directions F is, and with
+    it, if asked for, the squares of a row that are greatest outside of F. For the others there are Frobenius norms: c
+    of the block beside the one in F and f of the block outside. F is orthonormal but for rounding; an error of ``unit``
+    times the trace pays for that, and for all sums.
+    """
+
+    def __init__(self, weights, jacobian, own=0):
+        self.weights, self.jacobian = weights, jacobian
+        self.lengths = (jacobian**2).sum(axis=1)
+        self.trace = weights @ self.lengths * (1 + gamma(sum(jacobian.shape)))
+        self.unit = GUARD * gamma(sum(jacobian.shape))
+        self.few = min(jacobian.shape) <= LEADING if own == 0 else len(jacobian) <= LEADING + own
+        if self.few:
+            return
+        self.basis = _leading_directions(weights.mean(axis=0), jacobian)
+        self.unit += 4 * _frobenius(self.basis.T @ self.basis - np.eye(self.basis.shape[1]))
+        self.head = jacobian @ self.basis
+        inside = self.head @ self.head.T
+        outside = jacobian @ jacobian.T - inside
+        self.own = np.argsort(weights * np.diag(outside), axis=1)[:, len(jacobian) - own :]
+        self.shared = weights.copy()
+        np.put_along_axis(self.shared, self.own, 0.0, axis=1)
+        lost = 8 * self.unit * self.trace**2
+        beside, square = (((self.shared @ (one * outside)) * self.shared).sum(axis=1) for one in (inside, outside))
+        self.beside, self.norm = np.maximum(beside, 0.0) + lost, np.sqrt(np.maximum(square, 0.0) + lost)
+
+    def largest(self, row):
+        """A number above the greatest eigenvalue."""
+        error = 4 * self.unit * self.trace[row] + TINY
+        if self.few:
+            return eigenvalue_above(_gram(self._root(row).T)) + error
+        inside = eigenvalue_above(self._block(row)) + error
+        # lambda I - A is not negative if (lambda - inside) (lambda - norm) >= beside.
+        least = 0.5 * (inside + self.norm[row]) + math.sqrt(0.25 * (inside - self.norm[row]) ** 2 + self.beside[row])
+        return least * (1 + 32 * U)
+
+    def factor(self, row):
+        """(Z, g) with A <= Z Z^T + g I."""
+        if self.few:
+            return self._root(row).T, 4 * self.unit * self.trace[row] + TINY
+        tau = CROSS_SHARE * math.sqrt(self.beside[row]) + 1e-100
+        rest = (self.norm[row] + self.beside[row] / tau) * (1 + 16 * U)
+        block = self._block(row) + (tau - rest) * np.eye(self.basis.shape[1])
+        values, vectors = np.linalg.eigh(block)
+        above, below = (vectors * np.sqrt(np.maximum(sign * values, 0.0)) for sign in (1.0, -1.0))
+        # What is below is taken off, so that it may be left out.
+        left = _frobenius(block - above @ above.T + below @ below.T)
+        size = (above**2).sum() + (below**2).sum() + _frobenius(block)
+        error = 4 * self.unit * (self.trace[row] + tau + rest + size)
+        own = self.jacobian[self.own[row]] * np.sqrt(self.weights[row, self.own[row]])[:, None]
+        return np.concatenate((self.basis @ above, own.T), axis=1), (rest + 2 * left + error) * (1 + 8 * U) + TINY
+
+    def _root(self, row):
+        return np.sqrt(self.weights[row])[:, None] * self.jacobian
+
+    def _block(self, row):
+        shared = self.shared[row]
+        return _symmetric(self.head.T @ (shared[:, None] * self.head))
+
+
+def _leading_directions(weights, jacobian):
+    """Nearly the leading directions of J^T diag(w) J, orthonormal but for rounding, (n, m); any would be sound."""
+    scaled = np.sqrt(weights + 1e-3 * weights.mean())[:, None] * jacobian
+    found = np.random.default_rng(0).standard_normal((scaled.shape[1], min(LEADING, *scaled.shape)))
+    for _ in range(3):
+        found = np.linalg.qr(scaled.T @ (scaled @ found))[0]
+    return found
+
+
+def _metric(image, sides, floor, steps=STEPS):
+    """D^-1/2 for a box of such sides, any is sound: columns of length sides_j that make the form's trace large."""
+    columns = np.random.default_rng(0).standard_normal((len(sides), COLUMNS))
+    columns *= (sides / np.sqrt((columns**2).sum(axis=1)))[:, None]
+    for _ in range(steps):
+        images = image(columns)
+        lengths = np.sqrt((images**2).sum(axis=1))
+        columns = images * (sides / (lengths + 1e-100))[:, None]
+    metric = np.where(sides > 0, lengths / np.where(sides > 0, sides, 1.0), 0.0)
+    mean = (metric * sides**2).sum() / ((sides**2).sum() + 1e-100)
+    return 1.0 / np.sqrt(np.where(sides > 0, metric / (mean + 1e-100) + floor, 1e12))
+
+
+def _gram(factor):
+    """Z^T Z or Z Z^T, whichever is smaller: both have the same greatest eigenvalue."""
+    return _symmetric(factor.T @ factor if factor.shape[1] < factor.shape[0] else factor @ factor.T)
+
+
+def _symmetric(matrix):
+    return 0.5 * (matrix + matrix.T)
+
+
+def _frobenius(matrix):
+    """A number above the Frobenius norm."""
+    return math.sqrt(float((matrix * matrix).sum())) * (1 + gamma(matrix.size)) + 1e-140
+
+
+def _lack(matrix):
+    """A number e such that the symmetric matrix + e I has no negative eigenvalue, by what a Cholesky factor leaves."""
+    try:
+        factor = np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return np.inf
+    rounding = gamma(len(matrix) + 4) * float((factor * factor).sum())
+    return _frobenius(matrix - factor @ factor.T) + 2 * rounding + gamma(4) * _frobenius(matrix)
+
+
+def eigenvalue_above(matrix):
+    """A number above the greatest eigenvalue of a symmetric matrix, and above 0: a guess, and a proof of it."""
+    size = _frobenius(matrix)
+    if not size < np.inf:
+        return np.inf
+    guess = max(float(np.linalg.eigvalsh(matrix)[-1]), 0.0) + gamma(len(matrix)) * size
+    return np.fmin(guess + _lack(guess * np.eye(len(matrix)) - matrix), size) * (1 + 2 * U)
+
+
+def _s_lemma(line, form, error, size):
+    """A number above  y.A y - line.y  for ||y||^2 <= size, A being ``form`` but for ``error``.
+
+    It is  beta + lambda size  if the matrix [[beta, line/2], [line/2, lambda I - A]] has no negative eigenvalue.
+    """
+    if not (np.isfinite(form).all() and np.isfinite(line).all()):
+        return np.inf
+    values, vectors = np.linalg.eigh(form)
+    squares = (vectors.T @ line) ** 2
+    least = max(values[-1], 0.0)
+    unit = 0.5 * math.sqrt(squares.sum() / size) + 1e-6 * least + 1e-100
+    levels, width = np.linspace(-16.0, 1.0, 200), 17.0 / 199
+    for _ in range(2):
+        trial = least + unit * np.exp(levels)
+        bounds = size * trial + 0.25 * (squares / (trial[:, None] - values)).sum(axis=1)
+        best = levels[bounds.argmin()]
+        levels = np.linspace(best - width, best + width, 50)
+    trial = least + unit * math.exp(best)
+    beta = 0.25 * float((squares / (trial - values)).sum())
+    matrix = np.empty((len(line) + 1, len(line) + 1))
+    matrix[0, 1:] = matrix[1:, 0] = 0.5 * line
+    matrix[1:, 1:] = -form
+    spare = 4 * gamma(len(line)) * (beta + abs(trial) + float(np.abs(values).sum()) / len(line))
+    matrix[0, 0], matrix[1:, 1:] = beta + spare, matrix[1:, 1:] + (trial + spare) * np.eye(len(line))
+    more = _lack(matrix)
+    return (matrix[0, 0] + more + size * (trial + spare + more + error)) * (1 + 16 * U)
 
 
 def _over_box(rows, low, high):
@@ -445,37 +896,37 @@ def dual_norm(rows, norm):
 # --- cells, in torch's order of gates --------------------------------------------------------------------------------
 
 
-def rnn_step(net, gates, state, slopes, kind):
+def rnn_step(net, gates, state, hints, kind):
     """h = tanh or relu (z)."""
-    return (net.relax(kind, [gates(0, "both", state[0])], slopes["activation"]),)
+    return (net.relax(kind, [gates(0, "both", state[0])], *hints["activation"]),)
 
 
-def lstm_step(net, gates, state, slopes, kind):
+def lstm_step(net, gates, state, hints, kind):
     """c' = sigmoid(f) c + sigmoid(i) tanh(g),  h = sigmoid(o) tanh(c')."""
     h, c = state
     i, f, g, o = (gates(k, "both", h) for k in range(4))
-    kept = net.relax("x*sigmoid", [c, f], slopes["kept"])
-    written = net.relax("tanh*sigmoid", [g, i], slopes["written"])
+    kept = net.relax("x*sigmoid", [c, f], *hints["kept"])
+    written = net.relax("tanh*sigmoid", [g, i], *hints["written"])
     c = net.add(Mix([kept, written]))
-    return net.relax("tanh*sigmoid", [c, o], slopes["output"]), c
+    return net.relax("tanh*sigmoid", [c, o], *hints["output"]), c
 
 
-def gru_step(net, gates, state, slopes, kind):
+def gru_step(net, gates, state, hints, kind):
     """n = W x + b + sigmoid(r) (W h + b),  h' = sigmoid(-z) tanh(n) + sigmoid(z) h."""
     (h,) = state
     net.tighten(h)  # an operand below: the ranges of what comes before gain by it, too
     r, z = (gates(k, "both", h) for k in range(2))
-    reset = net.relax("x*sigmoid", [gates(2, "hidden", h), r], slopes["reset"])
+    reset = net.relax("x*sigmoid", [gates(2, "hidden", h), r], *hints["reset"])
     n = net.add(Mix([gates(2, "input", h), reset]))
-    new = net.relax("tanh*sigmoid", [n, net.add(Mix([z], [-1.0]))], slopes["new"])
-    return (net.add(Mix([new, net.relax("x*sigmoid", [h, z], slopes["kept"])])),)
+    new = net.relax("tanh*sigmoid", [n, net.add(Mix([z], [-1.0]))], *hints["new"])
+    return (net.add(Mix([new, net.relax("x*sigmoid", [h, z], *hints["kept"])])),)
 
 
 STEPS = {"rnn": rnn_step, "lstm": lstm_step, "gru": gru_step}
 
 
-def run_layer(net, inputs, model, weights, layer, direction, slopes):
-    """States of one layer and direction, in the order of the frames."""
+def run_layer(net, inputs, model, weights, layer, direction, hints):
+    """States of one layer and direction, in the order of the frames; ``hints`` are slopes and bends by operation."""
     backwards = direction == "backward"
     suffix = f"_l{layer}" + "_reverse" * backwards
     w_ih, w_hh, b_ih, b_hh = (weights[name + suffix] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
@@ -499,27 +950,43 @@ def run_layer(net, inputs, model, weights, layer, direction, slopes):
                 bias = bias + b_hh[rows]  # the rounding of this sum is within the room that gamma leaves
             return net.add(Affine(parents, matrices, bias))
 
-        own = {name: values[t] for name, values in slopes.items()}
+        own = {name: [None if part is None else part[t] for part in parts] for name, parts in hints.items()}
         state = STEPS[model["architecture"]](net, gates, state, own, model["activation"])
         states[t] = state[0]
     return states
 
 
 def rigorous_margins(model, weights, certificate):
-    """Lower bounds of the label's logit less each target's over the certificate's set of inputs."""
-    net = Network(certificate["norm"], certificate["ball"], by_intervals=not certificate["slopes"])
+    """Lower bounds of the label's logit less each target's over the certificate's set of inputs.
+
+    Hints that are given for every target by itself prove its margin alone.
+    """
+    slopes, targets = certificate["slopes"], certificate["targets"]
+    bends = certificate.get("bends", {})
+    if not any(values.ndim == 5 for values in slopes.values()):
+        return _margins(model, weights, certificate, targets, slopes, bends)
+    found = []
+    for k, target in enumerate(targets):
+        own = ({key: values[k] for key, values in hints.items()} for hints in (slopes, bends))
+        found.append(_margins(model, weights, certificate, [target], *own))
+    return np.concatenate(found)
+
+
+def _margins(model, weights, certificate, targets, slopes, bends):
+    net = Network(certificate["norm"], certificate["ball"], by_intervals=not slopes, curved=bool(bends))
     settings = certificate["clip"], weights["mean"], weights["std"]
     frames = zip(certificate["x"], certificate["eps"], strict=True)
-    inputs = [[net.add(Frame(x, eps, *settings))] for x, eps in frames]
+    inputs = [[frame] for frame in net.add_inputs([Frame(x, eps, *settings) for x, eps in frames])]
     directions = ("forward", "backward")[: 2 if model["bidirectional"] else 1]
     for layer in range(model["num_layers"]):
         runs = []
         for direction in directions:
-            slopes = {}
+            hints = {}
             for name, operands in OPERATIONS[model["architecture"]].items():
-                shape = (len(inputs), 2, operands, model["hidden_size"])
-                slopes[name] = certificate["slopes"].get((layer, direction, name), np.zeros(shape))
-            runs.append(run_layer(net, inputs, model, weights, layer, direction, slopes))
+                none = np.zeros((len(inputs), 2, operands, model["hidden_size"]))
+                place = layer, direction, name
+                hints[name] = slopes.get(place, none), bends.get(place)
+            runs.append(run_layer(net, inputs, model, weights, layer, direction, hints))
         inputs = [list(parts) for parts in zip(*runs, strict=True)]
     if model["pooling"] == "mean":
         pooled = [net.add(Mix(list(run), divisor=len(inputs))) for run in zip(*inputs, strict=True)]
@@ -529,9 +996,9 @@ def rigorous_margins(model, weights, certificate):
     head = Affine(pooled, np.split(weights["head.weight"], splits, axis=1), weights["head.bias"])
     head.low = head.high = np.zeros(head.size)  # the logits' own ranges are not needed
     net.add(head)
-    rows = np.zeros((len(certificate["targets"]), head.size))
+    rows = np.zeros((len(targets), head.size))
     rows[:, certificate["label"]] = 1.0
-    rows[np.arange(len(rows)), certificate["targets"]] = -1.0
+    rows[np.arange(len(rows)), targets] = -1.0
     margins = net.lower_bound(head, rows, deep=False)
     return margins if net.by_intervals else np.maximum(margins, net.lower_bound(head, rows, deep=True))
 
@@ -676,7 +1143,7 @@ def check_certificate_shapes(header, shapes):
     require(x[0] <= MAX_FRAMES, f"x has {x[0]} frames, more than {MAX_FRAMES}")
     require(shapes.get("eps") == (x[0],), f"eps has not one number for each of the {x[0]} frames")
     for name, shape in shapes.items():
-        sliced = len(shape) == 4 and shape[:2] == (x[0], 2) and shape[2] in (1, 2)
+        sliced = len(shape) in (4, 5) and shape[-4:-2] == (x[0], 2) and shape[-2] in (1, 2)
         require(name in ("x", "eps") or sliced, f"{name} has shape {shape}: no slopes of {x[0]} frames")
 
 
@@ -704,7 +1171,7 @@ def read_certificate(path):
     for part, names in ((weights, ("file", "sha256")), (sample, ("sha256",))):
         require(isinstance(part, dict) and all(isinstance(part.get(n), str) for n in names), "a hash is missing")
     require(Path(weights["file"]).name == weights["file"], "the weights are not beside the certificate")
-    slopes = {name: array for name, array in arrays.items() if name not in ("x", "eps")}
+    hints = {name: array for name, array in arrays.items() if name not in ("x", "eps")}
     return {
         "x": x,
         "eps": eps,
@@ -712,29 +1179,41 @@ def read_certificate(path):
         "ball": header["ball"],
         "clip": None if clip is None else tuple(map(float, clip)),
         "label": label,
-        "targets": sorted(set(targets)),
+        "targets": targets,
         "weights": weights,
         "x_hash": hash_arrays({"x": arrays["x"]}),
         "x_stated": sample["sha256"],
-        "slope_arrays": slopes,
+        "hints": hints,
     }
 
 
 def fit(certificate, model):
-    """Check that the certificate's arrays are those of the model, and sort the slopes by where they belong."""
+    """Check that the certificate's arrays are those of the model, and sort the hints by where they belong."""
     require(certificate["x"].shape[1] == model["input_size"], "x does not fit the model")
     classes = [certificate["label"], *certificate["targets"]]
     require(max(classes) < model["num_classes"], "a class is unknown to the model")
-    found, arrays = {}, dict(certificate["slope_arrays"])
-    if arrays:
-        for layer in range(model["num_layers"]):
-            for direction in ("forward", "backward")[: 2 if model["bidirectional"] else 1]:
-                for name, operands in OPERATIONS[model["architecture"]].items():
-                    key = f"slopes.l{layer}.{direction}.{name}"
-                    shape = (len(certificate["x"]), 2, operands, model["hidden_size"])
-                    found[layer, direction, name] = usable(arrays.pop(key, None), shape, key)
-        require(not arrays, f"{next(iter(arrays), None)} has no place in the model")
-    certificate["slopes"] = found
+    arrays = dict(certificate["hints"])
+    certificate["slopes"] = take_hints("slopes", certificate, model, arrays)
+    certificate["bends"] = take_hints("curvatures", certificate, model, arrays)
+    require(all((bends >= 0).all() for bends in certificate["bends"].values()), "a curvature is negative")
+    require(bool(certificate["slopes"]) or not certificate["bends"], "there are curvatures without slopes")
+    require(not arrays, f"{next(iter(arrays), None)} has no place in the model")
+
+
+def take_hints(kind, certificate, model, arrays):
+    """The slopes or curvatures by (layer, direction, operation), out of the arrays; nothing if there are none at all.
+
+    Either all have an axis for targets in front or none has.
+    """
+    found, own = {}, {len(array.shape) for array in arrays.values()} == {5}
+    for layer in range(model["num_layers"] if any(name.startswith(f"{kind}.") for name in arrays) else 0):
+        for direction in ("forward", "backward")[: 2 if model["bidirectional"] else 1]:
+            for name, operands in OPERATIONS[model["architecture"]].items():
+                key = f"{kind}.l{layer}.{direction}.{name}"
+                shape = (len(certificate["x"]), 2, operands, model["hidden_size"])
+                shape = (len(certificate["targets"]), *shape) if own else shape
+                found[layer, direction, name] = usable(arrays.pop(key, None), shape, key)
+    return found
 
 
 def check(path, weights_path=None, cache=None):
@@ -759,8 +1238,11 @@ def check(path, weights_path=None, cache=None):
     fit(certificate, model)
     if certificate["x_hash"] != certificate["x_stated"]:
         raise Rejected("it is about another input: the hash of x differs")
-    with np.errstate(all="ignore"):  # what overflows ends as NaN or infinity, and is rejected
-        margin = float(rigorous_margins(model, weights, certificate).min())
+    try:
+        with np.errstate(all="ignore"):  # what overflows ends as NaN or infinity, and is rejected
+            margin = float(rigorous_margins(model, weights, certificate).min())
+    except np.linalg.LinAlgError as error:
+        raise Rejected(f"no bound was found: {error}") from None
     if not 0 < margin < np.inf:
         raise Rejected(f"the rigorous margin is {margin:.6g}, not above 0")
     return certificate, model, margin

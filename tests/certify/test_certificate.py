@@ -20,7 +20,7 @@ from torch import nn
 
 from utils.bounds.passes import BoundPass
 from utils.certify import certified_margin, certified_radius, margin_problem
-from utils.certify.certificate import collect_slopes, describe_model, model_hash, save_certificates, write_npz
+from utils.certify.certificate import collect_hints, describe_model, model_hash, save_certificates, write_npz
 from utils.certify.problem import SLACK
 from utils.network.models import SequenceClassifier
 from utils.network.unroll import unroll
@@ -523,7 +523,7 @@ def test_line_intercepts_are_below_and_tight(name):
     loss = exact.lower.intercept.numpy() - c
     assert abs(loss).max() < 1e-12
     if name == "relu":
-        assert abs(exact.upper.intercept.numpy() + checker.minus_relu_intercept(-a, low, high)).max() < 1e-12
+        assert abs(exact.upper.intercept.numpy() + checker.relu_intercept(-a, low, high, -1.0)).max() < 1e-12
 
 
 def test_sigmoid_is_as_exact_as_stated():
@@ -576,7 +576,7 @@ def rigorous(net, x, label, target, eps, tmp_path, slopes=True):
     model, weights, _ = checker.read_weights(tmp_path / "weights.npz")
     graph = problem.graph(torch.float64)
     bounds = BoundPass(graph, Perturbation(x[None].double(), torch.full((1, FRAMES), eps).double()))
-    found = {name: value[0].numpy() for name, value in collect_slopes(net, graph, bounds).items()}
+    found = {name: value[0].numpy() for name, value in collect_hints(net, bounds).items()}
     keyed = {}
     for name, value in found.items():
         _, layer, direction, operation = name.split(".")

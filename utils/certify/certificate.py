@@ -1,15 +1,17 @@
 """Certificates: files that prove a certified margin to a program that does not trust this one.
 
-A certificate holds the sample, its perturbation set, the classes, the hash of the model, and the slopes of every
-relaxation. That is all a proof needs: for given slopes, intercepts and bounds follow by arithmetic alone, which
+A certificate holds the sample, its perturbation set, the classes, the hash of the model, and the slopes and curvatures
+of every relaxation. That is all a proof needs: for given ones, intercepts and bounds follow by arithmetic alone, which
 ``scripts/check_certificate.py`` does by itself and rigorously. docs/certificates.md describes the format.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..bounds.alpha import select
+from ..bounds.curve import CurvedPass
 from ..bounds.passes import BoundPass
-from ..choices.tables import METHODS
-from ..graph.graph import Graph
 from ..graph.nonlinear import Activation, NonLinear, Product
 from ..network.models import SequenceClassifier
 from ..network.state import plain_state
+from ..relaxation.curves import Curves
 from ..runs.results import replacing
+from .bab import ROUND_STEPS, TUNING
 from .problem import MarginProblem, margin_problem
 
 FORMAT, VERSION = "recurrent-robustness-certificate", 1
 WEIGHTS_FORMAT = "recurrent-classifier-weights"
-TUNINGS = 3  # how often slopes are tuned, each time from those before, until a sample is certified
+TUNINGS = 3  # how often bounds are tuned, each time from those before, until a sample is certified
 FOLDER_NAME, WEIGHTS_NAME = "certificates", "weights.npz"
 # Names of a time step's relaxed operations, in the order in which utils.network.unroll adds them to the graph.
 OPERATIONS = {
@@ -145,52 +147,109 @@ def save_certificates(
 def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names: Sequence[str]) -> list[Path]:
     """``save_certificates`` for a problem that is set up already; eps is (batch,) or (batch, T).
 
-    With tuned slopes ("alpha") those of the problem are tried first, then ones that are tuned at eps.
+    Of tuned bounds ("alpha", "curve", "bab") those that the problem has are tried first, then ones that are tuned at
+    eps, and for "bab" at last ones for every target by itself.
     """
     if not isinstance(problem.model, SequenceClassifier):
         kind = type(problem.model).__name__
         raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
-    if problem.method.curved:
-        raise ValueError("certificates hold planes, not curved bounds: take method alpha or a cheaper one")
+    problem = copy.copy(problem)
+    problem.slopes, problem.curves = copy.deepcopy((problem.slopes, problem.curves))  # tuning changes them in place
     eps = (eps[:, None] if eps.dim() == 1 else eps).to(torch.float64) * problem.threat.frames
     left = (eps.amax(dim=1) > 0).nonzero().squeeze(-1)
-    if not left.numel():
-        return []
     paths: dict[int, Path] = {}
-    for tuned in range(TUNINGS + 1 if problem.method.tuned else 1):
-        if tuned:
-            problem.tune(eps[left], torch.float64, problem.method.alpha_steps, left)
-        written = _write_certified(folder, problem, eps, names, left)
-        paths |= written
-        left = left[[sample not in written for sample in left.tolist()]]
+    for bound in _attempts(problem, eps):
         if not left.numel():
             break
+        for samples, bounded in bound(left):
+            paths |= _write_certified(folder, problem, eps, names, samples, bounded)
+        left = left[[sample not in paths for sample in left.tolist()]]
     return [paths[sample] for sample in sorted(paths)]
 
 
+# The bounds of some samples, and the problem that they are of; of a single sample they may be one set a target.
+_Found = Iterator[tuple[Tensor, MarginProblem]]
+
+
+def _attempts(problem: MarginProblem, eps: Tensor) -> Iterator[Callable[[Tensor], _Found]]:
+    """Ways to bound the samples that are left, one after the other."""
+    method = problem.method
+
+    def parts(left: Tensor) -> _Found:
+        size = problem.at_once(torch.float64)
+        yield from ((part, problem) for part in left.split(size))
+
+    def tuned(left: Tensor) -> _Found:
+        if method.curved:
+            problem.tune_curves(eps[left], TUNING, method.curve_steps, left)
+        else:
+            problem.tune(eps[left], torch.float64, method.alpha_steps, left)
+        yield from parts(left)
+
+    def planes(left: Tensor) -> _Found:
+        """Where curved bounds gain nothing, a radius may be that of alpha."""
+        problem.curves = None
+        problem.tune(eps[left], torch.float64, method.alpha_steps, left)
+        yield from parts(left)
+
+    def apart(left: Tensor) -> _Found:
+        for sample in left.split(1):
+            yield sample, _apart(problem.part(sample), eps[sample])
+
+    if not method.curved or problem.curves is not None:
+        yield parts
+    for _ in range(TUNINGS if method.tuned else 0):
+        yield tuned
+    if method.branches:
+        yield apart
+    for _ in range(TUNINGS if method.curved else 0):
+        yield planes
+
+
+def _apart(problem: MarginProblem, eps: Tensor) -> MarginProblem:
+    """The branches of a problem's only sample with curves that are tuned at eps until it is certified or time is up."""
+    deadline = time.perf_counter() + problem.method.time_limit
+    branches = problem.branches()
+    everywhere = eps.expand(len(branches.x), -1)
+    slack, steps = branches.slack(torch.float64), ROUND_STEPS
+    for _ in range(TUNINGS):
+        left = (branches.margins(everywhere, torch.float64) <= slack).any(dim=1).nonzero().squeeze(-1)
+        for own in left.split(1):
+            branches.tune_curves(everywhere[own], TUNING, steps, own, deadline=deadline)
+        steps *= 2
+    return branches
+
+
 def _write_certified(
-    folder: Path, problem: MarginProblem, eps: Tensor, names: Sequence[str], chosen: Tensor
+    folder: Path, problem: MarginProblem, eps: Tensor, names: Sequence[str], chosen: Tensor, bounded: MarginProblem
 ) -> dict[int, Path]:
-    """Certificates of those of the chosen samples that are certified with the slopes that there are."""
+    """Certificates of those of the chosen samples that are certified with the bounds that there are.
+
+    ``bounded`` has these: it is the problem itself, or the branches of the only chosen sample.
+    """
+    apart = bounded is not problem
+    rows = torch.arange(len(bounded.x), device=chosen.device) if apart else chosen
     exact, eps = problem.x[chosen].to(torch.float64), eps[chosen]
-    graph = problem.graph(torch.float64, chosen)
-    slopes = None if problem.slopes is None else select(problem.slopes, chosen, torch.float64)
-    bounds = METHODS[problem.method.name](graph, problem.threat.part(chosen).around(exact, eps), slopes)
-    rows = problem.rows[chosen].to(torch.float64)
-    holds = (bounds.margin(rows) > problem.slack(torch.float64, chosen)).all(dim=1)
+    bounds = bounded.bounds(eps.expand(len(rows), -1), rows, torch.float64)
+    margins = bounds.margin(bounded.rows[rows].to(torch.float64))
+    holds = (margins > bounded.slack(torch.float64, rows)).all(dim=1)
+    holds = holds.all()[None] if apart else holds
     if not bool(holds.any()):
         return {}
-    slopes = {} if problem.method.name == "ibp" else collect_slopes(problem.model, graph, bounds)
+    hints = {} if problem.method.name == "ibp" else collect_hints(problem.model, bounds)
     folder.mkdir(parents=True, exist_ok=True)
     weights_hash = _write_weights(folder / WEIGHTS_NAME, problem.model)
     paths = {}
     for position in holds.nonzero().squeeze(-1).tolist():
         sample = int(chosen[position])
         length = exact.shape[1] if problem.threat.lengths is None else int(problem.threat.lengths[sample])
-        own = {name: value[position if len(value) > 1 else 0, :length] for name, value in slopes.items()}
+        if apart:
+            own = {name: value.expand(len(rows), *value.shape[1:])[:, :length] for name, value in hints.items()}
+        else:
+            own = {name: value[position if len(value) > 1 else 0, :length] for name, value in hints.items()}
         arrays = {"x": exact[position, :length], "eps": eps[position, :length], **own}
         arrays = {name: _array(value) for name, value in arrays.items()}
-        header = _header(problem, rows[position], weights_hash, hash_arrays({"x": arrays["x"]}), names[sample])
+        header = _header(problem, problem.rows[sample], weights_hash, hash_arrays({"x": arrays["x"]}), names[sample])
         paths[sample] = folder / f"sample_{names[sample]}.npz"
         write_npz(paths[sample], header, arrays)
     return paths
@@ -228,35 +287,46 @@ def _write_weights(path: Path, model: SequenceClassifier) -> str:
     return found
 
 
-def collect_slopes(model: SequenceClassifier, graph: Graph, bounds: BoundPass) -> dict[str, Tensor]:
+def collect_hints(model: SequenceClassifier, bounds: BoundPass) -> dict[str, Tensor]:
     """Slopes of all relaxations as slopes.l0.forward.NAME: (batch or 1, T, 2, operands, hidden).
 
-    In the third dimension: lower, upper. Nodes that no perturbation reaches have no relaxation: zeros.
+    In the third dimension: lower, upper. Nodes that no perturbation reaches have no relaxation: zeros. If any node has
+    curved bounds there are curvatures, likewise, with zeros for planes.
     """
-    rnn, num_frames = model.rnn, len(graph.frames)
-    nodes = iter([node for node in graph.nodes if isinstance(node, NonLinear)])
-    slopes = {}
+    rnn, num_frames = model.rnn, len(bounds.graph.frames)
+    nonlinear = [node for node in bounds.graph.nodes if isinstance(node, NonLinear)]
+    curves = bounds.curves() if isinstance(bounds, CurvedPass) else [None] * len(nonlinear)
+    nodes, hints = iter(zip(nonlinear, curves, strict=True)), {}
+    kinds = ("slopes", "curvatures") if any(own is not None for own in curves) else ("slopes",)
     for layer in range(rnn.num_layers):
         for direction in ("forward", "backward")[: 2 if rnn.bidirectional else 1]:
             order = range(num_frames) if direction == "forward" else reversed(range(num_frames))
-            found = {t: [_node_slopes(next(nodes), *kind, bounds) for kind in OPERATIONS[type(rnn)]] for t in order}
+            found = {t: [_node_hints(*next(nodes), *kind, bounds) for kind in OPERATIONS[type(rnn)]] for t in order}
             for position, (name, _, _) in enumerate(OPERATIONS[type(rnn)]):
-                steps = [found[t][position] for t in range(num_frames)]
-                batch = max(len(step) for step in steps)
-                steps = [step.expand(batch, *step.shape[1:]) for step in steps]
-                slopes[f"slopes.l{layer}.{direction}.{name}"] = torch.stack(steps, dim=1)
+                for part, kind in enumerate(kinds):
+                    steps = [found[t][position][part] for t in range(num_frames)]
+                    batch = max(len(step) for step in steps)
+                    steps = [step.expand(batch, *step.shape[1:]) for step in steps]
+                    hints[f"{kind}.l{layer}.{direction}.{name}"] = torch.stack(steps, dim=1)
     if next(nodes, None) is not None:
         raise RuntimeError("the graph has more non-linear nodes than its cells: certificates do not fit it")
-    return slopes
+    return hints
 
 
-def _node_slopes(node: NonLinear, name: str, kind: type, operands: int, bounds: BoundPass) -> Tensor:
-    """(batch or 1, 2, operands, size)."""
+def _node_hints(
+    node: NonLinear, curves: Curves | None, name: str, kind: type, operands: int, bounds: BoundPass
+) -> tuple[Tensor, Tensor]:
+    """Slopes and curvatures, (batch or 1, 2, operands, size) each."""
     if not isinstance(node, kind) or len(node.parents) != operands:
         raise RuntimeError(f"node {node.index} of the graph is not the {name} of a cell: certificates do not fit it")
+    none = torch.zeros(1, 2, operands, node.size, dtype=torch.float64)
     if bounds.is_exact(node):
-        return torch.zeros(1, 2, operands, node.size, dtype=torch.float64)
+        return none, none
     lower, upper = bounds.relaxation(node)
-    flat = torch.broadcast_tensors(*lower.slopes, *upper.slopes)
-    flat = [slope if slope.dim() == 2 else slope[None] for slope in flat]
-    return torch.stack(flat, dim=1).unflatten(1, (2, operands))
+    return _stacked(lower.slopes, upper.slopes), none if curves is None else _stacked(*curves[2:])
+
+
+def _stacked(lower: tuple[Tensor, ...], upper: tuple[Tensor, ...]) -> Tensor:
+    flat = torch.broadcast_tensors(*lower, *upper)
+    flat = [part if part.dim() == 2 else part[None] for part in flat]
+    return torch.stack(flat, dim=1).unflatten(1, (2, len(lower)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..bounds.alpha import select, store, tune_slopes
 from ..bounds.curve import CurvedPass, CurveTable, tune_curves
 from ..bounds.memory import Parts, samples_at_once
+from ..bounds.passes import BoundPass
 from ..choices.method import Method
 from ..choices.tables import METHODS
 from ..graph.graph import Graph
@@ -101,8 +102,11 @@ class MarginProblem:
         and mostly a little too high.
         """
         samples = torch.arange(len(self.x), device=self.x.device)[chosen]
-        size = self._samples_at_once(dtype) if self.curves is None else self._curved_at_once(dtype)
+        size = self.at_once(dtype)
         return self._parts(lambda *part: self._margins(*part, dtype, sound), size, eps, samples)
+
+    def at_once(self, dtype: torch.dtype) -> int:
+        return self._samples_at_once(dtype) if self.curves is None else self._curved_at_once(dtype)
 
     def _samples_at_once(self, dtype: torch.dtype) -> int:
         """As many as a processor's cache takes, more at once would be slower, or as many as a GPU's memory takes."""
@@ -117,13 +121,15 @@ class MarginProblem:
         return max(4, CACHE_BYTES // (2 * self._widest**2 * dtype.itemsize))
 
     def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool) -> Tensor:
+        return self.bounds(eps, chosen, dtype, sound).margin(self.rows[chosen].to(dtype))
+
+    def bounds(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool = True) -> BoundPass:
+        """The pass that bounds some samples' margins, with what is tuned by now."""
         graph, perturbation = self.graph(dtype, chosen), self._perturbation(eps, chosen, dtype)
         if self.curves is not None:
-            bounds = CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype), sound)
-        else:
-            slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
-            bounds = METHODS[self.method.name](graph, perturbation, slopes, sound)
-        return bounds.margin(self.rows[chosen].to(dtype))
+            return CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype), sound)
+        slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
+        return METHODS[self.method.name](graph, perturbation, slopes, sound)
 
     def _perturbation(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype) -> Perturbation:
         return self.threat.part(chosen).around(self.x[chosen].to(dtype), eps)
