@@ -149,7 +149,7 @@ def _primal(
     length = torch.zeros_like(beside[..., 0])
     tiny = torch.finfo(radii.dtype).tiny ** 0.5
     guesses = guesses or Guesses()
-    (known, _), (side, _) = guesses.of("columns", columns.shape), guesses.of("beside", beside.shape)
+    known, side = guesses.of("columns", columns.shape), guesses.of("beside", beside.shape)
     if known is not None and side is not None:
         columns, beside, steps = known.to(columns), side.to(beside), 1
     for _ in range(steps if form.lines is None else 3 * steps):

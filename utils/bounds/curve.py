@@ -238,7 +238,7 @@ class CurvedPass(BoundPass):
             scaled = (weights, jacobian * scale.unsqueeze(-2))
             if box:
                 return squares_over_box(*scaled, size, self._sound, guesses)
-            bound = size[:, None] * largest_eigenvalue(*scaled, self._sound, guesses)
+            bound = size[:, None] * largest_eigenvalue(*scaled, self._sound, guesses, self._guesses is not None)
         else:
             line, deviation = torch.cat(lines, dim=-1), self._deviation(lines)
             # A line is worth (g delta)^2 / (2 deviation) + deviation / 2, with equality at its worst point.

@@ -25,7 +25,7 @@ from .eigenvalues import eigh_guess, norm_by_powers
 
 LEADING = 64  # directions in the basis, for squares alone; measured against 32, 128
 LEADING_BESIDE_LINES = 32  # and for squares with lines, which lie in the basis as well
-REUSES = 1  # of directions and vectors that are nearly known
+REST_TIMES = 9  # that what is outside of the basis, as a share of its trace, is taken for what it was
 POWER_STEPS, KNOWN_STEPS = 8, 2  # of the power iteration, in estimates; and where nearly the vectors are known
 GUARD_ULPS = 64.0  # of rounding, of sums as large as the form's trace, and of this many squares or fewer:
 GUARD_TERMS = 512  # of more, guards grow with their number. Sums of k equal ones were seen to err by k / 60 units
@@ -35,19 +35,19 @@ LEVELS = 24  # multipliers that are tried at once, twice
 class Guesses:
     """Directions and vectors that a call found: where the next one for nearly the same forms begins its iterations.
 
-    Whatever they are, bounds are sound. They are taken as they are ``REUSES`` times before they are iterated again.
+    Whatever they are, bounds are sound.
     """
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[Tensor, int]] = {}
 
-    def of(self, name: str, shape: torch.Size) -> tuple[Tensor | None, bool]:
-        """What was found, if it has the shape, else None; and whether it is to be iterated."""
+    def of(self, name: str, shape: torch.Size, times: int | None = None) -> Tensor | None:
+        """What was found; None if it has not the shape, or has been taken as many times as it may be."""
         found, used = self._found.get(name, (None, 0))
-        if found is None or found.shape != shape:
-            return None, True
+        if found is None or found.shape != shape or used == times:
+            return None
         self._found[name] = found, used + 1
-        return found, used >= REUSES
+        return found
 
     def keep(self, name: str, found: Tensor) -> Tensor:
         self._found[name] = found.detach(), 0
@@ -70,12 +70,12 @@ def largest_eigenvalue(
     jacobian: Tensor,
     sound: bool = True,
     guesses: Guesses | None = None,
-    squares: Tensor | None = None,
+    with_rest: bool = False,
 ) -> Tensor:
     """Upper bound of the largest eigenvalue of J^T diag(w) J, (batch, rows), for w (batch, rows, k), J (batch, k, n).
 
-    It is computed in single precision, with a guard against its rounding. ``squares`` are those of the Gram matrix of J
-    (``gram_squares``), if they are known.
+    It is computed in single precision, with a guard against its rounding. ``with_rest`` lets estimates count about what
+    the bound does for the rest outside of the basis; it pays where guesses are kept.
     """
     guesses = guesses or Guesses()
     w, j, unit = in_single(weights, jacobian)
@@ -83,38 +83,46 @@ def largest_eigenvalue(
     estimate = weights.new_zeros(weights.shape[:2])
     if not sound or torch.is_grad_enabled():
         # At its eigenvector, the form has the eigenvalue's gradient too.
-        estimate = ((w * (_leading_vectors(w, head, guesses) @ head.mT) ** 2).sum(dim=-1) * unit).to(weights)
+        estimate = (w * (_leading_vectors(w, head, guesses) @ head.mT) ** 2).sum(dim=-1)
+        if with_rest and not sound:
+            estimate = (estimate**2 + _likely_rest(w, j, head, guesses) ** 2 + torch.finfo(w.dtype).tiny).sqrt()
+        estimate = (estimate * unit).to(weights)
     if not sound:
         return estimate
     with torch.no_grad():
-        bound = _greatest(w, head, gram_squares(j) if squares is None else squares, rounding_guard(w, j)) * unit
+        inner, guard = block(w, head), rounding_guard(w, j)
+        bound = ((norm_by_powers(inner) ** 2 + _squared_rest(w, j, inner, guard)).sqrt() + guard) * unit
     return finished(bound, estimate)
 
 
-def gram_squares(jacobian: Tensor) -> Tensor:
-    """(J_k.J_l)^2, (batch, k, k)."""
-    return (jacobian @ jacobian.mT).square_()
-
-
-def _greatest(weights: Tensor, head: Tensor, squares: Tensor, guard: Tensor) -> Tensor:
-    """Bound of the greatest eigenvalue, in double precision, for J V and the squares of J's Gram matrix.
+def _squared_rest(weights: Tensor, jacobian: Tensor, inner: Tensor, guard: Tensor) -> Tensor:
+    """||A||_F^2 - ||B||_F^2, (batch, rows), in double precision, but for rounding no less.
 
     ``guard`` is for the rounding of sums as large as the trace, which A's Frobenius norm is not above.
     """
-    inner = block(weights, head)
-    whole = ((weights @ squares) * weights).sum(dim=-1).double()
+    whole = ((weights @ (jacobian @ jacobian.mT).square_()) * weights).sum(dim=-1).double()
     inside = torch.linalg.vector_norm(inner, dim=(-2, -1), dtype=torch.float64)
     trace = guard.double() / (GUARD_ULPS * torch.finfo(weights.dtype).eps)
-    rest = (whole - inside**2).clamp(min=0.0) + guard * trace
-    return (norm_by_powers(inner) ** 2 + rest).sqrt() + guard
+    return (whole - inside**2).clamp(min=0.0) + 2.0 * guard * trace
+
+
+def _likely_rest(weights: Tensor, jacobian: Tensor, head: Tensor, guesses: Guesses) -> Tensor:
+    """About the root of ``_squared_rest``: a share, seldom measured, of the trace of what the basis leaves."""
+    unseen = ((jacobian**2).sum(dim=-1) - (head**2).sum(dim=-1)).clamp(min=0.0).unsqueeze(-1)
+    trace = (weights @ unseen).squeeze(-1)
+    share = guesses.of("rest", trace.shape, REST_TIMES)
+    if share is None:
+        with torch.no_grad():
+            rest = _squared_rest(weights, jacobian, block(weights, head), 0.0 * trace).sqrt()
+            tiny = torch.finfo(trace.dtype).tiny
+            share = guesses.keep("rest", (rest / (trace + tiny)).clamp(max=1.0).to(trace))
+    return share * trace
 
 
 @torch.no_grad()
 def _leading_vectors(weights: Tensor, head: Tensor, guesses: Guesses) -> Tensor:
     """Nearly the rows' leading eigenvectors, (batch, rows, m), for J V, (batch, k, m)."""
-    known, again = guesses.of("vectors", torch.Size((*weights.shape[:2], head.shape[-1])))
-    if not again:
-        return known
+    known = guesses.of("vectors", torch.Size((*weights.shape[:2], head.shape[-1])))
     vectors = torch.ones_like(weights[..., :1]).expand(-1, -1, head.shape[-1]) if known is None else known
     for _ in range(POWER_STEPS if known is None else KNOWN_STEPS):
         vectors = (weights * (vectors @ head.mT)) @ head
@@ -255,9 +263,7 @@ def leading_directions(weights: Tensor, jacobian: Tensor, count: int, guesses: G
     """Nearly the leading directions of the rows' mean form, orthonormal, (batch, n, m) with m <= ``count``."""
     guesses = guesses or Guesses()
     count = min(count, *jacobian.shape[-2:])
-    known, again = guesses.of("directions", torch.Size((len(jacobian), jacobian.shape[-1], count)))
-    if not again:
-        return known.to(jacobian)
+    known = guesses.of("directions", torch.Size((len(jacobian), jacobian.shape[-1], count)))
     mean = weights.mean(dim=-2)
     scaled = (mean + 1e-3 * mean.mean(dim=-1, keepdim=True)).sqrt().unsqueeze(-1) * jacobian
     if known is None:

@@ -13,7 +13,7 @@ from ..graph.graph import Graph
 from ..network.state import plain_state
 from ..question.question import Question
 from ..question.threat import Frames, Threat
-from .bab import refine_margins, refine_radii
+from .bab import TUNING, refine_margins, refine_radii
 from .problem import SLACK, MarginProblem
 from .search import SPREAD, Bracket, MarginOf, foretold_radius, largest_certified
 
@@ -31,7 +31,7 @@ CURVE_OVERSHOOTS = (1.2, 1.1, 1.03)
 # Radii are foretold to these relative tolerances by estimates: in between, and before bounds are asked for. Bounds come
 # to a little less than estimates; how much less is measured once. Then a search begins with two eps this far apart.
 ROUGH_TOL, FORETOLD_TOL = 2e-2, 5e-3
-CURVE_EXCESS, CURVE_SPREAD, EXCESS_POWER = 1.02, 1.05, 5
+CURVE_EXCESS, CURVE_SPREAD, EXCESS_POWER = 1.03, 1.06, 7
 
 # No larger eps is tried unless asked for: a sample of a saturating network can be certified at any.
 MAX_EPS = 1e6
@@ -96,10 +96,10 @@ def certified_margin(
     eps = problem.question.eps(eps, dtype or x.dtype)
     margins = problem.margins(eps, dtype or x.dtype)
     if how.tuned:
-        problem.tune(eps.detach(), dtype or x.dtype, alpha_steps)
+        problem.tune(eps.detach(), TUNING, alpha_steps)
         margins = torch.maximum(margins, problem.margins(eps, dtype or x.dtype))
     if how.curved:
-        problem.tune_curves(eps.detach(), dtype or x.dtype, curve_steps)
+        problem.tune_curves(eps.detach(), TUNING, curve_steps)
         margins = torch.maximum(margins, problem.margins(eps, dtype or x.dtype))
     if how.branches:
         margins = refine_margins(problem, eps, dtype or x.dtype, margins)
