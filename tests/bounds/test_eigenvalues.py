@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from utils.bounds import eigenvalues
 from utils.bounds.box_quadratic import line_and_squares_over_box, squares_over_box
-from utils.bounds.eigenvalues import eigenvalue_bound, eigh_guess
-from utils.bounds.quadratic import in_single, largest_eigenvalue, line_and_squares
+from utils.bounds.eigenvalues import eigenvalue_bound, eigh_guess, norm_by_powers
+from utils.bounds.quadratic import Guesses, in_single, largest_eigenvalue, line_and_squares
 from utils.certify import certified_margin
 from utils.network.models import SequenceClassifier
 
@@ -48,6 +49,67 @@ def test_a_bound_is_above_and_near(kind, m, dtype, scale):
     assert (bound >= truth - 1e-14 * size).all()
     near = 1e-9 if dtype == torch.float64 else 1e-4
     assert (bound <= truth + near * (size + torch.finfo(dtype).tiny) + 1e-140).all()  # squares below that vanish
+
+
+def check_norm_by_powers(kind: str, m: int, dtype: torch.dtype, scale: float) -> None:
+    matrices = (scale * symmetric(kind, m)).to(dtype)
+    truth = torch.linalg.eigvalsh(matrices.double()).abs().amax(dim=-1)
+    bound = norm_by_powers(matrices)
+    assert (bound >= truth * (1.0 - 1e-13)).all()
+    most = m ** (0.5 / 2**eigenvalues.SQUARINGS) * (1.0 + 2e-3)  # and what rounding adds in single precision
+    assert (bound <= most * truth + torch.finfo(dtype).tiny ** 0.9).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [1, 2, 19, 80])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])
+def test_a_norm_by_powers_is_above_and_near(kind, m, dtype, scale):
+    check_norm_by_powers(kind, m, dtype, scale)
+
+
+def test_norms_by_powers_without_the_rounding_of_products_are_caught(monkeypatch):
+    """Products that lose what they may lose: the bound must pay for it."""
+    product = torch.Tensor.__matmul__
+
+    def low(a, b):
+        found = product(a, b)
+        return found * (1.0 - a.shape[-1] * torch.finfo(a.dtype).eps) if a.dtype == torch.float32 else found
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", low)
+    check_norm_by_powers("rank one", 19, torch.float32, 1.0)
+    monkeypatch.setattr(eigenvalues, "torch", _WithoutEps(torch))
+    with pytest.raises(AssertionError):
+        check_norm_by_powers("rank one", 19, torch.float32, 1.0)
+
+
+class _WithoutEps:
+    """torch, whose rounding in single precision is taken for that of double."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+    def finfo(self, dtype):
+        return torch.finfo(torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "noise", "another problem's"])
+def test_no_bound_rests_on_guesses(kind):
+    generator = torch.Generator().manual_seed(3)
+    weights, jacobian = torch.rand(2, 5, 40, generator=generator), torch.randn(2, 40, 30, generator=generator)
+    guesses = Guesses()
+    found = {"nothing": torch.zeros(2, 30, 30), "noise": torch.randn(2, 30, 30, generator=generator)}.get(kind)
+    if found is None:
+        largest_eigenvalue(weights.flip(-1), jacobian.flip(-1), False, guesses)
+    else:
+        guesses.keep("directions", found)
+    form = jacobian.double().mT.unsqueeze(1) @ (weights.double().unsqueeze(-1) * jacobian.double().unsqueeze(1))
+    for _ in range(2):
+        bound = largest_eigenvalue(weights, jacobian, guesses=guesses)
+        assert (bound.double() >= exact(form)).all()
 
 
 def wrong(values):
@@ -166,6 +228,8 @@ def test_what_is_not_finite_has_no_bound():
         matrices[2, 1, 1] = bad
         bound = eigenvalue_bound(matrices)
         assert bound[2] == torch.inf and bound[[0, 1, 3, 4, 5, 6]].isfinite().all()
+        powers = norm_by_powers(matrices)
+        assert powers[2] == torch.inf and powers[[0, 1, 3, 4, 5, 6]].isfinite().all()
         assert (bound[3:] >= exact(matrices[3:])).all()
 
 
