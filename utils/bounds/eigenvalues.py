@@ -68,15 +68,16 @@ def norm_by_powers(matrices: Tensor) -> Tensor:
     errors of higher powers hardly count in the root.
     """
     lost = 2.0 * (matrices.shape[-1] + 4) * torch.finfo(matrices.dtype).eps
-    power, norms = matrices, []
+    power, units = matrices, []
     for _ in range(SQUARINGS):
-        norms.append(_norm(power))
-        unit = torch.where((norms[-1] > 0) & norms[-1].isfinite(), norms[-1], 1.0).to(power)
-        power = power / unit.clamp(min=torch.finfo(power.dtype).tiny)[..., None, None]
+        norm = _norm(power).to(power)
+        unit = torch.where(norm.isfinite(), norm, 1.0).clamp(min=torch.finfo(power.dtype).tiny)
+        power = power / unit[..., None, None]
         power = power @ power.mT
+        units.append(unit.double())
     bound = _norm(power)
-    for norm in reversed(norms):
-        bound = norm * (1.0 + lost) * (bound + lost).sqrt()
+    for unit in reversed(units):
+        bound = unit * (1.0 + lost) * (bound + lost).sqrt()
     return torch.where(bound.isnan(), torch.inf, bound)
 
 

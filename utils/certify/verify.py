@@ -227,9 +227,13 @@ class _CaseProblem:
         graph, boxes, rows = self.network.graph, self._boxes(lower, upper), self.rows[None]
         room = self._room(0.5 * (lower + upper))
         aim = float((self.limits + room).max())
-        if not any(isinstance(node, NonLinear) and node.curved for node in graph.nodes):
+        functions = [node.curved for node in graph.nodes if isinstance(node, NonLinear)]
+        if any(curved is None or not curved.smooth for curved in functions):  # where planes gain something, and soon
             slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS, deadline=deadline)
-            return bool(self._score(BoundPass(graph, boxes, slopes=slopes), room) > 0)
+            if bool(self._score(BoundPass(graph, boxes, slopes=slopes), room) > 0):
+                return True
+        if not any(functions) or time.perf_counter() > deadline:
+            return False
         curves = None
         for steps in TUNED_STEPS:
             curves = tune_curves(graph, boxes, rows, steps, curves, aim=aim, deadline=deadline)
