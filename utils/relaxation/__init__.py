@@ -1,6 +1,6 @@
 """One non-linearity over a box: lines and planes with exact intercepts, and curved bounds."""
 
-from .curves import CURVED, CurvedFunction, Curves, curved_relaxation
+from .curves import CURVED, CurvedFunction, Curves, curved_relaxation, smooth_curves
 from .lines import ACTIVATIONS, Activation, Plane, Relaxation
 from .planes import PRODUCTS, relax_product
 
@@ -15,4 +15,5 @@ __all__ = [
     "Relaxation",
     "curved_relaxation",
     "relax_product",
+    "smooth_curves",
 ]

@@ -69,10 +69,7 @@ def curved_relaxation(curved: CurvedFunction, centers: tuple[Tensor, ...], box: 
 
 
 def _lowest_smooth(function: Callable[..., Tensor], bends, sign: float, centers, box, slopes, curvatures) -> Tensor:
-    """At most a little below the minimum.
-
-    ``bends(box)``: the most that the second derivative in each operand alone can be, in absolute value, on the box.
-    """
+    """At most a little below the minimum; ``bends`` as for ``smooth_curves``."""
     steps = 32 if len(box) == 1 else 12
     grid, terms = [], []
     for (low, high), center, slope, curvature in zip(box, centers, slopes, curvatures, strict=True):
@@ -232,7 +229,13 @@ def _pieces_tangent(pieces: Pieces, centers: tuple[Tensor, ...], box: Box) -> Cu
 # --- by name ----------------------------------------------------------------------------------------------------------
 
 
-def _smooth(function: Callable[..., Tensor], bends, tangent) -> CurvedFunction:
+def smooth_curves(
+    function: Callable[..., Tensor],
+    bends: Callable[[Box], tuple[Tensor | float, ...]],
+    tangent: Callable[[tuple[Tensor, ...], Box], Curves],
+) -> CurvedFunction:
+    """Of a smooth function: intercepts over a grid; ``bends(box)`` is the most that the second derivative in each
+    operand alone can be, in absolute value, on the box."""
     return CurvedFunction(functools.partial(_lowest_smooth, function, bends), tangent)
 
 
@@ -251,12 +254,12 @@ class CurvedFunctions(dict):
 
 CURVED = CurvedFunctions(
     {
-        "tanh": _smooth(torch.tanh, lambda box: (TANH_BEND,), _tanh_tangent),
-        "sigmoid": _smooth(torch.sigmoid, lambda box: (SIGMOID_BEND,), _sigmoid_tangent),
-        "x*sigmoid(y)": _smooth(
+        "tanh": smooth_curves(torch.tanh, lambda box: (TANH_BEND,), _tanh_tangent),
+        "sigmoid": smooth_curves(torch.sigmoid, lambda box: (SIGMOID_BEND,), _sigmoid_tangent),
+        "x*sigmoid(y)": smooth_curves(
             PRODUCTS["x*sigmoid(y)"].function, lambda box: (0.0, SIGMOID_BEND * _size(box[0])), _linear_gate_tangent
         ),
-        "tanh(x)*sigmoid(y)": _smooth(
+        "tanh(x)*sigmoid(y)": smooth_curves(
             PRODUCTS["tanh(x)*sigmoid(y)"].function,
             lambda box: (TANH_BEND, SIGMOID_BEND * _size(box[0]).clamp(max=1.0)),
             _tanh_gate_tangent,
