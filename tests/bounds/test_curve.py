@@ -209,7 +209,7 @@ def test_the_network_test_catches_a_joint_bound_that_forgets_the_remainders(monk
 def test_every_method_is_at_least_as_tight_as_the_cheaper_one(cell, options, norm):
     model = network(cell, **options)
     x, labels = sequences(model)
-    how = {"norm": norm, "alpha_steps": 4, "curve_steps": 6, "time_limit": 0.2}
+    how = {"norm": norm, "alpha_steps": 2, "curve_steps": 3, "time_limit": 0.1}
     margins = [
         certified_margin(model, x[:2], labels[:2], 0.2, method=method, **how)
         for method in ("crown", "alpha", "curve", "bab")
@@ -252,7 +252,7 @@ def test_no_estimate_is_a_verdict(monkeypatch, factor, norm):
     x, labels = sequences(model)
     how = {"norm": norm, "alpha_steps": 2}
     by_planes = certified_radius(model, x, labels, method="alpha", **how)
-    for method in ("curve", "bab"):
+    for method in ("curve", "bab") if factor == 0.0 else ("curve",):
         problem = margin_problem(model, x, labels, method=method, curve_steps=6, time_limit=0.5, **how)
         radius = search_radius(problem).radius
         assert (radius >= by_planes).all()
