@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -244,7 +245,7 @@ def test_no_estimate_is_a_verdict(monkeypatch, factor, norm):
         honest = getattr(curve, name)
 
         def estimate(*parts, honest=honest):
-            sound = parts[-2]
+            sound = inspect.signature(honest).bind(*parts).arguments["sound"]
             return honest(*parts) if sound else factor * honest(*parts)
 
         monkeypatch.setattr(curve, name, estimate)
@@ -342,6 +343,46 @@ def test_curves_of_relu_certify_more_than_planes(norm):
     )
     assert (curved >= alpha).all() and float((curved / alpha).mean()) > 1.1
     assert (pgd(model, x, labels, curved, norm=norm).margin > 0).all()
+
+
+PIECEWISE = {"relu": nn.ReLU(), "leaky relu": nn.LeakyReLU(0.2), "hardtanh": nn.Hardtanh(), "relu6": nn.ReLU6()}
+
+
+def kinked_network(activation: nn.Module) -> nn.Module:
+    """Of two hidden layers, some of whose neurons cannot bend."""
+    torch.manual_seed(0)
+    layers = nn.Linear(12, 9), activation, nn.Linear(9, 8), activation, nn.Linear(8, 3)
+    return nn.Sequential(nn.Flatten(), *layers).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("activation", PIECEWISE)
+@pytest.mark.parametrize("norm", [1.0, 2.0, INF])
+@pytest.mark.parametrize(("frames", "dtype"), [(None, torch.float64), (1, torch.float64), (None, torch.float32)])
+def test_curves_of_layers_with_kinks_are_sound(activation, norm, frames, dtype):
+    """First, tuned and wild curves, from radii where few neurons bend to such where all do."""
+    model = kinked_network(PIECEWISE[activation])
+    x = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = model(x).argmax(dim=1)
+    for eps in (0.0, 0.05, 0.5, 20.0):
+        problem = margin_problem(model, x.to(dtype), labels, norm=norm, frames=frames, method="curve")
+        sizes = torch.full((4,), eps, dtype=dtype)
+        attacked = pgd(model, x, labels, eps, norm=norm, frames=frames).margin if eps else problem.clean_margins(dtype)
+        room = (1e-9 if dtype == torch.float64 else 1e-4) * (1.0 + attacked.abs().amax())
+        for steps in (0, 5):
+            problem.tune_curves(sizes, torch.float32, steps)
+            assert (problem.margins(sizes, dtype).amin(dim=1) <= attacked.reshape(4, -1).amin(dim=1) + room).all()
+        wild = [
+            own and Curves(*(tuple(3.0 * t - 0.4 for t in ts) for ts in own[:2]), *own[2:]) for own in problem.curves
+        ]
+        problem.curves = wild
+        assert (problem.margins(sizes, dtype).amin(dim=1) <= attacked.reshape(4, -1).amin(dim=1) + room).all()
+
+
+def test_the_check_of_kinks_catches_curvature_that_costs_nothing(monkeypatch):
+    monkeypatch.setattr(CurvedPass, "_joint_loss", lambda self, losses, lines=None: 0.0 * losses[0][1].sum(dim=-1))
+    with pytest.raises(AssertionError):
+        for activation in PIECEWISE:
+            test_curves_of_layers_with_kinks_are_sound(activation, 2.0, None, torch.float64)
 
 
 def test_neurons_that_do_not_bend_have_no_curvature():

@@ -10,7 +10,7 @@ import torch
 from helpers import FUNCTIONS, KNOTS, intervals, normal, seeded
 
 from utils.relaxation import curves as module
-from utils.relaxation.curves import CURVED, Curves, curved_relaxation
+from utils.relaxation.curves import CURVED, Curves, curved_relaxation, smooth_curves
 
 mpmath.mp.dps = 60
 PIECES = {"relu": (0, 1), "leaky_relu": (mpmath.mpf(0.01), 1), "hardtanh": (0, 1, 0)}
@@ -105,4 +105,26 @@ def test_first_curves_of_pieces(name):
 
 
 def test_names_without_curves():
-    assert CURVED.get("softmax") is None
+    assert CURVED.get("softmax") is None and "softmax" not in CURVED
+    with pytest.raises(KeyError):
+        CURVED["softmax"]
+    assert CURVED["leaky_relu(0.25)"] is CURVED.get("leaky_relu(0.25)")
+
+
+@pytest.mark.parametrize("bend", [1.0, 0.5])
+def test_curves_of_a_users_own_smooth_function(bend):
+    """Of the sine, whose second derivative is 1 at most; with less than that some intercept is too high."""
+
+    def tangent(centers, box):
+        one = torch.full_like(centers[0], bend)
+        return Curves((centers[0].cos(),), (centers[0].cos(),), (one,), (one,))
+
+    sine = smooth_curves(torch.sin, lambda box: (bend,), tangent)
+    center = torch.linspace(-4.0, 4.0, 301, dtype=torch.float64)
+    low, high = center - 9.0, center + 7.0
+    curves = sine.tangent((center,), ((low, high),))
+    curves = curves._replace(lower_curvatures=(0.0 * center,), upper_curvatures=(0.0 * center,))
+    lower, upper = curved_relaxation(sine, (center,), ((low, high),), curves)
+    z = low[:, None] + (high - low)[:, None] * torch.linspace(0.0, 1.0, 4001, dtype=torch.float64)
+    below, above = (plane.slopes[0][:, None] * z + plane.intercept[:, None] for plane in (lower, upper))
+    assert bool((below <= z.sin()).all() and (z.sin() <= above).all()) == (bend == 1.0)

@@ -164,7 +164,8 @@ def _primal(
             beside = turned / (turned.norm(dim=-1, keepdim=True) + tiny)
         lengths = (images**2).sum(dim=2).sqrt()
         columns = images * (radii[:, None] / (lengths + tiny)).unsqueeze(2)
-    guesses.keep("columns", columns), guesses.keep("beside", beside)
+    guesses.keep("columns", columns)
+    guesses.keep("beside", beside)
     return columns, beside, lengths, length
 
 

@@ -63,7 +63,7 @@ class Operand(NamedTuple):
 
 
 class CurvedPass(BoundPass):
-    """A "crown" pass whose smooth nodes have curved bounds, with given curves or those that tuning starts from."""
+    """A "crown" pass whose nodes have curved bounds, with given curves or those that tuning starts from."""
 
     def __init__(
         self,

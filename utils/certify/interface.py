@@ -81,7 +81,7 @@ def certified_margin(
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
         curve_steps: gradient steps of "curve", each at the price of a dozen bounds by planes or more.
         time_limit: seconds that "bab" may take for a sample.
-        dtype: precision of the computation; that of x if left out.
+        dtype: precision of the bounds; that of x if left out. They are tuned in float32.
 
     Returns:
         (batch, n_specs); a positive row cannot change sign inside the perturbation set (up to rounding; ``SLACK``).
@@ -206,7 +206,7 @@ class _Searcher:
         estimate = self.margin_of(problem, rows, self.search_dtype, sound=False)
         clean = problem.clean_margins(self.dtype, rows).amin(dim=1)
         taken = clean - self.margin_of(problem, rows, self.dtype)(everyone, eps)
-        excess = taken / (clean - estimate(everyone, eps)) - 1.0
+        excess = taken / (clean - estimate(everyone, eps)) - 1.0  # that of a misclassified sample does not matter
         excess, at = torch.where(excess.isfinite() & (excess > -1.0), excess, 0.0), eps
 
         def margin_of(chosen: Tensor, eps: Tensor) -> Tensor:

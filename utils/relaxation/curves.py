@@ -242,14 +242,19 @@ def smooth_curves(
 class CurvedFunctions(dict):
     """By name; of piecewise-linear activations, members of families such as "leaky_relu(0.2)" too."""
 
-    def get(self, name: str, default: CurvedFunction | None = None) -> CurvedFunction | None:
-        if name not in self:
-            pieces = pieces_of(name)
-            if pieces is None:
-                return default
-            lowest, tangent = (functools.partial(function, pieces) for function in (_lowest_pieces, _pieces_tangent))
-            self[name] = CurvedFunction(lowest, tangent, smooth=False)
+    def __missing__(self, name: str) -> CurvedFunction:
+        pieces = pieces_of(name)
+        if pieces is None:
+            raise KeyError(name)
+        lowest, tangent = (functools.partial(function, pieces) for function in (_lowest_pieces, _pieces_tangent))
+        self[name] = CurvedFunction(lowest, tangent, smooth=False)
         return self[name]
+
+    def get(self, name: str, default: CurvedFunction | None = None) -> CurvedFunction | None:
+        try:
+            return self[name]
+        except KeyError:
+            return default
 
 
 CURVED = CurvedFunctions(
