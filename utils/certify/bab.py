@@ -29,6 +29,7 @@ from .search import Bracket
 ROUND_STEPS = 40  # gradient steps of a branch before it is looked at again; twice as many after each try in vain
 OVERSHOOTS = (1.06, 1.03, 1.01)  # eps at which a branch is tuned, over what it has reached; one for each try in vain
 TUNING = torch.float32  # precision in which bounds of margins are tuned; any curves are sound in another
+ALPHA_SHARE = 0.15  # of the time left that ``decide`` gives to slopes of planes: curves gain more in the rest
 ENOUGH = 1.002  # a branch that gains less than this factor gains nothing
 
 VERDICTS = ("certified", "falsified", "unknown")
@@ -97,15 +98,24 @@ def refine_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype, marg
     return margins
 
 
-def _refine_margins(together: MarginProblem, eps: Tensor, dtype, best: Tensor, deadline: float, aim: float = torch.inf):
+def _refine_margins(
+    together: MarginProblem,
+    eps: Tensor,
+    dtype: torch.dtype,
+    best: Tensor,
+    deadline: float,
+    aim: float = torch.inf,
+    cost: float = 0.0,
+) -> None:
     """Raise one sample's ``best`` margins in place until all are above ``aim``, time is up or nothing gains.
 
-    All of them together first, then each by itself, the least first.
+    All of them together first, then each by itself, the least first. No round is begun in which a bound, of ``cost``
+    seconds, would end after the deadline.
     """
     for branches in _together_and_apart(together):
         targets = [slice(None)] if branches is together else range(len(best))
         in_vain = [0] * len(targets)
-        while time.perf_counter() < deadline and float(best.min()) <= aim:
+        while time.perf_counter() + cost < deadline and float(best.min()) <= aim:
             worst = min(range(len(targets)), key=lambda k: float(best[targets[k]].min()))
             if in_vain[worst] == len(OVERSHOOTS):
                 break
@@ -115,7 +125,9 @@ def _refine_margins(together: MarginProblem, eps: Tensor, dtype, best: Tensor, d
             branches.tune_curves(eps, TUNING, ROUND_STEPS << in_vain[worst], own, **until)
             if time.perf_counter() > deadline:
                 break
+            began = time.perf_counter()
             found = branches.margins(eps, dtype, own)[0]
+            cost = time.perf_counter() - began
             best[targets[worst]] = torch.maximum(best[targets[worst]], found if branches is together else found[0])
             gain = float(best[targets[worst]].min()) - before
             in_vain[worst] = 0 if gain > (ENOUGH - 1.0) * (1.0 + abs(before)) else in_vain[worst] + 1
@@ -208,17 +220,25 @@ def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Te
     deadline, dtype = started + problem.method.time_limit, eps.dtype
     clean = problem.clean_margins(dtype)[0]
     enough, spare = (float(problem.slack(precision).max()) for precision in (dtype, TUNING))
-    best = torch.full_like(clean, -torch.inf)
+    best, cost = torch.full_like(clean, -torch.inf), 0.0
     stages = (
         lambda: None,
-        lambda: problem.tune(eps, TUNING, problem.method.alpha_steps, deadline=deadline),
+        lambda: problem.tune(eps, TUNING, problem.method.alpha_steps, deadline=_share(deadline, ALPHA_SHARE)),
         lambda: problem.tune_curves(eps, TUNING, ROUND_STEPS, aim=spare, deadline=deadline),
     )
     for tune in stages:
         if float(best.min()) <= enough and time.perf_counter() < deadline:
             tune()
-            if tune is stages[0] or time.perf_counter() < deadline:
+            began = time.perf_counter()
+            if tune is stages[0] or began < deadline:
                 best = torch.maximum(best, problem.margins(eps, dtype)[0])
-    _refine_margins(problem, eps, dtype, best, deadline, enough)
+                cost = time.perf_counter() - began
+    _refine_margins(problem, eps, dtype, best, deadline, enough, cost)
     resolved = bool(((eps == 0) | (eps >= problem.resolution(dtype))).all())
     return ("certified" if resolved and float(best.min()) > enough else "unknown"), best
+
+
+def _share(deadline: float, share: float) -> float:
+    """A deadline that leaves the rest of the time."""
+    now = time.perf_counter()
+    return now + share * (deadline - now)
