@@ -23,8 +23,8 @@ from torch import nn
 
 from utils.bounds.passes import METHODS, BoundPass
 from utils.certify import certified_margin
+from utils.graph import Constant, Linear, Slice, WeightedSum
 from utils.graph.graph import Graph
-from utils.graph.nodes import Constant, Linear, Slice, WeightedSum
 from utils.graph.nonlinear import Activation
 from utils.network.models import SequenceClassifier
 from utils.network.unroll import unroll

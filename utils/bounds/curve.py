@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Interval, Negative, Node, Slice
+from ..graph.nodes import Frame, Interval, Node
 from ..graph.nonlinear import NonLinear
+from ..graph.picks import Negative, Slice
 from ..perturbation.sets import Perturbation
 from ..relaxation.curves import Curves, curved_relaxation
 from ..relaxation.lines import Relaxation

@@ -43,10 +43,12 @@ class BoundPass:
         method: str = "crown",
         slopes: list | None = None,
         sound: bool = True,
+        intervals: dict[Node, Interval] | None = None,
     ):
         """``slopes`` are those of the planes, by non-linear node (``SlopeTable``); None for the default.
 
-        With ``sound=False`` nothing is taken off for rounding (``rounding``): no bound but an estimate.
+        With ``sound=False`` nothing is taken off for rounding (``rounding``): no bound but an estimate. ``intervals``
+        are bounds of some nodes, known from elsewhere, that need no others.
         """
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -56,7 +58,8 @@ class BoundPass:
         self.rounding = Rounding(self) if sound else None
         self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
-        self._intervals: dict[Node, Interval] = {}
+        self._intervals: dict[Node, Interval] = dict(intervals or {})
+        self._known = frozenset(self._intervals)
         self._relaxations: dict[Node, Relaxation] = {}
         self._fitted: dict[Node, tuple[int | None, Relaxation]] = {}
         self._perturbations: dict[int, Perturbation] = {}
@@ -166,7 +169,7 @@ class BoundPass:
     def _tighten_operands(self) -> None:
         """Bound, by backward passes, every node that some relaxation needs bounds of."""
         needed = {operand.bounded_through for node in self.graph.nodes for operand in node.relaxed_operands}
-        for node in sorted(needed, key=lambda operand: operand.index):
+        for node in sorted(needed - self._known, key=lambda operand: operand.index):
             if not self.is_exact(node):
                 self._intervals[node] = intersect(self.interval(node), self._bound_by_rows(node))
 
@@ -182,12 +185,15 @@ class BoundPass:
         if node not in self._relaxations:
             with self.at(node):
                 operands = [self.interval(operand) for operand in node.parents]
-                self._relaxations[node] = self.widened(node, node.relax(*operands, slopes=self._slopes.get(node)))
+                self._relaxations[node] = self.widened(node, self._relax(node, operands))
         if self._samples == node.samples:
             return self._relaxations[node]
         if node not in self._fitted or self._fitted[node][0] != self._samples:
             self._fitted[node] = (self._samples, self._fit_relaxation(self._relaxations[node]))
         return self._fitted[node][1]
+
+    def _relax(self, node: NonLinear, operands: list[Interval]) -> Relaxation:
+        return node.relax(*operands, slopes=self._slopes.get(node))
 
     def widened(self, node: NonLinear, relaxation: Relaxation) -> Relaxation:
         """Planes with room for the rounding of what passes through them."""
@@ -258,7 +264,7 @@ class BoundPass:
                 constants.append(constant)
         self._samples, self._parts = asked, None
         total = sum(_spread(constant, 0, everyone) for constant in constants)
-        return total - self.perturbation.total_deviation(deviations)
+        return total - self.perturbation.total_deviation(deviations) if deviations else total
 
     def _meet(self, node: Node, coefficients: Tensor) -> None:
         """Called with a node and all its coefficients when a backward pass comes to it."""

@@ -88,7 +88,7 @@ class Rounding:
         """
         lower, upper = relaxation
         lost = self.gamma * torch.maximum(lower.intercept.detach().abs(), upper.intercept.detach().abs()) + self.tiny
-        for parent, low, high in zip(node.parents, lower.slopes, upper.slopes, strict=True):
+        for parent, low, high in zip(node.plane_operands, lower.slopes, upper.slopes, strict=True):
             size, error = self.of(parent)
             steepest = low.detach().abs() if low is high else torch.maximum(low.detach().abs(), high.detach().abs())
             lost = lost + torch.addcmul(self.tiny * size, steepest, torch.add(error, size, alpha=self.gamma))

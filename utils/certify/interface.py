@@ -16,6 +16,7 @@ from ..question.threat import Frames, Threat
 from .bab import TUNING, refine_margins, refine_radii
 from .problem import SLACK, MarginProblem
 from .search import SPREAD, Bracket, MarginOf, foretold_radius, largest_certified
+from .sweep import direct_problem, sweep_radii
 
 # Smallest first eps of a search, as a share of the radius at which the margin's linearisation vanishes.
 FIRST_SHARE = 0.04
@@ -55,6 +56,8 @@ def certified_margin(
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
+    chain: str = "chord",
+    layers: str = "crown",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Lower bounds of the margins over all perturbations of size eps; differentiable in the model and in x.
@@ -81,6 +84,8 @@ def certified_margin(
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
         curve_steps: gradient steps of "curve", each at the price of a dozen bounds by planes or more.
         time_limit: seconds that "bab" may take for a sample.
+        chain: of "jacobian" and "shell": how gradients are bounded, "chord", "recurjac" or "interval".
+        layers: likewise: the method, of one pass, by which the network's layers are bounded.
         dtype: precision of the bounds; that of x if left out. They are tuned in float32.
 
     Returns:
@@ -90,7 +95,7 @@ def certified_margin(
         ValueError: an argument does not fit; the message says which.
     """
     threat = Threat(norm, ball, frames, clip, lengths)
-    how = Method(method, relaxation, alpha_steps, curve_steps, time_limit)
+    how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
     x = problem.x
     eps = problem.question.eps(eps, dtype or x.dtype)
@@ -236,6 +241,8 @@ class _Searcher:
 
 def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> RadiusResult:
     """One method after the other, from the cheapest on; each begins where the one before it came to."""
+    if problem.method.integrates:
+        return _sweep_rows(problem, rows, search)
     started = time.perf_counter()
     problem.slopes = problem.curves = None
     first = search.first(problem, rows)
@@ -262,6 +269,16 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
         left = problem.method.time_limit - (time.perf_counter() - started) / len(rows)
         refine_radii(problem, rows, found, search, left)
     return RadiusResult(found.low, found.high, found.margin, found.evaluations)
+
+
+def _sweep_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> RadiusResult:
+    """By integrated gradients; the shell rule is never below what the bounds it takes in certify by themselves."""
+    found = sweep_radii(problem, rows, search)
+    if problem.method.name == "shell":
+        by_layers = direct_problem(problem)
+        found = _better(search(by_layers, rows, search.first(by_layers, rows)), found)
+    none = found.low < problem.resolution(search.dtype, rows)
+    return RadiusResult(torch.where(none, 0.0, found.low), found.high, found.margin, found.evaluations)
 
 
 def _better(first: Bracket, second: Bracket) -> Bracket:
@@ -291,6 +308,8 @@ def certified_radius(
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
+    chain: str = "chord",
+    layers: str = "crown",
     tol: float = 1e-3,
     eps0: float | None = None,
     max_eps: float = MAX_EPS,
@@ -315,7 +334,7 @@ def certified_radius(
         floats of x resolve.
     """
     threat = Threat(norm, ball, frames, clip, lengths)
-    how = Method(method, relaxation, alpha_steps, curve_steps, time_limit)
+    how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
     search = {
         "tol": tol,

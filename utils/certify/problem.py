@@ -16,6 +16,7 @@ from ..bounds.passes import BoundPass
 from ..choices.method import Method
 from ..choices.tables import METHODS
 from ..graph.graph import Graph
+from ..jacobian.shells import ShellPass
 from ..network.reading import Network, graph_of
 from ..perturbation.sets import Perturbation
 from ..question.question import Question
@@ -123,11 +124,14 @@ class MarginProblem:
     def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool) -> Tensor:
         return self.bounds(eps, chosen, dtype, sound).margin(self.rows[chosen].to(dtype))
 
-    def bounds(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool = True) -> BoundPass:
+    def bounds(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool = True) -> BoundPass | ShellPass:
         """The pass that bounds some samples' margins, with what is tuned by now."""
         graph, perturbation = self.graph(dtype, chosen), self._perturbation(eps, chosen, dtype)
         if self.curves is not None:
             return CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype), sound)
+        if self.method.integrates:
+            how = {"chain": self.method.chain, "layers": self.method.layers, "direct": self.method.name == "shell"}
+            return ShellPass(graph, perturbation, sound=sound, **how)
         slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
         return METHODS[self.method.name](graph, perturbation, slopes, sound)
 

@@ -8,6 +8,9 @@ from .tables import METHODS, RELAXATIONS
 
 TUNED_METHODS = ("alpha", "curve", "bab")  # each begins with what the ones before it do
 CURVED_METHODS = TUNED_METHODS[1:]
+GRADIENT_METHODS = ("jacobian", "shell")  # integrate bounds of gradients
+DIRECT_METHODS = ("crown", "fastlin", "ibp", "crown-ibp")  # one pass over the network: what bounds its layers
+CHAINS = ("chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise
 CURVE_STEPS = 40  # likewise of curved bounds
@@ -24,6 +27,8 @@ class Method:
         alpha_steps: gradient steps of "alpha", and of what "curve" and "bab" do before.
         curve_steps: gradient steps of "curve", and of what "bab" does before.
         time_limit: seconds that "bab" may take for a sample.
+        chain: of "jacobian" and "shell": how gradients are bounded, one of ``CHAINS``.
+        layers: likewise: the method that bounds the network's layers, one of ``DIRECT_METHODS``.
     """
 
     name: str = "crown"
@@ -31,6 +36,8 @@ class Method:
     alpha_steps: int = ALPHA_STEPS
     curve_steps: int = CURVE_STEPS
     time_limit: float = TIME_LIMIT
+    chain: str = "chord"
+    layers: str = "crown"
 
     def __post_init__(self):
         METHODS.check(self.name)
@@ -41,6 +48,9 @@ class Method:
             raise ValueError(f"curve_steps must not be negative, not {self.curve_steps}")
         if not self.time_limit > 0:
             raise ValueError(f"time_limit must be a positive number of seconds, not {self.time_limit}")
+        for name, known in (("chain", CHAINS), ("layers", DIRECT_METHODS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
     @property
     def tuned(self) -> bool:
@@ -51,6 +61,11 @@ class Method:
     def curved(self) -> bool:
         """Whether curved bounds follow."""
         return self.name in CURVED_METHODS
+
+    @property
+    def integrates(self) -> bool:
+        """Whether bounds of gradients are integrated."""
+        return self.name in GRADIENT_METHODS
 
     @property
     def branches(self) -> bool:

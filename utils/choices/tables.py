@@ -5,8 +5,8 @@ from __future__ import annotations
 from .registry import Registry
 
 # Makes a pass from a graph, a perturbation set, slopes (or None) and whether rounding is to be accounted for (estimates
-# need not); see ``utils.bounds.BoundPass``. The last three are tuned: they begin with the pass that stands here, and
-# ``utils.choices.Method`` says what follows.
+# need not); see ``utils.bounds.BoundPass``. Alpha, curve and bab are tuned: they begin with the pass that stands here,
+# and ``utils.choices.Method`` says what follows; "jacobian" and "shell" take its settings.
 METHODS = Registry(
     "method",
     {
@@ -16,6 +16,10 @@ METHODS = Registry(
         "alpha": "bounds.passes:crown",
         "curve": "bounds.passes:crown",
         "bab": "bounds.passes:crown",
+        "fastlin": "bounds.fastlin:fastlin",
+        "spectral": "jacobian.shells:spectral",
+        "jacobian": "jacobian.shells:jacobian",
+        "shell": "jacobian.shells:shell",
     },
 )
 

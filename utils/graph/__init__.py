@@ -1,12 +1,14 @@
 """A network as nodes: values, intervals and how coefficients pass back through them."""
 
 from .graph import Graph
-from .nodes import Bounds, Constant, Frame, Interval, LastState, Linear, Negative, Node, Slice, WeightedSum
+from .nodes import Bounds, Constant, Frame, Interval, Linear, Node, WeightedSum
 from .nonlinear import Activation, NonLinear, Product
+from .picks import Concat, LastState, Negative, Slice
 
 __all__ = [
     "Activation",
     "Bounds",
+    "Concat",
     "Constant",
     "Frame",
     "Graph",

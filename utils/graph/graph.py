@@ -15,6 +15,7 @@ class Graph:
         self.nodes: list[Node] = []
         self.samples: int | None = None  # of the nodes that are added next
         self._reduced: dict[tuple, Tensor] = {}
+        self.kept: dict[tuple, Tensor] = {}  # what passes made of weights alone, such as norms, for other passes
 
     def add(self, node: Node) -> Node:
         """Append a node whose parents are in the graph already, and return it."""

@@ -45,6 +45,20 @@ class Bounds(Protocol):
     def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None, first_sample: int = 0) -> None: ...
 
 
+class Chain(Protocol):
+    """What collects the parts of adjoints, from the output back; see ``utils.jacobian.adjoint``."""
+
+    def linear(self, parent: Node, adjoint: Node, weight: Tensor) -> None: ...
+
+    def scaled(self, parent: Node, adjoint: Node, factor: float | Tensor = 1.0) -> None: ...
+
+    def sliced(self, parent: Node, adjoint: Node, start: int) -> None: ...
+
+    def picked(self, parent: Node, adjoint: Node, start: int) -> None: ...
+
+    def derivatives(self, node: Node, adjoint: Node) -> None: ...
+
+
 def apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
     """A v for every row: (batch or 1, rows, n) and (batch or 1, n) to (batch, rows)."""
     if coefficients.shape[0] == 1:
@@ -94,6 +108,14 @@ class Node:
     def detach(self) -> None:
         """Let the node's own tensors carry no gradients."""
 
+    def repeated(self, times: int) -> dict[str, object]:
+        """Attributes that have a row a sample, for a batch in which every sample stands ``times`` times in a row."""
+        return {}
+
+    def hand_back(self, adjoint: Node, chain: Chain) -> None:
+        """Give the parents what the node's adjoint, the gradient with respect to it, contributes to theirs."""
+        raise NotImplementedError(f"gradients through {type(self).__name__} are not bounded")
+
     @property
     def relaxed_operands(self) -> tuple[Node, ...]:
         """Parents whose bounds the node's relaxation needs."""
@@ -130,6 +152,9 @@ class Constant(Node):
 
     def detach(self) -> None:
         self.vector = self.vector.detach()
+
+    def repeated(self, times: int) -> dict[str, object]:
+        return {"vector": _repeat(self.vector, times)}
 
     def value(self) -> Tensor:
         return self.vector
@@ -208,6 +233,10 @@ class Linear(Node):
             bounds.pass_to(parent, coefficients @ weight)
         return apply_rows(coefficients, bounds.offset(self))
 
+    def hand_back(self, adjoint: Node, chain: Chain) -> None:
+        for parent, weight in zip(self.parents, self.weights, strict=True):
+            chain.linear(parent, adjoint, weight)
+
 
 class WeightedSum(Node):
     """``sum_i factors[i] * parents[i]``, element-wise: additions, means, and choices between states by a mask.
@@ -244,87 +273,20 @@ class WeightedSum(Node):
                 bounds.pass_to(parent, scaled)
         return constant
 
+    def repeated(self, times: int) -> dict[str, object]:
+        rows = [f.dim() > 1 if isinstance(f, Tensor) else False for f in self.factors]
+        factors = (_repeat(f, times) if row else f for f, row in zip(self.factors, rows, strict=True))
+        return {"factors": tuple(factors)} if any(rows) else {}
+
+    def hand_back(self, adjoint: Node, chain: Chain) -> None:
+        for parent, factor in zip(self.parents, self.factors, strict=True):
+            chain.scaled(parent, adjoint, factor)
+
+
+def _repeat(rows: Tensor, times: int) -> Tensor:
+    """(batch or 1, ...) to (batch * times or 1, ...)."""
+    return rows if rows.shape[0] == 1 else rows.repeat_interleave(times, dim=0)
+
 
 def _per_row(factor: float | Tensor) -> float | Tensor:
     return factor.unsqueeze(-2) if isinstance(factor, Tensor) and factor.dim() > 1 else factor
-
-
-class LastState(Node):
-    """Each sample's own last state, where samples of a batch are in the order of their ends, the last one first.
-
-    Parent k is the last state of samples starts[k] ... starts[k + 1] - 1.
-    """
-
-    rounds = False
-
-    def __init__(self, parents: tuple[Node, ...], starts: tuple[int, ...]):
-        super().__init__(parents[0].size, parents)
-        self.starts = starts
-
-    def _join(self, parents: tuple[Tensor, ...]) -> Tensor:
-        ends = zip(parents, self.starts, (*self.starts[1:], None), strict=True)
-        return torch.cat([parent[start:end] for parent, start, end in ends])
-
-    def value(self, *parents: Tensor) -> Tensor:
-        return self._join(parents)
-
-    def interval(self, bounds: Bounds) -> Interval:
-        lows, highs = zip(*(bounds.interval(parent) for parent in self.parents), strict=True)
-        return self._join(lows), self._join(highs)
-
-    def backward(self, coefficients: Tensor, bounds: Bounds) -> None:
-        for parent, start, end in zip(self.parents, self.starts, (*self.starts[1:], None), strict=True):
-            bounds.pass_to(parent, coefficients[start:end], first_sample=start)
-
-
-class Slice(Node):
-    """Elements start ... start + size of the parent: one gate of a stack of them."""
-
-    rounds = False
-
-    def __init__(self, parent: Node, start: int, size: int):
-        super().__init__(size, (parent,))
-        self.start = start
-
-    def of(self, vector: Tensor) -> Tensor:
-        return vector[..., self.start : self.start + self.size]
-
-    def value(self, parent: Tensor) -> Tensor:
-        return self.of(parent)
-
-    def interval(self, bounds: Bounds) -> Interval:
-        low, high = bounds.interval(self.parents[0])
-        return self.of(low), self.of(high)
-
-    def backward(self, coefficients: Tensor, bounds: Bounds) -> None:
-        bounds.pass_to(self.parents[0], coefficients, start=self.start)
-
-    @property
-    def bounded_through(self) -> Node:
-        return self.parents[0].bounded_through
-
-
-class Negative(Node):
-    """Minus the parent."""
-
-    rounds = False
-
-    def __init__(self, parent: Node):
-        super().__init__(parent.size, (parent,))
-
-    def value(self, parent: Tensor) -> Tensor:
-        return -parent
-
-    def term_sizes(self, parent: Tensor, own: bool = True) -> Tensor:
-        return parent
-
-    def interval(self, bounds: Bounds) -> Interval:
-        low, high = bounds.interval(self.parents[0])
-        return -high, -low
-
-    def backward(self, coefficients: Tensor, bounds: Bounds) -> None:
-        bounds.pass_to(self.parents[0], -coefficients)
-
-    @property
-    def bounded_through(self) -> Node:
-        return self.parents[0].bounded_through

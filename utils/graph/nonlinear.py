@@ -10,7 +10,7 @@ from torch import Tensor
 from ..relaxation.curves import CURVED, CurvedFunction
 from ..relaxation.lines import ACTIVATIONS, Relaxation
 from ..relaxation.planes import PRODUCTS, relax_product
-from .nodes import Bounds, Interval, Node, apply_rows
+from .nodes import Bounds, Chain, Interval, Node, apply_rows
 
 
 class NonLinear(Node):
@@ -25,6 +25,11 @@ class NonLinear(Node):
 
     @property
     def relaxed_operands(self) -> tuple[Node, ...]:
+        return self.parents
+
+    @property
+    def plane_operands(self) -> tuple[Node, ...]:
+        """The parents that the node's planes have slopes in."""
         return self.parents
 
     def relax(self, *operands: Interval, slopes=None) -> Relaxation:
@@ -52,7 +57,7 @@ class NonLinear(Node):
         lower, upper = bounds.relaxation(self)
         positive, negative = bounds.signed_parts(coefficients)
         constant = apply_rows(positive, lower.intercept) + apply_rows(negative, upper.intercept)
-        for parent, low, high in zip(self.parents, lower.slopes, upper.slopes, strict=True):
+        for parent, low, high in zip(self.plane_operands, lower.slopes, upper.slopes, strict=True):
             if low is high:
                 passed = coefficients * low.unsqueeze(-2)
             else:
@@ -62,6 +67,9 @@ class NonLinear(Node):
             else:
                 bounds.pass_to(parent, passed)
         return constant
+
+    def hand_back(self, adjoint: Node, chain: Chain) -> None:
+        chain.derivatives(self, adjoint)
 
 
 class Activation(NonLinear):

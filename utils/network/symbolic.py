@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..graph.graph import Graph
-from ..graph.nodes import Constant, Frame, Linear, Negative, Node, Slice, WeightedSum
+from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum
 from ..graph.nonlinear import Activation, Product
+from ..graph.picks import Negative, Slice
 from ..relaxation.lines import ACTIVATIONS
 from .state import usable_tensor
 from .unroll import GRUCell, LSTMCell, ResetFirstGRUCell, RNNCell

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.graph import Graph
-from ..graph.nodes import Constant, Frame, LastState, Linear, Negative, Node, Slice, WeightedSum
+from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum
 from ..graph.nonlinear import Activation, Product
+from ..graph.picks import LastState, Negative, Slice
 from .models import SequenceClassifier
 
 

@@ -114,6 +114,14 @@ class Perturbation(InputSet):
         part._box = None if self._box is None else tuple(side[:samples] for side in self._box)
         return part
 
+    def repeated(self, times: int) -> Perturbation:
+        """The set of a batch in which every sample stands ``times`` times in a row."""
+        part = copy.copy(self)
+        part.x, part.eps = (tensor.repeat_interleave(times, dim=0) for tensor in (self.x, self.eps))
+        if self._box is not None:
+            part._box = tuple(side.repeat_interleave(times, dim=0) for side in self._box)
+        return part
+
     def is_exact(self, frame: int) -> bool:
         """True where no sample of the batch perturbs the frame."""
         return self._exact[frame]
@@ -136,6 +144,24 @@ class Perturbation(InputSet):
         if self._box is not None:
             return (coefficients.abs() @ self._box[1][:, frame, :, None]).squeeze(-1)
         return self.eps[:, frame, None] * dual_norm(coefficients, self.norm)
+
+    # --- for gradients: ``utils.jacobian`` ---
+
+    def sides(self, frame: int) -> tuple[Tensor, Tensor]:
+        """How far below and above x the frame's box reaches, (batch, n) each, at least 0."""
+        center, half = self.center(frame) - self.x[:, frame], self.half_widths(frame)
+        return (half - center).clamp(min=0.0), (half + center).clamp(min=0.0)
+
+    def frame_fall(self, frame: int, low: Tensor, high: Tensor) -> Tensor:
+        """Most that -J (x'_t - x_t) can be for J in [low, high], (batch, n) each, if one frame moves, (batch,)."""
+        if self._box is None:
+            return self.most(frame, dual_norm(torch.maximum(-low, high), self.norm))
+        down, up = self.sides(frame)
+        return torch.maximum(-low * up, high * down).sum(dim=-1)
+
+    def most(self, frame: int, size: Tensor) -> Tensor:
+        """Most that J (x'_t - x_t) can be for gradients J of dual norm ``size``, (batch,)."""
+        return self.eps[:, frame] * size
 
     def total_deviation(self, deviations: list[Tensor]) -> Tensor:
         """Most that sum_t A_t x'_t can deviate, (batch, rows), from the deviations of the frames."""

@@ -1,0 +1,5 @@
+"""Bounds of gradients over a perturbation set, and what follows from them."""
+
+from .passes import CHAINS, JacobianPass
+
+__all__ = ["CHAINS", "JacobianPass"]

@@ -1,0 +1,162 @@
+"""The gradient of a graph's outputs as nodes of the same kinds, so that whatever bounds a graph bounds gradients too.
+
+With rows C of the outputs, the adjoint of a node v is a_v, the gradient of C @ output with respect to v:
+
+    a_output = C,    a_p = sum over the nodes v that read p of  (dv / dp)^T a_v.
+
+A linear node hands back W^T a_v, a non-linear one kappa * a_v element-wise, with its derivative kappa: that is the one
+new node (``Derivative``), relaxed over the range of kappa. The gradient with respect to an input frame is W^T a_v for
+the linear nodes v that read it (Zhang et al., RecurJac, AAAI 2019, section 3.1, for multi-layer perceptrons).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..graph.graph import Graph
+from ..graph.nodes import Bounds, Constant, Frame, Interval, Linear, Node, WeightedSum
+from ..graph.nonlinear import NonLinear
+from ..graph.picks import Concat, Slice
+from ..relaxation.derivatives import derivative_ranges, factor_interval, relax_factor
+from ..relaxation.lines import Relaxation
+
+
+class Derivative(NonLinear):
+    """``kappa * a``: the adjoint a of a non-linear node times its derivative in operand k, somewhere on its box."""
+
+    def __init__(self, adjoint: Node, of: NonLinear, operand: int, chain: str):
+        super().__init__(of.size, (adjoint, *of.parents))
+        self.of, self.operand, self.chain = of, operand, chain
+
+    @property
+    def plane_operands(self) -> tuple[Node, ...]:
+        return self.parents[:1]
+
+    def factor(self, *operands: Interval) -> Interval:
+        """Range of kappa over the box of the operands."""
+        return derivative_ranges(self.of.name, *operands)[self.operand]
+
+    def value(self, adjoint: Tensor, *operands: Tensor) -> Tensor:
+        low, high = self.factor(*((point, point) for point in operands))
+        return adjoint * (0.5 * (low + high))
+
+    def interval(self, bounds: Bounds) -> Interval:
+        adjoint, *operands = (bounds.interval(parent) for parent in self.parents)
+        return factor_interval(*self.factor(*operands), adjoint)
+
+    def relax(self, adjoint: Interval, *operands: Interval, slopes=None) -> Relaxation:
+        return relax_factor(*self.factor(*operands), adjoint, self.chain)
+
+
+class Adjoint:
+    """A graph with the adjoints of its nodes appended.
+
+    Attributes:
+        graph: the nodes of the given graph, which stays as it is, and then the adjoints.
+        of: adjoint of each node that something perturbs, by that node.
+        frames: per input frame that is perturbed, a node a and a weight W, (size of a, frame size): the gradient with
+            respect to the frame is W^T a.
+    """
+
+    def __init__(self, graph: Graph, rows: Tensor, moving: Sequence[bool], chain: str = "chord"):
+        """``rows`` are C, (batch or 1, classes), one a sample; ``moving`` says which nodes something perturbs."""
+        if any(node.samples is not None for node in graph.nodes):
+            raise ValueError("gradients are bounded for all samples of a batch: give the graph no ends of samples")
+        self.graph, self.moving, self.chain = Graph(), moving, chain
+        self.graph.nodes = list(graph.nodes)
+        self.of: dict[Node, Node] = {}
+        self.frames: dict[int, tuple[Node, Tensor]] = {}
+        self._parts: list[list[tuple]] = [[] for _ in graph.nodes]
+        self._parts[graph.output.index] = [("scaled", self.graph.add(Constant(rows)), 1.0)]
+        for node in reversed(graph.nodes):
+            parts = self._parts[node.index]
+            if not moving[node.index] or not parts:
+                continue
+            if isinstance(node, Frame):
+                self.frames[node.frame] = self._meet_frame(parts)
+            else:
+                self.of[node] = self._sum(node, parts)
+                node.hand_back(self.of[node], self)
+
+    # --- what nodes hand back ---
+
+    def linear(self, parent: Node, adjoint: Node, weight: Tensor) -> None:
+        """W^T a for a parent that entered by W."""
+        self._give(parent, "linear", adjoint, weight)
+
+    def scaled(self, parent: Node, adjoint: Node, factor: float | Tensor = 1.0) -> None:
+        """factor * a."""
+        self._give(parent, "scaled", adjoint, factor)
+
+    def sliced(self, parent: Node, adjoint: Node, start: int) -> None:
+        """The adjoint of a slice of the parent: zeros elsewhere."""
+        self._give(parent, "sliced", adjoint, start)
+
+    def picked(self, parent: Node, adjoint: Node, start: int) -> None:
+        """The parent's elements of an adjoint of several nodes side by side."""
+        if self.moving[parent.index]:
+            self.scaled(parent, self.graph.add(Slice(adjoint, start, parent.size)))
+
+    def derivatives(self, node: NonLinear, adjoint: Node) -> None:
+        """kappa * a for each operand."""
+        for number, parent in enumerate(node.parents):
+            if self.moving[parent.index]:
+                self.scaled(parent, self.graph.add(Derivative(adjoint, node, number, self.chain)))
+
+    def _give(self, parent: Node, *part) -> None:
+        if self.moving[parent.index]:
+            self._parts[parent.index].append(part)
+
+    # --- sums of what was handed back ---
+
+    def _sum(self, node: Node, parts: list[tuple]) -> Node:
+        terms = [(adjoint, factor) for kind, adjoint, factor in parts if kind == "scaled"]
+        linear = [(adjoint, weight.T) for kind, adjoint, weight in parts if kind == "linear"]
+        slices = sorted(((start, a) for kind, a, start in parts if kind == "sliced"), key=lambda part: part[0])
+        if slices and _tiles(slices, node.size):
+            terms.append((self.graph.add(Concat(tuple(a for _, a in slices))), 1.0))
+        else:
+            linear += [(a, _places(a.size, start, node.size, self._like)) for start, a in slices]
+        if linear:
+            adjoints, weights = zip(*linear, strict=True)
+            zero = weights[0].new_zeros(node.size)
+            terms.append((self.graph.add(Linear(adjoints, weights, zero)), 1.0))
+        if len(terms) == 1 and isinstance(terms[0][1], float) and terms[0][1] == 1.0:
+            return terms[0][0]
+        return self.graph.add(WeightedSum(*zip(*terms, strict=True)))
+
+    def _meet_frame(self, parts: list[tuple]) -> tuple[Node, Tensor]:
+        adjoints, weights = zip(*((adjoint, weight) for _, adjoint, weight in parts), strict=True)
+        return (adjoints[0] if len(adjoints) == 1 else self.graph.add(Concat(adjoints))), torch.cat(weights)
+
+    @property
+    def _like(self) -> Tensor:
+        return next(node for node in self.graph.nodes if isinstance(node, Linear)).bias
+
+
+def _tiles(slices: list[tuple[int, Node]], size: int) -> bool:
+    ends = [start + adjoint.size for start, adjoint in slices]
+    return [start for start, _ in slices] == [0, *ends[:-1]] and ends[-1] == size
+
+
+def _places(size: int, start: int, whole: int, like: Tensor) -> Tensor:
+    """The matrix, (whole, size), that puts a vector at a place in a longer one."""
+    return torch.eye(whole, dtype=like.dtype, device=like.device)[:, start : start + size]
+
+
+def repeated(graph: Graph, times: int) -> Graph:
+    """The graph for a batch in which every sample of its own batch stands ``times`` times in a row."""
+    changed = [node.repeated(times) if times > 1 else {} for node in graph.nodes]
+    if not any(changed):
+        return graph
+    new = Graph()
+    for node, attributes in zip(graph.nodes, changed, strict=True):
+        twin = copy.copy(node)
+        vars(twin).update(attributes)
+        twin.parents = tuple(new.nodes[parent.index] for parent in node.parents)
+        new.nodes.append(twin)
+    return new

@@ -1,0 +1,106 @@
+"""Norms of gradients by products of operator norms: no signs are followed, but cancellation inside a matrix counts.
+
+In the dual norm q of a perturbation's norm, every node a of a gradient's graph (``utils.jacobian.adjoint``) has
+
+    ||W a||_q <= ||W||_{q -> q} ||a||_q,    ||kappa * a||_q <= max |kappa| ||a||_q,
+
+and the norm of what element-wise bounds of a allow, where they are known. The lesser of both is handed on. Norms of
+matrices are column sums, row sums or, for q = 2, roots of proved bounds of eigenvalues.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatchmethod
+
+import torch
+from torch import Tensor
+
+from ..bounds.eigenvalues import eigenvalue_bound
+from ..bounds.passes import BoundPass
+from ..graph.nodes import Constant, Linear, Node, WeightedSum
+from ..graph.picks import Concat, Slice
+from ..perturbation.lp_ball import INF, dual_norm
+from .adjoint import Derivative
+
+
+@torch.no_grad()
+def operator_norm(weight: Tensor, norm: float) -> Tensor:
+    """Upper bound of ||W^T||_{q -> q}, which is ||W||_{p -> p}, for W (m, n); ``norm`` is p. In W's precision."""
+    slack = 1.0 + 4.0 * max(weight.shape) * torch.finfo(weight.dtype).eps
+    if norm == 1.0:
+        return slack * weight.abs().sum(dim=0).amax()
+    if norm == INF:
+        return slack * weight.abs().sum(dim=1).amax()
+    double = weight.double()
+    gram = double @ double.T if weight.shape[0] <= weight.shape[1] else double.T @ double
+    lost = max(weight.shape) * torch.finfo(torch.float64).eps * torch.linalg.vector_norm(double) ** 2
+    return slack * (eigenvalue_bound(gram) + 2.0 * lost).clamp(min=0.0).sqrt().to(weight.dtype)
+
+
+class NormPass:
+    """Upper bounds of the dual norms of a gradient's nodes, (batch or 1,) each.
+
+    ``known`` is a pass over the gradient's graph whose intervals count, or None: then derivatives lie anywhere in their
+    global range. ``norms`` keeps those of matrices, by matrix and p, between passes.
+    """
+
+    def __init__(self, norm: float, known: BoundPass | None, norms: dict):
+        self.norm, self.known, self._norms = norm, known, norms
+        self._of: dict[Node, Tensor] = {}
+
+    def __call__(self, node: Node) -> Tensor:
+        if node not in self._of:
+            bound = self.by_product(node)
+            if self.known is not None:
+                low, high = self.known.interval(node)
+                bound = torch.fmin(bound, dual_norm(torch.maximum(-low, high), self.norm))
+            self._of[node] = bound
+        return self._of[node]
+
+    def of_matrix(self, weight: Tensor) -> Tensor:
+        """||W||_{p -> p}, kept."""
+        key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, self.norm)
+        if key not in self._norms:
+            self._norms[key] = operator_norm(weight, self.norm)
+        return self._norms[key]
+
+    @singledispatchmethod
+    def by_product(self, node: Node) -> Tensor:
+        """From the norms of the parents."""
+        raise NotImplementedError(f"norms of {type(node).__name__} are not bounded")
+
+    @by_product.register
+    def _(self, node: Constant) -> Tensor:
+        return dual_norm(node.vector, self.norm)
+
+    @by_product.register
+    def _(self, node: Linear) -> Tensor:
+        # The node is W^T a for the matrix W through which the network goes forward.
+        pairs = zip(node.parents, node.weights, strict=True)
+        return sum(self.of_matrix(weight.T) * self(parent) for parent, weight in pairs)
+
+    @by_product.register
+    def _(self, node: WeightedSum) -> Tensor:
+        total = 0.0
+        for parent, factor in zip(node.parents, node.factors, strict=True):
+            size = factor.abs().amax(dim=-1) if isinstance(factor, Tensor) else abs(factor)
+            total = total + size * self(parent)
+        return total
+
+    @by_product.register
+    def _(self, node: Concat) -> Tensor:
+        return dual_norm(torch.stack(torch.broadcast_tensors(*map(self, node.parents)), dim=-1), self.norm)
+
+    @by_product.register
+    def _(self, node: Slice) -> Tensor:
+        return self(node.parents[0])
+
+    @by_product.register
+    def _(self, node: Derivative) -> Tensor:
+        adjoint, *operands = node.parents
+        if self.known is not None:
+            low, high = node.factor(*map(self.known.interval, operands))
+        else:
+            whole = self(adjoint).new_full((1, 1), torch.inf)
+            low, high = node.factor(*[(-whole, whole)] * len(operands))
+        return torch.maximum(low.abs(), high.abs()).amax(dim=-1) * self(adjoint)

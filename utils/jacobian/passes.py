@@ -1,0 +1,161 @@
+"""Element-wise bounds of rows of the Jacobian over a perturbation set: a backward pass over the gradient's graph.
+
+That graph (``utils.jacobian.adjoint``) differs from others only in its non-linear nodes, products of a derivative of
+known range and an adjoint. So a pass over it bounds the gradient with respect to every frame:
+
+- "chord": the product is kept as a line in the adjoint, the chord of max(low a, high a); the default.
+- "recurjac": RecurJac's rule, which keeps the adjoint's symbol where its sign is known, else its interval.
+- "interval": intervals alone. For piecewise-linear activations that is Fast-Lip.
+
+Ranges of derivatives come from the intervals of any pass over the network itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..bounds.passes import BoundPass, intersect
+from ..choices.method import CHAINS
+from ..graph.graph import Graph
+from ..graph.nodes import Interval, Node
+from ..graph.nonlinear import NonLinear
+from ..perturbation.lp_ball import dual_norm
+from .adjoint import Adjoint, repeated
+from .operator_norms import NormPass
+
+
+class JacobianPass(BoundPass):
+    """Bounds of the gradients of ``rows @ output``, each row of a sample being a sample of its own.
+
+    Attributes:
+        adjoint: the gradient's graph.
+    """
+
+    def __init__(self, values: BoundPass, rows: Tensor, chain: str = "chord", sound: bool = True):
+        """``values`` is a pass over the network, whose perturbation set counts; rows are (batch, n_rows, classes)."""
+        if chain not in CHAINS:
+            raise ValueError(f"the bound of a Jacobian must be one of {', '.join(CHAINS)}, not {chain!r}")
+        batch, self.rows_each = len(values.perturbation.x), rows.shape[1]
+        rows = rows.expand(batch, -1, -1).flatten(0, 1)
+        moving = [not values.is_exact(node) for node in values.graph.nodes]
+        graph = repeated(values.graph, self.rows_each)
+        self.adjoint = Adjoint(graph, rows, moving, "chord" if chain == "interval" else chain)
+        method = "ibp" if chain == "interval" else "crown"
+        known = self._operands(values, graph)
+        super().__init__(self.adjoint.graph, values.perturbation.repeated(self.rows_each), method, None, sound, known)
+        self.chain, self._kept = chain, values.graph.kept
+        self._norms = NormPass(self.perturbation.norm, self, self._kept)
+
+    def _operands(self, values: BoundPass, graph: Graph) -> dict[Node, Interval]:
+        """Intervals of what non-linear nodes read."""
+        operands = {operand for node in values.graph.nodes if isinstance(node, NonLinear) for operand in node.parents}
+        known = {}
+        for operand in operands:
+            low, high = values.interval(operand)
+            known[graph.nodes[operand.index]] = (self._for_rows(low), self._for_rows(high))
+        return known
+
+    def _for_rows(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.shape[0] == 1 else tensor.repeat_interleave(self.rows_each, dim=0)
+
+    @property
+    def frames(self) -> list[int]:
+        """The frames that something perturbs and the output depends on."""
+        return sorted(self.adjoint.frames)
+
+    def frame_bounds(self, frame: int) -> Interval:
+        """Lower and upper bounds of the gradient with respect to a frame, (batch * n_rows, n) each."""
+        node, weight = self.adjoint.frames[frame]
+        columns = weight.T[None]
+        lower, minus_upper = self.least(node, torch.cat((columns, -columns), dim=1)).split(weight.shape[1], dim=-1)
+        return intersect((lower, -minus_upper), (lower, -minus_upper))
+
+    def least(self, node: Node, rows: Tensor) -> Tensor:
+        """Lower bounds of ``rows @ node``, the better of intervals and a backward pass, (batch * n_rows, rows)."""
+        by_interval = self.interval_lower_bound(node, rows)
+        if self.method == "ibp":
+            return by_interval
+        return torch.maximum(by_interval, self.lower_bound(node, rows))
+
+    # --- how far the rows can fall over the set ---
+
+    def fall(self) -> Tensor:
+        """Most that a row of the output can fall below its value at x, anywhere in the set, (batch * n_rows,).
+
+        By the mean value theorem that is at most the most that -J (x' - x) can be for a Jacobian J within its bounds.
+        """
+        if not self.frames:
+            return self.perturbation.x.new_zeros(len(self.perturbation.x))
+        apart = [self.frame_fall(frame)[:, None] for frame in self.frames]
+        return self.perturbation.total_deviation(apart).squeeze(-1)
+
+    def frame_falls(self) -> Tensor:
+        """Likewise, if only one frame moves, (batch * n_rows, T); 0 for frames that are exact."""
+        falls = self.perturbation.x.new_zeros(self.perturbation.x.shape[:2])
+        for frame in self.frames:
+            falls[:, frame] = self.frame_fall(frame)
+        return falls
+
+    def frame_fall(self, frame: int) -> Tensor:
+        """The least of what entries, their row sums or lengths, and products of norms allow, (batch * n_rows,)."""
+        if torch.is_grad_enabled():
+            return self.perturbation.frame_fall(frame, *self.frame_bounds(frame))
+        if self.perturbation.is_round and self.chain == "chord":
+            fall = self._round_fall(frame)
+        else:
+            low, high = self.frame_bounds(frame)
+            fall = self.perturbation.frame_fall(frame, low, high)
+            if self.perturbation.is_box and self.chain != "interval":
+                fall = torch.minimum(fall, self._box_fall(frame, low, high))
+        return torch.minimum(fall, self._fall_by_norms(frame))
+
+    def _box_fall(self, frame: int, low: Tensor, high: Tensor) -> Tensor:
+        """Along all coordinates whose derivative has a known sign, the fall is one row; the others are added.
+
+        This is RecurJac's bound of row sums, for boxes that need not be symmetric.
+        """
+        node, weight = self.adjoint.frames[frame]
+        down, up = self.perturbation.sides(frame)
+        zero = torch.zeros_like(low)
+        direction = torch.where(low > 0, down, torch.where(high < 0, -up, zero))
+        unsure = (low <= 0) & (high >= 0)
+        rest = torch.where(unsure, torch.maximum(-low * up, high * down), zero).sum(dim=-1)
+        return rest - self.least(node, -(direction @ weight.T)[:, None]).squeeze(-1)
+
+    def _round_fall(self, frame: int) -> Tensor:
+        """In l_2 the gradient W^T a is as long as R a, W^T = Q R, and as H R a for the reflection H that turns the
+        centre's gradient into the first axis: there it is long, and in all others it is only what it may differ by.
+        """
+        node, weight = self.adjoint.frames[frame]
+        columns = _reflected(self._triangle(weight), 0.5 * sum(self.interval(node)))
+        low, minus_high = self.least(node, torch.cat((columns, -columns), dim=1)).split(columns.shape[1], dim=1)
+        guard = 1.0 + 8.0 * max(weight.shape) * torch.finfo(weight.dtype).eps
+        return self.perturbation.most(frame, guard * dual_norm(torch.maximum(-low, -minus_high), 2.0))
+
+    def _triangle(self, weight: Tensor) -> Tensor:
+        """R, (k, size of the node), of W^T = Q R, kept."""
+        key = ("triangle", weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+        if key not in self._kept:
+            self._kept[key] = torch.linalg.qr(weight.detach().T, mode="r").R
+        return self._kept[key]
+
+    def _fall_by_norms(self, frame: int) -> Tensor:
+        """By products of norms, of all that the gradient is made of or of how far it is from its centre."""
+        node, weight = self.adjoint.frames[frame]
+        norm, size = self.perturbation.norm, self._norms.of_matrix(weight)
+        low, high = self.interval(node)
+        center, radius = 0.5 * (low + high), 0.5 * (high - low)
+        lost = 2.0 * weight.shape[0] * torch.finfo(weight.dtype).eps * dual_norm(center.abs() @ weight.abs(), norm)
+        apart = dual_norm(center @ weight, norm) + lost + size * dual_norm(radius, norm)
+        return self.perturbation.most(frame, torch.minimum(apart, size * self._norms(node)))
+
+
+def _reflected(triangle: Tensor, point: Tensor) -> Tensor:
+    """H R for the Householder reflection H that maps R a, for the point a, onto the first axis, (batch, k, size)."""
+    image = point @ triangle.T
+    axis = torch.zeros_like(image)
+    # Its negative half or its positive one, whichever is farther away: then nothing cancels.
+    axis[:, 0] = torch.linalg.vector_norm(image, dim=1) * torch.where(image[:, 0] > 0, -1.0, 1.0)
+    normal = torch.nn.functional.normalize(image - axis, dim=1)
+    return triangle - 2.0 * normal[:, :, None] * (normal @ triangle)[:, None]
