@@ -226,6 +226,9 @@ FUNCTIONS = {
     "relu": lambda y: max(y, mpmath.mpf(0)),
     "leaky_relu": lambda y: max(y, mpmath.mpf(0.01) * y),
     "hardtanh": lambda y: max(mpmath.mpf(-1), min(mpmath.mpf(1), y)),
+    "arctan": mpmath.atan,
+    "softplus": lambda y: max(y, mpmath.mpf(0)) + mpmath.log1p(mpmath.exp(-abs(y))),
+    "elu": lambda y: y if y > 0 else mpmath.expm1(y),
 }
 KNOTS = {"relu": [0], "leaky_relu": [0], "hardtanh": [-1, 1]}
 
@@ -237,6 +240,10 @@ def stationary_points(name: str, slope) -> list:
     slope = 4 * slope if name == "sigmoid" else slope
     if not 0 < slope < 1:
         return []
+    if name in ("softplus", "elu"):
+        return [mpmath.log(slope / (1 - slope)) if name == "softplus" else mpmath.log(slope)]
+    if name == "arctan":
+        return [sign * mpmath.sqrt(1 / slope - 1) for sign in (1, -1)]
     y = mpmath.atanh(mpmath.sqrt(1 - slope)) * (2 if name == "sigmoid" else 1)
     return [y, -y]
 
@@ -262,6 +269,7 @@ def check_lines(name: str, l: Tensor, u: Tensor, relaxation: Relaxation, points:
             label = f"{side} line of {name} on [{values[0]!r}, {values[1]!r}] with slope {values[2]!r}"
             assert min(gaps) >= -info.tiny, f"{label} crosses the curve by {mpmath.nstr(-min(gaps))}"
             offset = 1 if name == "sigmoid" else 0  # computed as a half of one plus tanh
+            offset = 1e7 if name == "softplus" and high > 20 else offset  # torch's cuts off 2e-9 there
             rooms = [64 * info.eps * (size + offset) + info.tiny**0.5 for size in sizes]
             touches = any(gap <= room for gap, room in zip(gaps, rooms, strict=True))
             assert touches, f"{label} stays {mpmath.nstr(min(gaps))} away from the curve"

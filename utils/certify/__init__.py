@@ -5,6 +5,7 @@ from ..question import margin_rows
 from .bab import Decision, decide
 from .certificate import model_hash, save_certificates
 from .interface import RadiusResult, certified_margin, certified_radius, search_radius
+from .lipschitz import LocalLipschitz, local_lipschitz, radius_without_stationary_point, sampled_lipschitz
 from .problem import MarginProblem, margin_problem
 from .verify import Verifier
 from .vnnlib import read_vnnlib
@@ -13,6 +14,7 @@ from .vnnlib_write import counter_example, write_robustness
 __all__ = [
     "METHODS",
     "Decision",
+    "LocalLipschitz",
     "MarginProblem",
     "RadiusResult",
     "Verifier",
@@ -20,10 +22,13 @@ __all__ = [
     "certified_radius",
     "counter_example",
     "decide",
+    "local_lipschitz",
     "margin_problem",
     "margin_rows",
     "model_hash",
+    "radius_without_stationary_point",
     "read_vnnlib",
+    "sampled_lipschitz",
     "save_certificates",
     "search_radius",
     "write_robustness",

@@ -484,6 +484,23 @@ def _sigmoid(reader, x):
     return reader.builder.activation(x, "sigmoid")
 
 
+@operator("Atan")
+def _arctan(reader, x):
+    return reader.builder.activation(x, "arctan")
+
+
+@operator("Softplus")
+def _softplus(reader, x):
+    return reader.builder.activation(x, "softplus")
+
+
+@operator("Elu")
+def _elu(reader, x, alpha=1.0):
+    if alpha != 1.0:
+        raise UnsupportedError("Elu is supported with alpha = 1 only")
+    return reader.builder.activation(x, "elu")
+
+
 @operator("LeakyRelu")
 def _leaky_relu(reader, x, alpha=0.01):
     return reader.builder.activation(x, f"leaky_relu({alpha!r})")

@@ -440,6 +440,24 @@ OPERATIONS["expit"] = _activation("sigmoid")
 OPERATIONS["relu6"] = _activation("hardtanh(0,6)")
 
 
+OPERATIONS["arctan"] = OPERATIONS["atan"] = _activation("arctan")
+
+
+@operation("elu")
+def _elu(builder, x, alpha=1.0):
+    if alpha != 1.0:
+        raise UnsupportedError("elu is supported with alpha = 1 only")
+    return builder.activation(x, "elu")
+
+
+@operation("softplus")
+def _softplus(builder, x, beta=1.0, threshold=20.0):
+    if threshold < 20.0:
+        raise UnsupportedError("softplus is supported with a threshold of 20 or more")
+    y = builder.activation(x if beta == 1.0 else builder.scaled(x, constant(beta)), "softplus")
+    return y if beta == 1.0 else builder.scaled(y, constant(1 / beta))
+
+
 @operation("leaky_relu")
 def _leaky_relu(builder, x, negative_slope=0.01):
     return builder.activation(x, f"leaky_relu({negative_slope!r})")

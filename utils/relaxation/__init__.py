@@ -2,6 +2,7 @@
 
 from .curves import CURVED, CurvedFunction, Curves, curved_relaxation, smooth_curves
 from .lines import ACTIVATIONS, Activation, Plane, Relaxation
+from .more_lines import relax_convex
 from .planes import PRODUCTS, relax_product
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Plane",
     "Relaxation",
     "curved_relaxation",
+    "relax_convex",
     "relax_product",
     "smooth_curves",
 ]

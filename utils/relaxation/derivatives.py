@@ -59,6 +59,19 @@ def sigmoid_range(l: Tensor, u: Tensor) -> Interval:  # noqa: E741
     return 0.25 * low, 0.25 * high
 
 
+def arctan_range(l: Tensor, u: Tensor) -> Interval:  # noqa: E741
+    """Of 1 / (1 + y^2) over [l, u]."""
+    nearest, farthest = torch.zeros_like(l).clamp(l, u), torch.maximum(l.abs(), u.abs())
+    low, high = outward(*(1.0 / (1.0 + y * y) for y in (farthest, nearest)))
+    return low.clamp(min=0.0), high.clamp(max=1.0)
+
+
+def elu_range(l: Tensor, u: Tensor) -> Interval:  # noqa: E741
+    """Of elu' = min(1, exp y) over [l, u]."""
+    low, high = outward(*(y.clamp(max=0.0).exp() for y in (l, u)))
+    return low.clamp(min=0.0), high.clamp(max=1.0)
+
+
 def gate_range(l: Tensor, u: Tensor) -> Interval:  # noqa: E741
     """Of sigmoid itself over [l, u]."""
     low, high = outward(l.sigmoid(), u.sigmoid())
@@ -90,6 +103,9 @@ def _tanh_interval(l: Tensor, u: Tensor) -> Interval:  # noqa: E741
 DERIVATIVES: dict[str, Callable[..., tuple[Interval, ...]]] = {
     "tanh": lambda y: (tanh_range(*y),),
     "sigmoid": lambda y: (sigmoid_range(*y),),
+    "arctan": lambda y: (arctan_range(*y),),
+    "softplus": lambda y: (gate_range(*y),),
+    "elu": lambda y: (elu_range(*y),),
     "x*sigmoid(y)": lambda x, y: (gate_range(*y), product_range(x, sigmoid_range(*y))),
     "tanh(x)*sigmoid(y)": lambda x, y: (
         product_range(tanh_range(*x), gate_range(*y)),
