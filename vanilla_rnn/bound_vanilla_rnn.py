@@ -37,8 +37,7 @@ from torch import Tensor
 
 from data.mnist import load_mnist
 from utils.certify import MarginProblem, search_radius
-from utils.choices import Method
-from utils.experiments.arguments import result_folder_name
+from utils.experiments.arguments import method_of, result_folder_name
 from utils.experiments.mnist import Run, largest_eps, load_classifier, make_record, print_introduction, started
 from utils.experiments.samples import draw_samples
 from utils.question import Question, Threat
@@ -58,7 +57,7 @@ def main() -> None:
 
         # Ask: what may move, which classes must not be reached, and how that is bounded.
         threat = Threat(args.p, args.ball, args.frames, clip=(0.0, 1.0) if args.clip else None)
-        method = Method(args.method, "plane", args.alpha_steps, args.curve_steps, args.time_limit)
+        method = method_of(args)
 
         def problem_of(chosen: list[int], frame: int | None) -> MarginProblem:
             own = threat if frame is None else replace(threat, frames=frame)  # one frame after the other

@@ -5,7 +5,13 @@ from ..question import margin_rows
 from .bab import Decision, decide
 from .certificate import model_hash, save_certificates
 from .interface import RadiusResult, certified_margin, certified_radius, search_radius
-from .lipschitz import LocalLipschitz, local_lipschitz, radius_without_stationary_point, sampled_lipschitz
+from .lipschitz import (
+    LocalLipschitz,
+    local_lipschitz,
+    radius_without_stationary_point,
+    sampled_lipschitz,
+    search_without_stationary_point,
+)
 from .problem import MarginProblem, margin_problem
 from .verify import Verifier
 from .vnnlib import read_vnnlib
@@ -31,5 +37,6 @@ __all__ = [
     "sampled_lipschitz",
     "save_certificates",
     "search_radius",
+    "search_without_stationary_point",
     "write_robustness",
 ]

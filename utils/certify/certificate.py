@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..bounds.curve import CurvedPass
 from ..bounds.passes import BoundPass
-from ..choices.method import TUNED_METHODS
+from ..choices.method import CERTIFIED_METHODS
 from ..graph.nonlinear import Activation, NonLinear, Product
 from ..network.models import SequenceClassifier
 from ..network.state import plain_state
@@ -154,9 +154,9 @@ def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names:
     if not isinstance(problem.model, SequenceClassifier):
         kind = type(problem.model).__name__
         raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
-    if problem.method.name not in CONFIRMED:
+    if problem.method.name not in CERTIFIED_METHODS:
         raise ValueError(
-            f"certificates are written for {', '.join(CONFIRMED)}: the checker has no rules for {problem.method.name}"
+            f"certificates are written for {', '.join(CERTIFIED_METHODS)}: the checker has no rules for {problem.method.name}"
         )
     problem = copy.copy(problem)
     problem.slopes, problem.curves = copy.deepcopy((problem.slopes, problem.curves))  # tuning changes them in place
@@ -171,8 +171,6 @@ def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names:
         left = left[[sample not in paths for sample in left.tolist()]]
     return [paths[sample] for sample in sorted(paths)]
 
-
-CONFIRMED = ("crown", "ibp", "crown-ibp", *TUNED_METHODS)  # methods whose bounds the checker can follow
 
 # The bounds of some samples, and the problem that they are of; of a single sample they may be one set a target.
 _Found = Iterator[tuple[Tensor, MarginProblem]]

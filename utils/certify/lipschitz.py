@@ -16,7 +16,7 @@ from ..perturbation.lp_ball import dual_norm
 from ..question.question import Question
 from ..question.threat import Frames, Threat
 from .problem import MarginProblem
-from .search import largest_certified
+from .search import Bracket, largest_certified
 
 SMALLEST_EPS = 1e-9  # what is asked at eps = 0 is answered for a ball of this size
 AT_ONCE = 64  # samples and rows in one pass
@@ -179,6 +179,31 @@ def radius_without_stationary_point(
     alone). Arguments as for ``local_lipschitz``, with one row a sample, and ``tol``, ``max_eps`` as for
     ``certified_radius``.
     """
+    asked = {"norm": norm, "frames": frames, "ball": ball, "chain": chain, "layers": layers, "lengths": lengths}
+    asked |= {"relaxation": relaxation, "directions": directions, "tol": tol, "max_eps": max_eps, "dtype": dtype}
+    return search_without_stationary_point(model, x, rows, **asked).low
+
+
+@plain_state()
+@torch.no_grad()
+def search_without_stationary_point(
+    model: nn.Module | Graph,
+    x: Tensor,
+    rows: Tensor,
+    *,
+    norm: float,
+    frames: Frames = None,
+    ball: str = "frame",
+    chain: str,
+    layers: str,
+    relaxation: str = "plane",
+    lengths: Tensor | None = None,
+    directions: bool,
+    tol: float,
+    max_eps: float,
+    dtype: torch.dtype,
+) -> Bracket:
+    """``radius_without_stationary_point`` with all that the search found; its margins are of the surest function."""
     threat = Threat(norm, ball, frames, None, lengths)
     problem = _problem(model, x, rows, threat, Method("crown", relaxation, chain=chain, layers=layers))
     if problem.rows.shape[1] != 1:
@@ -192,7 +217,7 @@ def radius_without_stationary_point(
 
     at_zero = torch.cat([surest(part, torch.full((len(part),), SMALLEST_EPS, dtype=dtype)) for part in parts])
     first = torch.full_like(at_zero, 0.01)
-    return largest_certified(surest, at_zero, first, tol, max_eps).low
+    return largest_certified(surest, at_zero, first, tol, max_eps)
 
 
 def _surest(bounds: JacobianPass, directions: bool) -> Tensor:

@@ -131,6 +131,7 @@ class MarginProblem:
             return CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype), sound)
         if self.method.integrates:
             how = {"chain": self.method.chain, "layers": self.method.layers, "direct": self.method.name == "shell"}
+            how["shells"] = self.method.shells
             return ShellPass(graph, perturbation, sound=sound, **how)
         slopes = None if self.slopes is None else select(self.slopes, chosen, dtype)
         return METHODS[self.method.name](graph, perturbation, slopes, sound)

@@ -18,7 +18,7 @@ from .problem import MarginProblem
 from .search import Bracket
 
 SCOUT_SHARES = (0.003, 0.006, 0.012, 0.025, 0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
-LAST_SHELLS, GRADING = 20, 0.75  # shells of the last sweep, and the power by which they are denser at its end
+GRADING = 0.75  # the power by which shells of the last sweep are denser at its end
 ROOM = 1.06  # how far the last sweep goes beyond what the sweep before it reached
 NEARLY = 1.0 - 1e-6
 AT_ONCE = 64  # samples and shells in one pass
@@ -43,8 +43,9 @@ def sweep_radii(problem: MarginProblem, rows: Tensor, search: Precision) -> Brac
     nearer = _sweep(problem, rows, limit, even, search.search_dtype, sound=False)
     limit = (ROOM * nearer.low).to(search.dtype)
     limit = torch.where(limit > 0, limit, scouted.high.to(limit)).clamp(max=search.max_eps)
-    count = torch.arange(1, LAST_SHELLS + 1, device=coarse.device, dtype=search.dtype)
-    found = _sweep(problem, rows, limit, (count / LAST_SHELLS) ** GRADING, search.dtype)
+    shells = problem.method.shells
+    count = torch.arange(1, shells + 1, device=coarse.device, dtype=search.dtype)
+    found = _sweep(problem, rows, limit, (count / shells) ** GRADING, search.dtype)
     found.evaluations += 2 * len(coarse)
     return found
 

@@ -8,12 +8,14 @@ from .tables import METHODS, RELAXATIONS
 
 TUNED_METHODS = ("alpha", "curve", "bab")  # each begins with what the ones before it do
 CURVED_METHODS = TUNED_METHODS[1:]
+CERTIFIED_METHODS = ("crown", "ibp", "crown-ibp", *TUNED_METHODS)  # whose bounds a certificate's checker can follow
 GRADIENT_METHODS = ("jacobian", "shell")  # integrate bounds of gradients
 DIRECT_METHODS = ("crown", "fastlin", "ibp", "crown-ibp")  # one pass over the network: what bounds its layers
 CHAINS = ("chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise
 CURVE_STEPS = 40  # likewise of curved bounds
+SHELLS = 20  # of "jacobian" and "shell", unless told otherwise
 TIME_LIMIT = 60.0  # seconds a sample of "bab", unless told otherwise
 
 
@@ -29,6 +31,7 @@ class Method:
         time_limit: seconds that "bab" may take for a sample.
         chain: of "jacobian" and "shell": how gradients are bounded, one of ``CHAINS``.
         layers: likewise: the method that bounds the network's layers, one of ``DIRECT_METHODS``.
+        shells: likewise: parts of a ball in which gradients are bounded.
     """
 
     name: str = "crown"
@@ -38,10 +41,13 @@ class Method:
     time_limit: float = TIME_LIMIT
     chain: str = "chord"
     layers: str = "crown"
+    shells: int = SHELLS
 
     def __post_init__(self):
         METHODS.check(self.name)
         RELAXATIONS.check(self.relaxation)
+        if self.shells < 1:
+            raise ValueError(f"shells must be at least 1, not {self.shells}")
         if self.alpha_steps < 1:
             raise ValueError(f"alpha_steps must be at least 1, not {self.alpha_steps}")
         if self.curve_steps < 0:

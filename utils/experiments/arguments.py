@@ -7,33 +7,92 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..choices.method import ALPHA_STEPS, CURVE_STEPS, CURVED_METHODS, TIME_LIMIT, TUNED_METHODS
+from ..choices.method import (
+    ALPHA_STEPS,
+    CERTIFIED_METHODS,
+    CHAINS,
+    CURVE_STEPS,
+    CURVED_METHODS,
+    DIRECT_METHODS,
+    GRADIENT_METHODS,
+    SHELLS,
+    TIME_LIMIT,
+    TUNED_METHODS,
+    Method,
+)
 from ..choices.tables import BALLS, METHODS, RELAXATIONS
 from ..runs.cli import ROOT, add_common_arguments, non_negative_int, norm_value, positive_float, positive_int
 
 TARGETS = ("random", "runnerup", "least")
 # Flags that have an effect with some methods only: their values if they are left out, and these methods.
 OF_METHODS = {
-    "relaxation": ("plane", tuple(name for name in METHODS if name != "ibp")),
+    "relaxation": ("plane", tuple(name for name in METHODS if name not in ("ibp", "spectral"))),
     "alpha_steps": (ALPHA_STEPS, TUNED_METHODS),
     "curve_steps": (CURVE_STEPS, CURVED_METHODS),
     "time_limit": (TIME_LIMIT, ("bab",)),
+    "chain": ("chord", GRADIENT_METHODS),
+    "layer_method": ("crown", GRADIENT_METHODS),
+    "lipsteps": (SHELLS, GRADIENT_METHODS),
 }
 
 
 def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidden_size: int, time_step: int) -> None:
     """Add the flags of a bound script, with the given defaults, and the common ones; gated cells get one more."""
     group = parser.add_argument_group("model (the checkpoint must agree)")
+    add_model_arguments(group, architecture, hidden_size, time_step)
+    group = parser.add_argument_group("what is certified (eps and radii are in pixel values, which lie in [0, 1])")
+    add_goal_arguments(group)
+    group.add_argument("--per-frame", action="store_true", help="a radius for every single frame, the others exact")
+    group.add_argument("--frames", type=non_negative_int, nargs="+", help="perturb only these frames (0: the top one)")
     group.add_argument(
-        "--work-dir", type=Path, default=ROOT / "models" / "mnist_classifier", help="folder of the model folders"
+        "--ball", choices=tuple(BALLS), default="frame", help="a ball around every frame, or one around all"
     )
-    group.add_argument("--model-name", default=architecture, help="name of the checkpoint in its model folder")
+    group = parser.add_argument_group("how")
+    add_method_arguments(group)
+    if architecture != "rnn":
+        group.add_argument(
+            "--relaxation",
+            choices=tuple(RELAXATIONS),
+            help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants "
+            "(default: plane)",
+        )
+    add_search_arguments(group)
+    group.add_argument(
+        "--save-certificate",
+        action="store_true",
+        help="write a file for every radius that scripts/check_certificate.py can confirm by itself; bounds of tuned "
+        "methods, alpha, curve and bab, are tuned anew for it",
+    )
+    add_common_arguments(parser)
+
+
+def add_model_arguments(group, architecture: str, hidden_size: int, time_step: int) -> None:
+    """Flags that say which recurrent model."""
+    add_folder_arguments(group, architecture)
+    add_stack_arguments(group, hidden_size, time_step)
+
+
+def add_stack_arguments(group, hidden_size: int, time_step: int) -> None:
+    """Flags for the size and kind of a recurrent model."""
     group.add_argument("--hidden-size", type=positive_int, default=hidden_size, help="size of the hidden state")
     group.add_argument("--time-step", type=positive_int, default=time_step, help="frames an image is cut into")
     group.add_argument("--num-layers", type=positive_int, default=1, help="recurrent layers on top of each other")
     group.add_argument("--bidirectional", action="store_true", help="frames are read in both directions")
-    group = parser.add_argument_group("what is certified (eps and radii are in pixel values, which lie in [0, 1])")
-    group.add_argument("--N", type=positive_int, default=100, help="test images drawn; the misclassified get no radius")
+
+
+def add_folder_arguments(group, architecture: str) -> None:
+    """Where the checkpoint lies."""
+    group.add_argument(
+        "--work-dir", type=Path, default=ROOT / "models" / "mnist_classifier", help="folder of the model folders"
+    )
+    group.add_argument("--model-name", default=architecture, help="name of the checkpoint in its model folder")
+
+
+def add_goal_arguments(group, images: int = 100, clip: bool = True) -> None:
+    """Flags for the images, the ball and the classes to keep away from."""
+    group.add_argument(
+        "--N", type=positive_int, default=images, help="test images drawn; the misclassified get no radius"
+    )
     group.add_argument("--p", type=norm_value, default=2.0, help="norm of the perturbation: 1, 2 or inf")
     group.add_argument("--untargeted", action="store_true", help="against all other classes instead of one target")
     group.add_argument(
@@ -43,34 +102,38 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
         help="class to keep away from: a random one, the one with the highest or the lowest logit besides the label, "
         "or class K (default: random)",
     )
-    group.add_argument("--per-frame", action="store_true", help="a radius for every single frame, the others exact")
-    group.add_argument("--frames", type=non_negative_int, nargs="+", help="perturb only these frames (0: the top one)")
-    group.add_argument(
-        "--ball", choices=tuple(BALLS), default="frame", help="a ball around every frame, or one around all"
-    )
-    group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
-    group = parser.add_argument_group("how")
+    if clip:
+        group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
+
+
+def add_method_arguments(group) -> None:
+    """--method and what belongs to some methods."""
     group.add_argument(
         "--method",
         choices=tuple(METHODS),
         default="crown",
         help="bounds: backward, interval, or both; alpha: backward, slopes tuned to each image (10 times the time); "
-        "curve: curved bounds too, tuned (100 times and more); bab: each target by itself, up to --time-limit",
+        "curve: curved bounds too, tuned (100 times and more); bab: each target by itself, up to --time-limit; "
+        "fastlin: parallel lines (relu); spectral: products of norms; jacobian: bounds of gradients, integrated; "
+        "shell: these and --layer-method in turn",
     )
     add_effort_arguments(group)
-    if architecture != "rnn":
-        group.add_argument(
-            "--relaxation",
-            choices=tuple(RELAXATIONS),
-            help="bounds of the gates' products: planes with contracting slopes or of least volume, lines, constants "
-            "(default: plane)",
-        )
+    add_gradient_arguments(group)
+
+
+def add_search_arguments(group) -> None:
+    """How a radius is searched, and where rows go."""
     group.add_argument("--eps0", type=positive_float, help="first eps of the search (default: from the gradient)")
     group.add_argument("--tol", type=relative_tolerance, default=1e-3, help="relative width of the final bracket")
     group.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="precision of the verdict")
     group.add_argument(
         "--batch-size", type=positive_int, help="images bounded and written at a time (default: 20, on a GPU 500)"
     )
+    add_result_arguments(group)
+
+
+def add_result_arguments(group) -> None:
+    """--out-dir, --resume and --overwrite."""
     group.add_argument(
         "--out-dir", type=Path, metavar="FOLDER", help="folder of the results (default: beside the checkpoint)"
     )
@@ -80,13 +143,12 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
         help="continue an interrupted run of the same arguments; --N may be larger than it was",
     )
     group.add_argument("--overwrite", action="store_true", help="replace results of another run in the folder")
-    group.add_argument(
-        "--save-certificate",
-        action="store_true",
-        help="write a file for every radius that scripts/check_certificate.py can confirm by itself; bounds of tuned "
-        "methods, alpha, curve and bab, are tuned anew for it",
-    )
-    add_common_arguments(parser)
+
+
+def method_of(args: argparse.Namespace) -> Method:
+    """The method that the flags describe, once they are checked."""
+    effort = {name: getattr(args, name) for name in ("alpha_steps", "curve_steps", "time_limit", "chain")}
+    return Method(args.method, relaxation_of(args), layers=args.layer_method, shells=args.lipsteps, **effort)
 
 
 def add_effort_arguments(group) -> None:
@@ -101,6 +163,19 @@ def add_effort_arguments(group) -> None:
     )
     group.add_argument(
         "--time-limit", type=positive_float, help=f"seconds an image of --method bab (default: {TIME_LIMIT:g})"
+    )
+
+
+def add_gradient_arguments(group) -> None:
+    """Flags of methods that bound gradients; None where they are left out, see ``fill_in``."""
+    group.add_argument("--chain", choices=CHAINS, help="how --method jacobian bounds gradients (default: chord)")
+    group.add_argument(
+        "--layer-method", choices=DIRECT_METHODS, help="what bounds layers for --method jacobian (default: crown)"
+    )
+    group.add_argument(
+        "--lipsteps",
+        type=positive_int,
+        help=f"shells of a ball in which --method jacobian bounds gradients (default: {SHELLS})",
     )
 
 
@@ -133,15 +208,17 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--untargeted contradicts --target: leave out one of them")
     if not args.untargeted and args.target is None:
         args.target = "random"
-    if args.per_frame and args.frames:
+    if getattr(args, "per_frame", False) and args.frames:
         raise ValueError("--per-frame bounds every frame by itself: leave out --frames")
     if getattr(args, "ball", "frame") == "sequence" and (args.per_frame or len(set(args.frames or (0, 1))) == 1):
         raise ValueError("--ball sequence is one ball around several frames: of one frame it is the same without")
     if hasattr(args, "method"):
         fill_in(args, [args.method])
+    if getattr(args, "save_certificate", False) and args.method not in CERTIFIED_METHODS:
+        raise ValueError(f"--save-certificate is for --method {', '.join(CERTIFIED_METHODS)}, not {args.method}")
     if args.clip and args.p != math.inf:
         raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
-    if args.frames:
+    if getattr(args, "frames", None):
         args.frames = sorted(set(args.frames))
         if args.frames[-1] >= args.time_step:
             raise ValueError(f"--frames must be from 0 to {args.time_step - 1}, not {args.frames[-1]}")
@@ -151,8 +228,9 @@ def result_folder_name(args: argparse.Namespace) -> str:
     """Name of the result folder: 2_norm_bound for p = 2 and all defaults, and a word for everything that differs.
 
     In this order: untargeted, or target_runnerup, target_least, target_K; per_frame, or frames_0_3; sequence (the
-    ball); clip; the method (ibp, crown-ibp, alpha, curve, bab); the relaxation (line, constant). Number of images,
-    seed, tolerance, steps, time and precision have no word: a new run with others replaces the earlier one.
+    ball); clip; the method (ibp, alpha, jacobian, ...) and, of gradients, what bounds them and the layers; the
+    relaxation (line, constant). Number of images, seed, tolerance, steps, time and precision have no word: a new run
+    with others replaces the earlier one.
     """
     words = [f"{args.p:g}_norm_bound"]
     words += ["untargeted"] * args.untargeted
@@ -162,8 +240,12 @@ def result_folder_name(args: argparse.Namespace) -> str:
     words += [args.ball] * (args.ball != "frame")
     words += ["clip"] * args.clip
     words += [args.method] * (args.method != "crown")
+    words += [word for word in (getattr(args, "chain", None), getattr(args, "layer_method", None)) if word in NAMED]
     words += [relaxation_of(args)] * (relaxation_of(args) != "plane")
     return "_".join(words)
+
+
+NAMED = {"recurjac", "interval", "fastlin", "ibp", "crown-ibp"}  # chains and layers' methods besides the defaults
 
 
 def relaxation_of(args: argparse.Namespace) -> str:

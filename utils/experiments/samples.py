@@ -85,7 +85,7 @@ def draw_samples(data: ImageData, model: SequenceClassifier, args: argparse.Name
     images, labels = data.test_x[index], data.test_y[index]
     with torch.no_grad():
         exact = copy.deepcopy(model).cpu().to(getattr(torch, args.dtype))
-        logits = exact(as_frames(images, args.time_step).to(exact.head.weight.dtype))
+        logits = exact(as_frames(images, args.time_step).to(next(exact.parameters()).dtype))
     if args.untargeted:
         targets = None
     elif isinstance(args.target, int):

@@ -6,6 +6,7 @@ import argparse
 
 from data.mnist import SIDE
 
+from ..choices.method import GRADIENT_METHODS
 from .arguments import relaxation_of
 
 UNIT = "pixel values, which lie in [0, 1]"
@@ -19,7 +20,9 @@ def describe_threat(args: argparse.Namespace) -> str:
     listed = f"all {args.time_step} frames"
     if args.frames is not None:
         listed = f"frames {', '.join(map(str, args.frames))} of {args.time_step}"
-    if args.per_frame:
+    if args.time_step == 1:
+        text = f"the image moves by at most eps in the {norm} norm"
+    elif args.per_frame:
         text = f"one of {args.time_step} frames ({band}) moves by at most eps in the {norm} norm, the others are exact"
     elif args.ball == "sequence":
         text = f"{listed} ({band} each) together move by at most eps in the {norm} norm"
@@ -42,9 +45,13 @@ def describe_goal(args: argparse.Namespace) -> str:
 def describe_method(args: argparse.Namespace) -> str:
     """How it is bounded, in words: the method and the relaxation of gate products, where there are any."""
     steps = {"alpha": f"{args.alpha_steps} steps", "curve": f"{args.curve_steps} steps"}
+    if args.method in GRADIENT_METHODS:
+        kind = "bounds of gradients, integrated" if args.method == "jacobian" else "the shell rule"
+        return f"{kind}: {args.chain} over {args.layer_method}, {args.lipsteps} shells"
     steps["bab"] = f"up to {args.time_limit:g} s an image"
     effort = f" ({steps[args.method]})" if args.method in steps else ""
-    return f"{args.method}{effort}" + ("" if args.method == "ibp" else f", {relaxation_of(args)}s")
+    planes = "" if args.method in ("ibp", "fastlin", "spectral") else f", {relaxation_of(args)}s"
+    return f"{args.method}{effort}{planes}"
 
 
 def short_title(args: argparse.Namespace) -> str:
@@ -53,6 +60,8 @@ def short_title(args: argparse.Namespace) -> str:
         goal = "untargeted"
     else:
         goal = f"{args.target} target" if isinstance(args.target, str) else f"target {args.target}"
+    if args.time_step == 1:
+        return f"{goal}{', clipped' * args.clip}; {describe_method(args)}"
     if args.per_frame:
         place = "one frame at a time"
     else:

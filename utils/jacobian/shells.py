@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from ..bounds.passes import BoundPass
+from ..choices.method import SHELLS
 from ..choices.tables import METHODS
 from ..graph.graph import Graph
 from ..perturbation.sets import Perturbation
 from .adjoint import Adjoint, repeated
 from .operator_norms import NormPass
 from .passes import JacobianPass
-
-SHELLS = 20
 
 
 def values_pass(graph: Graph, perturbation: Perturbation, layers: str, sound: bool = True) -> BoundPass:

@@ -1,7 +1,7 @@
 """What is certified: models and checkpoints, and how they, any module and ONNX files become graphs."""
 
 from .checkpoint import CONFIG_KEYS, CheckpointError, build_model, load_checkpoint, save_checkpoint
-from .models import SequenceClassifier
+from .models import MLP, SequenceClassifier
 from .onnx_export import export_onnx
 from .onnx_graph import OnnxNetwork, import_onnx, read_onnx
 from .reading import Network, check_network, graph_of, num_classes, read_network
@@ -11,6 +11,7 @@ from .unroll import Cell, unroll
 
 __all__ = [
     "CONFIG_KEYS",
+    "MLP",
     "Cell",
     "CheckpointError",
     "Network",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models import POOLINGS, SequenceClassifier
+from .models import MLP, MLP_ACTIVATIONS, POOLINGS, SequenceClassifier
 
 ARCHITECTURES = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 ACTIVATIONS = ("tanh", "relu")
@@ -28,10 +28,13 @@ STATE_NAMES = ("state_dict", "model_state_dict", "model")  # under which tables 
 HALF = (torch.float16, torch.bfloat16)
 KEYS_SHOWN = 4
 CONFIG_KEYS = ("architecture", *SIZES, *FLAGS, "activation", "pooling", "input_mean", "input_std")
+MLP_KEYS = ("architecture", "input_size", "layers", "num_classes", "activation", "leaky_slope")
 FOLDER_NAME = re.compile(
     r"(?P<architecture>rnn|lstm|gru)_(?P<frames>\d+)_(?P<hidden>\d+)"
     r"(_(?P<activation>tanh|relu))?(_(?P<layers>\d+)layer)?(?P<bidirectional>_bi)?"
 )
+
+MLP_FOLDER_NAME = re.compile(r"mlp_(?P<layers>\d+(_\d+)*)_(?P<kind>[a-z]+)")
 
 Config = dict[str, Any]
 
@@ -41,7 +44,9 @@ class CheckpointError(ValueError):
 
 
 def model_name(config: Config) -> str:
-    """Folder name of a model: rnn_7_64_tanh, lstm_4_32, lstm_7_32_2layer, gru_7_64_bi ..."""
+    """Folder name of a model: rnn_7_64_tanh, lstm_4_32, lstm_7_32_2layer, gru_7_64_bi, mlp_20_20_relu ..."""
+    if config["architecture"] == "mlp":
+        return "_".join(["mlp", *map(str, config["layers"]), config["activation"]])
     name = f"{config['architecture']}_{config['num_frames']}_{config['hidden_size']}"
     if config["architecture"] == "rnn":
         name += f"_{config['activation']}"
@@ -50,13 +55,16 @@ def model_name(config: Config) -> str:
     return name + "_bi" * config["bidirectional"] + "_mean" * (config["pooling"] == "mean")
 
 
-def build_model(config: Config, dtype: torch.dtype = torch.float32) -> SequenceClassifier:
+def build_model(config: Config, dtype: torch.dtype = torch.float32) -> SequenceClassifier | MLP:
     """An untrained classifier (torch's random initial weights) of the size and kind that config describes.
 
     Raises:
         ValueError: a key is missing or its value makes no model.
     """
     check_config(config)
+    if config["architecture"] == "mlp":
+        sizes = (config["input_size"], *config["layers"], config["num_classes"])
+        return MLP(sizes, config["activation"], config["leaky_slope"], dtype)
     kind = ARCHITECTURES[config["architecture"]]
     nonlinearity = {"nonlinearity": config["activation"]} if config["architecture"] == "rnn" else {}
     rnn = kind(
@@ -78,9 +86,12 @@ def build_model(config: Config, dtype: torch.dtype = torch.float32) -> SequenceC
 
 def check_config(config: Config) -> None:
     """Raise ValueError, naming the key, if config does not describe a model."""
-    missing = [key for key in CONFIG_KEYS if key not in config]
+    of_mlp = config.get("architecture") == "mlp"
+    missing = [key for key in (MLP_KEYS if of_mlp else CONFIG_KEYS) if key not in config]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
+    if of_mlp:
+        return _check_mlp(config)
     for key in SIZES:
         if type(config[key]) is not int or config[key] < 1:
             raise ValueError(f"{key} in the config must be a positive integer, not {config[key]!r}")
@@ -92,6 +103,19 @@ def check_config(config: Config) -> None:
         if config[key] not in known:
             raise ValueError(f"{key} in the config must be one of {known}, not {config[key]!r}")
     _check_normalisation(config)
+
+
+def _check_mlp(config: Config) -> None:
+    sizes = config["layers"] if isinstance(config["layers"], (list, tuple)) else [None]
+    for key, values in (("layers", sizes), *((key, [config[key]]) for key in ("input_size", "num_classes"))):
+        if not all(type(value) is int and value > 0 for value in values):
+            raise ValueError(f"{key} in the config must be positive integers, not {config[key]!r}")
+    if config["activation"] not in MLP_ACTIVATIONS:
+        known = ", ".join(MLP_ACTIVATIONS)
+        raise ValueError(f"activation in the config must be one of {known}, not {config['activation']!r}")
+    slope = config["leaky_slope"]
+    if type(slope) not in (int, float) or not 0 <= slope < math.inf:
+        raise ValueError(f"leaky_slope in the config must be a number of at least 0, not {slope!r}")
 
 
 def _check_normalisation(config: Config) -> None:
@@ -106,7 +130,7 @@ def _statistic(value: float | list[float]) -> float | Tensor:
     return torch.tensor(value) if isinstance(value, (list, tuple)) else value
 
 
-def save_checkpoint(path: str | Path, model: SequenceClassifier, config: Config) -> None:
+def save_checkpoint(path: str | Path, model: SequenceClassifier | MLP, config: Config) -> None:
     """Write model and config to path, whole or not at all, so that an interruption leaves the earlier file.
 
     Raises:
@@ -126,7 +150,7 @@ def save_checkpoint(path: str | Path, model: SequenceClassifier, config: Config)
         os.replace(temporary, path)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[SequenceClassifier, Config]:
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[SequenceClassifier | MLP, Config]:
     """The classifier, in evaluation mode, and the config of a checkpoint. Leaves torch's random state alone.
 
     Raises:
@@ -143,7 +167,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     if problem:
         raise CheckpointError(f"{path} is not usable: {problem}")
     with torch.random.fork_rng(devices=[]):
-        model = build_model(config, state["head.weight"].dtype)
+        model = build_model(config, next(iter(state.values())).dtype)
     model.load_state_dict(dict(state))
     return model.to(device).eval(), config
 
@@ -256,7 +280,7 @@ def _parts(content: object, path: Path) -> tuple[Config, dict[str, Tensor]]:
     tensors = isinstance(state, dict) and _are_weights(state)
     if not isinstance(config, dict) or not tensors:
         raise CheckpointError(f"{path} is not a checkpoint of this project: config and state_dict must be dicts")
-    state = plain_names(state, ("head.weight", "weight_ih_l0", "rnn.weight_ih_l0"))
+    state = plain_names(state, ("head.weight", "weight_ih_l0", "rnn.weight_ih_l0", "layers.0.weight"))
     return config, {key.removeprefix("rnn."): value for key, value in state.items()}
 
 
@@ -285,7 +309,10 @@ def _value_problem(state: dict[str, Tensor]) -> str | None:
 
 def train_command(path: Path) -> str:
     """A sentence with the command that would train the model that path names, as far as the names tell."""
-    known = FOLDER_NAME.fullmatch(path.parent.name)
+    known, of_mlp = FOLDER_NAME.fullmatch(path.parent.name), MLP_FOLDER_NAME.fullmatch(path.parent.name)
+    if of_mlp:
+        sizes = of_mlp["layers"].replace("_", " ")
+        return f"train it by python mlp/train_mlp_mnist_classifier.py --layers {sizes} --activation {of_mlp['kind']}"
     if known is None:
         return "train one by one of the train_*_classifier.py scripts, or check the path"
     architecture = known["architecture"]

@@ -1,6 +1,9 @@
-"""The classifier that is trained and certified: a stock torch RNN, LSTM or GRU under a linear head."""
+"""The classifiers that are trained and certified: a stock torch RNN, LSTM or GRU under a linear head, and MLPs."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +73,40 @@ class SequenceClassifier(nn.Module):
         if self.c0 is None:
             return h0
         return h0, self.c0[:, None].expand(-1, batch, -1).contiguous()
+
+
+MLP_ACTIVATIONS = {
+    "relu": torch.relu,
+    "leaky": nn.functional.leaky_relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "arctan": torch.arctan,
+    "elu": nn.functional.elu,
+    "softplus": nn.functional.softplus,
+}
+
+
+class MLP(nn.Module):
+    """A multi-layer perceptron: linear layers with an activation between them; inputs of any shape are flattened.
+
+    Args:
+        sizes: of the input, the hidden layers and the output.
+        activation: a key of ``MLP_ACTIVATIONS``.
+        leaky_slope: slope of "leaky" below 0.
+    """
+
+    def __init__(self, sizes: Sequence[int], activation: str = "relu", leaky_slope: float = 0.01, dtype=torch.float32):
+        super().__init__()
+        self.activation, self.leaky_slope = activation, leaky_slope
+        self.layers = nn.ModuleList(nn.Linear(n, m, dtype=dtype) for n, m in itertools.pairwise(sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (batch, classes)."""
+        h = x.flatten(1)
+        settings = {"negative_slope": self.leaky_slope} if self.activation == "leaky" else {}
+        for layer in self.layers[:-1]:
+            h = MLP_ACTIVATIONS[self.activation](layer(h), **settings)
+        return self.layers[-1](h)
 
 
 def check_parts(rnn: nn.Module, head: nn.Module, pooling: str) -> None:

@@ -133,6 +133,14 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def finite(text: str) -> float:
+    """argparse type: a finite number."""
+    value = _finite(text)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
 def _finite(text: str) -> float | None:
     try:
         value = float(text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..runs.cli import ROOT, add_common_arguments, non_negative_float, positive_float, positive_int
 from .tasks import TextTask
 
+MLP_ACTIVATIONS = ("relu", "leaky", "tanh", "sigmoid", "arctan", "elu", "softplus")
 STROKES_HELP = "folder that holds strokes/strokes.npz or the published sequences (default: data/)"
 
 
@@ -18,6 +19,29 @@ def add_training_arguments(parser: argparse.ArgumentParser, hidden_size: int = 6
     group.add_argument(
         "--time-step", type=positive_int, default=time_step, help="frames an image is cut into; must divide 28"
     )
+    add_loop_arguments(parser)
+
+
+def add_mlp_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of an MLP's train script and the common ones."""
+    group = parser.add_argument_group("model")
+    add_mlp_model_arguments(group)
+    add_loop_arguments(parser)
+
+
+def add_mlp_model_arguments(group) -> None:
+    """Add --layers, --activation and --leaky-slope."""
+    group.add_argument(
+        "--layers", type=positive_int, nargs="+", default=[20, 20], metavar="N", help="sizes of the hidden layers"
+    )
+    group.add_argument("--activation", choices=MLP_ACTIVATIONS, default="relu", help="activation of the hidden layers")
+    group.add_argument(
+        "--leaky-slope", type=non_negative_float, default=0.3, help="slope of --activation leaky below 0"
+    )
+
+
+def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the training loop and the common ones."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive_int, default=30, help="passes over the training set")
     group.add_argument("--batch-size", type=positive_int, default=128, help="images per step")

@@ -17,6 +17,18 @@ def check_slices(time_step: int) -> None:
     as_frames(torch.empty(0, SIDE, SIDE), time_step)
 
 
+def make_mlp_config(args: argparse.Namespace, data: ImageData) -> Config:
+    """Likewise, of a multi-layer perceptron."""
+    return {
+        "architecture": "mlp",
+        "input_size": data.train_x[0].numel(),
+        "layers": list(args.layers),
+        "activation": args.activation,
+        "leaky_slope": args.leaky_slope if args.activation == "leaky" else 0.0,
+        **_data_facts(args, data),
+    }
+
+
 def make_config(args: argparse.Namespace, architecture: str, activation: str | None, data: ImageData) -> Config:
     """The checkpoint's config, still without accuracies. Pixels are fed as they are: eps is in units of pixels."""
     return {
@@ -29,9 +41,15 @@ def make_config(args: argparse.Namespace, architecture: str, activation: str | N
         "bias": True,
         "activation": activation,
         "pooling": "last",
-        "num_classes": len(data.class_names),
         "input_mean": 0.0,
         "input_std": 1.0,
+        **_data_facts(args, data),
+    }
+
+
+def _data_facts(args: argparse.Namespace, data: ImageData) -> Config:
+    return {
+        "num_classes": len(data.class_names),
         "dataset": data.name,
         "data_source": data.source,
         "class_names": list(data.class_names),

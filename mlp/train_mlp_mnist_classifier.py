@@ -1,0 +1,65 @@
+"""Train a multi-layer perceptron on MNIST and save it with its training curve."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.runs.cli import ArgumentParser, answer_early, run_main
+from utils.training.arguments import add_mlp_training_arguments
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add_mlp_training_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_early(get_args)  # before the imports below, which take seconds
+
+from data.mnist import load_mnist
+from utils.network.checkpoint import build_model, model_name, save_checkpoint
+from utils.runs.cli import apply_common_arguments
+from utils.runs.results import check_writable
+from utils.training.loop import accuracy, plot_history, rehearse, train
+from utils.training.mnist import make_mlp_config
+from utils.training.state import TrainingState
+
+
+def main() -> None:
+    args = get_args()
+    device = apply_common_arguments(args)
+
+    # Load: images as vectors of pixels, (N, 784), for training and test.
+    data = load_mnist(args.data_dir)
+    pixels = [images.flatten(1).to(device) for images in (data.train_x, data.test_x)]
+    labels = [classes.to(device) for classes in (data.train_y, data.test_y)]
+
+    # Build.
+    config = make_mlp_config(args, data)
+    model = build_model(config).to(device)
+    path = args.save_dir / model_name(config) / "mlp"
+    if args.dry_run:
+        return rehearse(model, pixels[0], labels[0], args, path)
+    check_writable(path.parent)
+
+    # Train; every epoch is kept, and --resume goes on from the last one.
+    state = TrainingState(path, args, labels[0])
+    history = train(model, pixels, labels, args, state)
+
+    # Evaluate, save and draw.
+    config["train_accuracy"] = accuracy(model, pixels[0], labels[0])
+    config["test_accuracy"] = accuracy(model, pixels[1], labels[1])
+    save_checkpoint(path, model, config)
+    state.discard()
+    plot_history(history, path.parent / "training_curve.png", model_name(config))
+    print(f"test accuracy {config['test_accuracy']:.4f} ({len(labels[1])} images of {data.source}), ", end="")
+    print(f"training accuracy {config['train_accuracy']:.4f}; saved {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)
