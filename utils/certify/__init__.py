@@ -4,8 +4,9 @@ from ..choices import METHODS
 from ..question import margin_rows
 from .bab import Decision, decide
 from .certificate import model_hash, save_certificates
-from .interface import RadiusResult, certified_margin, certified_radius, search_radius
+from .interface import certified_margin, certified_radius
 from .problem import MarginProblem, margin_problem
+from .radius import RadiusResult, search_radius
 from .verify import Verifier
 from .vnnlib import read_vnnlib
 from .vnnlib_write import counter_example, write_robustness

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ..bounds.curve import CurvedPass
 from ..bounds.passes import BoundPass
+from ..clock import Pace, now
 from ..graph.nonlinear import Activation, NonLinear, Product
 from ..network.models import SequenceClassifier
 from ..network.state import plain_state
@@ -208,14 +208,14 @@ def _attempts(problem: MarginProblem, eps: Tensor) -> Iterator[Callable[[Tensor]
 
 def _apart(problem: MarginProblem, eps: Tensor) -> MarginProblem:
     """The branches of a problem's only sample with curves that are tuned at eps until it is certified or time is up."""
-    deadline = time.perf_counter() + problem.method.time_limit
+    pace = Pace(now() + problem.method.time_limit)
     branches = problem.branches()
     everywhere = eps.expand(len(branches.x), -1)
     slack, steps = branches.slack(torch.float64), ROUND_STEPS
     for _ in range(TUNINGS):
         left = (branches.margins(everywhere, torch.float64) <= slack).any(dim=1).nonzero().squeeze(-1)
         for own in left.split(1):
-            branches.tune_curves(everywhere[own], TUNING, steps, own, deadline=deadline)
+            branches.tune_curves(everywhere[own], TUNING, steps, own, pace=pace)
         steps *= 2
     return branches
 

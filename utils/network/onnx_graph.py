@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..clock import now
 from ..graph.graph import Graph
 from ..runs.unpack import unpacked
 from .symbolic import MAX_MATRIX, Builder, Symbol, UnsupportedError, check_scores, constant, join
@@ -153,7 +153,7 @@ def read_onnx(
         relaxation: how gate products are relaxed, a key of ``utils.choices.RELAXATIONS``.
         check: compare with onnxruntime, where it is installed, at random inputs.
         num_inputs: how many values the input has, if that is known: the size of one open axis follows.
-        deadline: ``time.monotonic()`` after which TimeoutError is raised.
+        deadline: of ``utils.clock``, after which TimeoutError is raised.
 
     Raises:
         ValueError: the file cannot be read, or (UnsupportedError) holds what has no bound here.
@@ -290,7 +290,7 @@ class _Reader:
 
     def _run_all(self, nodes, where: str) -> None:
         for node in nodes:
-            if time.monotonic() > self.deadline:
+            if now() > self.deadline:
                 raise TimeoutError("the time limit is reached")
             try:
                 self._run(node)
