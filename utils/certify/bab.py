@@ -32,7 +32,7 @@ ROUND_STEPS = 40  # gradient steps of a branch before it is looked at again; twi
 OVERSHOOTS = (1.06, 1.03, 1.01)  # eps at which a branch is tuned, over what it has reached; one for each try in vain
 TUNING = torch.float32  # precision in which bounds of margins are tuned; any curves are sound in another
 ALPHA_SHARE = 0.15  # of the time left that slopes of planes are tuned in: curves gain more in the rest
-TUNED_SHARE = 0.5  # of the time left in which curves are tuned: a search by their bounds follows
+TUNED_SHARE = 0.7  # of the time left in which curves are tuned: a search by their bounds follows
 ENOUGH = 1.002  # a branch that gains less than this factor gains nothing
 
 VERDICTS = ("certified", "falsified", "unknown")

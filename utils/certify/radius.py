@@ -52,7 +52,7 @@ class RadiusResult:
         margin: worst lower bound at ``radius`` less the slack for rounding (the clean one where radius is 0).
         evaluations: how many bounds were computed; estimates that only say where curved bounds begin do not count.
         start: of a tuned method, the radius of the method that it starts from: of "alpha" that is "crown", of "curve"
-            "alpha", of "bab" what "curve" reached in the time that it had. Others start from nothing: their radius.
+            "alpha", of "bab" what "curve" reached in the time that it had. NaN of the others.
     """
 
     radius: Tensor
@@ -193,8 +193,9 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
     problem.slopes = problem.curves = None
     first, planes = search.first(problem, rows), Pace()
     found = search(problem, rows, first, pace=planes)  # whatever the limit
-    start, planes.deadline = found.low.clone(), deadline
+    start, planes.deadline = torch.full_like(found.low, torch.nan), deadline
     if problem.method.tuned:
+        start = found.low.clone()
         _tune_slopes(problem, rows, search, found, first, planes)
     if problem.method.curved:
         start, steps = found.low.clone(), Pace(deadline, CURVED_STEP * planes.longest)
