@@ -71,7 +71,7 @@ def main() -> None:
                 "dtype": getattr(torch, args.dtype),
             }
             found = search_radius(problem, batch_size=len(problem.x), **how)
-            columns = {"radius": found.radius, "failed_eps": found.failed}
+            columns = {"radius": found.radius, "failed_eps": found.failed, "start_radius": found.start}
             return columns | {"margin": found.margin, "evaluations": found.evaluations}
 
         # Write a row for every image (and frame) as they are found; then summarise and draw.

@@ -63,7 +63,7 @@ def get_args() -> argparse.Namespace:
     group.add_argument("--N", type=positive_int, default=20, help="test images drawn, the misclassified among them")
     group = parser.add_argument_group("how")
     group.add_argument(
-        "--time-limit", type=positive_float, default=TIME_LIMIT, help="seconds an image; a step begun is finished"
+        "--time-limit", type=positive_float, default=TIME_LIMIT, help="seconds an image, attack and tuning included"
     )
     group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
     group.add_argument("--overwrite", action="store_true", help="replace results of another run in the folder")

@@ -15,7 +15,6 @@ import argparse
 import csv
 import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,7 +34,11 @@ def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="the network")
     parser.add_argument("--vnnlib", type=Path, metavar="FILE", help="the property")
-    parser.add_argument("--timeout", type=positive_float, help="seconds per instance (default: 60, or the list's own)")
+    parser.add_argument(
+        "--timeout",
+        type=positive_float,
+        help="seconds per instance, from the reading of its files on (default: 60, or the list's own)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the result and counter-example are written")
     parser.add_argument("--instances", type=Path, metavar="CSV", help="a list of instances, in place of a single one")
     parser.add_argument(
@@ -64,6 +67,7 @@ import torch
 from utils.certify.verify import Verdict, Verifier
 from utils.certify.vnnlib import read_vnnlib
 from utils.certify.vnnlib_write import counter_example
+from utils.clock import now
 from utils.network.onnx_graph import OnnxNetwork, import_onnx, read_onnx
 from utils.runs.results import replacing
 
@@ -73,7 +77,7 @@ DEFAULT_TIMEOUT = 60.0
 
 def verify(args: argparse.Namespace, onnx: Path, vnnlib: Path, timeout: float, networks: dict) -> Verdict:
     """Read and verify one instance; reading counts towards its time."""
-    deadline = time.monotonic() + timeout
+    deadline = now() + timeout
     try:
         prop = read_vnnlib(vnnlib, deadline)
         key = (onnx, prop.num_inputs)
@@ -150,12 +154,12 @@ def run_list(args: argparse.Namespace) -> bool:
         if args.results.stat().st_size == 0:
             writer.writeheader()
         for number, (onnx, vnnlib, timeout) in list(enumerate(keys))[len(done) :]:
-            started = time.monotonic()
+            started = now()
             try:
                 verdict = verify(args, root / onnx, root / vnnlib, float(timeout), networks)
             except Exception as error:  # whatever it is, the rows that follow have a right to their own verdicts
                 verdict = Verdict("error", note=describe_error(error))
-            seconds = time.monotonic() - started
+            seconds = now() - started
             if verdict.x is not None:
                 write_result(args.results.with_name(f"{args.results.stem}_counterexamples") / f"{number}.txt", verdict)
             cells = (onnx, vnnlib, timeout, verdict.result, f"{seconds:.3f}", verdict.boxes, verdict.note)
@@ -180,7 +184,7 @@ def main() -> None:
         if not run_list(args):
             sys.exit(2)
         return
-    started = time.monotonic()
+    started = now()
     verdict = verify(args, args.onnx, args.vnnlib, args.timeout or DEFAULT_TIMEOUT, {})
     if args.dry_run:
         print("network and property can be read")
@@ -192,7 +196,7 @@ def main() -> None:
         print(counter_example(verdict.x, verdict.y), end="")
     if verdict.note:
         print(f"note: {verdict.note}", file=sys.stderr)
-    print(f"{time.monotonic() - started:.2f} s, {verdict.boxes} boxes bounded", file=sys.stderr)
+    print(f"{now() - started:.2f} s, {verdict.boxes} boxes bounded", file=sys.stderr)
 
 
 if __name__ == "__main__":

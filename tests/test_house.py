@@ -14,7 +14,7 @@ from mnist_files import ROOT
 UTILS = ROOT / "utils"
 MODULES = sorted(UTILS.rglob("*.py"))
 MAX_LINES, MAX_MODULES = 400, 12
-READERS = {"trace.py", "symbolic.py", "onnx_graph.py"}  # of modules and ONNX files: a line or two an operation
+READERS = {"trace.py", "symbolic.py"}  # of modules: a line or two an operation
 HEAVY = ("torch", "scipy", "matplotlib")
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()

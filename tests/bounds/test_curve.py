@@ -14,6 +14,7 @@ from utils.attack.pgd import pgd
 from utils.bounds import curve, quadratic
 from utils.bounds.curve import CurvedPass, tune_curves
 from utils.certify import certified_margin, certified_radius, margin_problem, search_radius
+from utils.clock import Pace
 from utils.graph.nodes import Constant
 from utils.graph.nonlinear import Activation, Product
 from utils.network.unroll import unroll
@@ -310,7 +311,7 @@ def test_tuning_stops_at_its_aim_and_at_its_deadline():
         return CurvedPass(graph, perturbation, curves).margin(rows).amin()
 
     start, later = reached(0), reached(8)
-    assert reached(8, deadline=0.0) == start
+    assert reached(8, pace=Pace(0.0)) == start
     aim = float(0.5 * (start + later))
     assert aim < reached(1000, aim=aim) <= later + 0.1 * (later - start)
 

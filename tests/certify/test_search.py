@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from utils.certify import MarginProblem, margin_problem, search_radius
 from utils.certify.search import Bracket, foretold_radius, largest_certified
+from utils.network.models import SequenceClassifier
 
 TOL = 1e-3
 RADII = torch.tensor([1e-12, 1e-5, 0.03, 1.0, 7.7, 1e5, 1e12], dtype=torch.float64)
@@ -185,3 +188,25 @@ def test_radii_are_foretold_roughly_and_none_where_nothing_certifies(shape):
     assert torch.allclose(foretold, radii, rtol=2e-2)
     assert (foretold_radius(lambda rows, eps: -eps, ones, radii, 1e-2, **everything) == 0.0).all()
     assert (foretold_radius(lambda rows, eps: 1.0 - eps, -ones, radii, 1e-2, **everything) == 0.0).all()
+
+
+def test_calibrations_are_verdicts_that_count_and_are_left_out_for_misclassified_samples(monkeypatch):
+    torch.manual_seed(0)
+    model = SequenceClassifier(nn.RNN(3, 4, batch_first=True), nn.Linear(4, 3)).double()
+    x = torch.randn(3, 3, 3, dtype=torch.float64)
+    labels = model(x).argmax(dim=1)
+    labels[1] = (labels[1] + 1) % 3
+    bounded, inner = [], MarginProblem._margins
+
+    def counted(self, eps, chosen, dtype, sound):
+        bounded.extend(chosen.tolist() if self.curves is not None and sound else [])
+        return inner(self, eps, chosen, dtype, sound)
+
+    monkeypatch.setattr(MarginProblem, "_margins", counted)
+    how = {"alpha_steps": 1, "curve_steps": 3}
+    curve = search_radius(margin_problem(model, x, labels, method="curve", **how))
+    alpha = search_radius(margin_problem(model, x, labels, method="alpha", **how))
+    assert 1 not in bounded and curve.evaluations[1] == alpha.evaluations[1]
+    bounds = torch.tensor([bounded.count(sample) for sample in range(3)])
+    assert (curve.evaluations - alpha.evaluations >= bounds).all() and bounds[0] % 2 == bounds[2] % 2 == 1
+    assert torch.equal(curve.start, alpha.radius) and (curve.radius >= curve.start).all()

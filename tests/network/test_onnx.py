@@ -287,7 +287,7 @@ def test_operators(name, tmp_path):
 
 def test_every_operator_is_tested():
     used = {kind.op_type for nodes, _ in (OTHERS | IMAGES).values() for kind in nodes} | {"RNN", "LSTM", "GRU", "Size"}
-    assert set(OPERATORS) <= used | {"If", "Loop", "ReverseSequence"}
+    assert set(OPERATORS) <= used | {"If", "Loop", "Scan", "ReverseSequence"}
 
 
 PRODUCTS = {  # shapes of the constant and of the input, in this order if the first word says so
@@ -513,6 +513,47 @@ def test_loops_that_depend_on_the_input_are_refused(tmp_path):
     nodes.insert(1, node("Cast", "sum", output="trips", to=TensorProto.INT64))
     with pytest.raises(UnsupportedError, match="operator Cast: numbers are rounded to INT64"):
         read_onnx(write(tmp_path / "net.onnx", nodes, given, out=GRU_OUT))
+
+
+def scan_of_an_rnn(**attributes):
+    """A cell that reads the frames from the front and from behind at once, and collects its states."""
+    body = helper.make_graph(
+        [
+            node("Concat", "h", "now", "late", axis=1, output="all"),
+            node("MatMul", "all", "w", output="pre"),
+            node("Tanh", "pre", output="h_next"),
+            node("Identity", "h_next", output="h_seen"),
+        ],
+        "body",
+        [info("h", shape=(1, HIDDEN)), info("now", shape=(1, SIZE)), info("late", shape=(1, SIZE))],
+        [info("h_next", shape=(1, HIDDEN)), info("h_seen", shape=(1, HIDDEN))],
+    )
+    options = {"scan_input_axes": [1, 1], "num_scan_inputs": 2, "scan_output_axes": [1]} | attributes
+    nodes = [helper.make_node("Scan", ["h0", "x", "x"], ["last", "seen"], body=body, **options)]
+    nodes += [node("Flatten", "seen", output="flat"), node("Concat", "last", "flat", axis=1)]
+    return nodes, {"w": normal(HIDDEN + 2 * SIZE, HIDDEN, seed=1), "h0": 0.3 * normal(1, HIDDEN, seed=2)}
+
+
+SCAN_OUT = (1, (FRAMES + 1) * HIDDEN)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("seen", [0, 1])
+def test_scans_are_unrolled_in_either_direction(late, seen, tmp_path):
+    directions = {"scan_input_directions": [0, late], "scan_output_directions": [seen]}
+    network = read_onnx(write(tmp_path / "net.onnx", *scan_of_an_rnn(**directions), out=SCAN_OUT))
+    assert network.runs and len(network.graph.frames) == FRAMES
+    check_same(network)
+
+
+def test_a_scan_in_the_wrong_direction_would_be_noticed(tmp_path):
+    forward, backward = (
+        read_onnx(
+            write(tmp_path / f"{late}.onnx", *scan_of_an_rnn(scan_input_directions=[0, late]), out=SCAN_OUT)
+        ).outputs(normal(1, FRAMES * SIZE, seed=5).double())
+        for late in (0, 1)
+    )
+    assert (forward - backward).abs().max() > 1e-2
 
 
 # --- files ---

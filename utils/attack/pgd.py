@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..clock import Pace
 from ..graph.graph import Graph
 from ..network.models import SequenceClassifier
 from ..network.reading import graph_of
@@ -130,8 +130,8 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """PGD for the chosen samples from perturbations (m, n_specs, restarts, T, n); eps is (m, groups).
 
-    Row i of the second dimension decreases the i-th margin. Step sizes fall geometrically. No step is begun once
-    ``time.perf_counter()`` is beyond the deadline.
+    Row i of the second dimension decreases the i-th margin. Step sizes fall geometrically. No step is begun that would
+    end after the deadline, by ``utils.clock``.
 
     Returns:
         The perturbation with the least worst margin that any row met, (m, T, n), and that margin, (m,).
@@ -141,15 +141,17 @@ def descend(
     x = balls.x[:, None, None]
     delta = balls.project(start, eps)
     best_delta, best = delta, torch.full_like(delta[..., 0, 0], torch.inf)
+    pace = Pace(deadline)
     for step in range(steps + 1):
-        margins, gradient = margin_and_gradient(problem, x + delta, chosen)
-        worst = margins.amin(dim=-1)
-        best_delta = torch.where((worst < best)[..., None, None], delta, best_delta)
-        best = torch.minimum(best, worst)
-        if time.perf_counter() > deadline:
+        with pace.work():
+            margins, gradient = margin_and_gradient(problem, x + delta, chosen)
+            worst = margins.amin(dim=-1)
+            best_delta = torch.where((worst < best)[..., None, None], delta, best_delta)
+            best = torch.minimum(best, worst)
+            rate = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (step / max(steps, 1))
+            delta = balls.project(delta + balls.scaled(balls.steepest(-gradient, delta), rate * eps), eps)
+        if not pace.allows():
             break
-        rate = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (step / max(steps, 1))
-        delta = balls.project(delta + balls.scaled(balls.steepest(-gradient, delta), rate * eps), eps)
     best, index = best.flatten(1).min(dim=1)
     rows = torch.arange(len(index), device=index.device)
     return best_delta.flatten(1, 2)[rows, index], best
@@ -203,7 +205,7 @@ def pgd(
         seed: of the random starts, which all samples share, so that a sample's result does not depend on the others.
         dtype: precision of the descent; verdicts are made in float64.
         batch_size: samples attacked at once.
-        deadline: ``time.perf_counter()`` after which no step is begun.
+        deadline: of ``utils.clock``; no step is begun that would end after it.
         threat: norm, targets, frames, clip and ball, as for ``AttackProblem``.
     """
     problem = AttackProblem(model, x, labels, **threat)

@@ -8,11 +8,11 @@ fits all neurons, narrow or wide. One set of slopes a sample serves all the rows
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 from torch import Tensor
 
+from ..clock import Pace
 from ..graph.graph import Graph
 from ..graph.nonlinear import NonLinear
 from ..perturbation.sets import Perturbation
@@ -23,6 +23,7 @@ STEP_SIZE = 0.02  # first step of a slope, in units of its range; measured again
 # Of the lower and upper lines of piecewise-linear functions, over that step; measured for relu. Lower lines start at an
 # end of their range, upper ones at a chord, from which every move costs at first.
 KINKED_PACE = (10.0, 0.3)
+STEP_BOUNDS = 3.0  # that a gradient step takes as long as, about
 WARM_UP = 3  # steps over which it grows to that: all slopes move at once, and some should not
 
 # Per non-linear node in graph order: slopes of its lower and of its upper plane, one tensor (batch, size) an operand.
@@ -77,24 +78,26 @@ def tune_slopes(
     rows: Tensor,
     steps: int,
     start: SlopeTable | None = None,
-    deadline: float = math.inf,
+    pace: Pace | None = None,
 ) -> tuple[SlopeTable, Tensor]:
     """Ascend the worst margin of every sample in the slopes of all planes, those of intermediate bounds too.
 
     Args:
         perturbation: the set for which the slopes are tuned; they are sound for any other.
         rows: the spec matrix C, (batch, n_specs, classes).
-        steps: gradient steps; each costs about three bounds.
+        steps: gradient steps; each costs about ``STEP_BOUNDS`` bounds.
         start: slopes to start from where they are better than those of "crown". These change with the perturbation:
             slopes tuned for a larger one may be worse here.
-        deadline: no step is begun that would end after ``time.perf_counter()`` is this.
+        pace: of gradient steps; none is begun that would end after its deadline.
 
     Returns:
         The best slopes that were met and their worst margins, (batch,).
     """
+    pace = pace or Pace()
     with torch.no_grad():
-        first = BoundPass(graph, perturbation, "crown", sound=False)
-        best_margin = first.margin(rows).amin(dim=1)
+        with pace.work(1.0 / STEP_BOUNDS):
+            first = BoundPass(graph, perturbation, "crown", sound=False)
+            best_margin = first.margin(rows).amin(dim=1)
         origin = default_slopes(first)
         if start is not None:
             started = BoundPass(graph, perturbation, "crown", start, sound=False).margin(rows).amin(dim=1)
@@ -105,23 +108,21 @@ def tune_slopes(
     if not leaves:
         return origin, best_margin
     optimizer = torch.optim.Adam(leaves, lr=STEP_SIZE, betas=(0.9, 0.99))
-    best, longest = origin, 0.0
+    best = origin
     for step in range(steps + 1):
-        began = time.perf_counter()
-        if began + longest > deadline:
+        if not pace.allows():
             break
-        with torch.enable_grad():
+        with pace.work(), torch.enable_grad():
             slopes = _shifted(origin, ranges, shifts)
             margin = BoundPass(graph, perturbation, "crown", slopes, sound=False).margin(rows).amin(dim=1)
             loss = -margin.sum()
-        best, best_margin = _keep_better(best, best_margin, slopes, margin)
-        if step < steps:
-            for group in optimizer.param_groups:
-                group["lr"] = STEP_SIZE * min(1.0, (step + 1) / WARM_UP) * _cosine(step / steps)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        longest = max(longest, time.perf_counter() - began)
+            best, best_margin = _keep_better(best, best_margin, slopes, margin)
+            if step < steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = STEP_SIZE * min(1.0, (step + 1) / WARM_UP) * _cosine(step / steps)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
     return best, best_margin
 
 

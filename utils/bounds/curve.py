@@ -21,12 +21,12 @@ is won).
 from __future__ import annotations
 
 import math
-import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..clock import Pace
 from ..graph.graph import Graph
 from ..graph.nodes import Frame, Interval, Node
 from ..graph.nonlinear import NonLinear
@@ -40,6 +40,7 @@ from .quadratic import Guesses, largest_eigenvalue, line_and_squares
 
 STEP_SIZES = (0.02, 0.2)  # of slopes in units of their range, and of log curvatures; measured
 WARM_UP = 3
+CURVED_STEP = 4.0  # bounds by planes that a gradient step takes as long as at least, until one is measured
 VERDICT_STEPS = 6.0  # that a bound without estimates may take as long as, in double precision; 3 to 5 were measured
 
 # Where tuning starts, by the number of operands: shares of the tangent's slopes, the rest being those of the planes,
@@ -272,7 +273,7 @@ def tune_curves(
     steps: int,
     start: CurveTable | None = None,
     aim: float = math.inf,
-    deadline: float = math.inf,
+    pace: Pace | None = None,
 ) -> CurveTable:
     """Ascend every sample's worst margin, by estimates, in the slopes and curvatures of all nodes.
 
@@ -282,15 +283,16 @@ def tune_curves(
         steps: gradient steps.
         start: curves to start from; ``START``'s if left out.
         aim: no more steps are taken once every sample's worst margin is certified to be above it,
-        deadline: or once no time would be left, until ``time.perf_counter()`` is this, to bound what they gain.
+        pace: of gradient steps; none is begun that would leave no time, ``VERDICT_STEPS``, to bound what they gain. If
+            there is none from the start, that is for the caller to notice.
 
     Returns:
         The best curves that were met, by estimates.
     """
-    began, longest = time.perf_counter(), 0.0
-    guesses: dict[Node, Guesses] = {}
-    first = CurvedPass(graph, perturbation, start, sound=False, guesses=guesses)
-    estimates = first.margin(rows).amin(dim=1)
+    pace, guesses = pace or Pace(), {}
+    with pace.work():
+        first = CurvedPass(graph, perturbation, start, sound=False, guesses=guesses)
+        estimates = first.margin(rows).amin(dim=1)
     origin, ranges = first.curves(), first.ranges()
     moves = [curves and _map(lambda t: torch.zeros_like(t).requires_grad_(), curves) for curves in origin]
     slopes = [t for move in moves if move for ts in move[:2] for t in ts]
@@ -301,30 +303,28 @@ def tune_curves(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     best, excess = origin, torch.zeros_like(estimates)
     for step in range(steps + 1):
-        now = time.perf_counter()
-        longest, began = max(longest, now - began), now
-        if now + (1.0 + VERDICT_STEPS) * longest > deadline:
+        if not pace.allows(1.0 + VERDICT_STEPS):
             break
         if bool((estimates - excess > aim).all()):
             certified = CurvedPass(graph, perturbation, best).margin(rows).amin(dim=1)
             if bool((certified > aim).all()):
                 break
             excess = estimates - certified
-        with torch.enable_grad():
+        with pace.work(), torch.enable_grad():
             curves = [_moved(*parts) for parts in zip(origin, moves, ranges, strict=True)]
             margin = CurvedPass(graph, perturbation, curves, False, guesses).margin(rows).amin(dim=1)
             # A sample's scale of margins does not matter to Adam, but a few huge ones would to the sum.
             loss = -(margin / (1.0 + margin.detach().abs())).nan_to_num(0.0).sum()
-        best, estimates = _keep_better(best, estimates, curves, margin.detach())
-        if step < steps:
-            pace = min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.475 * (1.0 + math.cos(math.pi * step / steps)))
-            for group, size in zip(optimizer.param_groups, STEP_SIZES, strict=True):
-                group["lr"] = size * pace
-            optimizer.zero_grad()
-            loss.backward()
-            for move in (*slopes, *bends):
-                move.grad.nan_to_num_(0.0, 0.0, 0.0)  # of bounds that overflow
-            optimizer.step()
+            best, estimates = _keep_better(best, estimates, curves, margin.detach())
+            if step < steps:
+                rate = min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.475 * (1.0 + math.cos(math.pi * step / steps)))
+                for group, size in zip(optimizer.param_groups, STEP_SIZES, strict=True):
+                    group["lr"] = size * rate
+                optimizer.zero_grad()
+                loss.backward()
+                for move in (*slopes, *bends):
+                    move.grad.nan_to_num_(0.0, 0.0, 0.0)  # of bounds that overflow
+                optimizer.step()
     return best
 
 

@@ -4,7 +4,7 @@ from ..choices import METHODS
 from ..question import margin_rows
 from .bab import Decision, decide
 from .certificate import model_hash, save_certificates
-from .interface import RadiusResult, certified_margin, certified_radius, search_radius
+from .interface import certified_margin, certified_radius
 from .lipschitz import (
     LocalLipschitz,
     local_lipschitz,
@@ -13,6 +13,7 @@ from .lipschitz import (
     search_without_stationary_point,
 )
 from .problem import MarginProblem, margin_problem
+from .radius import RadiusResult, search_radius
 from .verify import Verifier
 from .vnnlib import read_vnnlib
 from .vnnlib_write import counter_example, write_robustness

@@ -8,7 +8,6 @@ or that branch gains no more.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,8 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..bounds.alpha import STEP_BOUNDS
+from ..bounds.curve import CURVED_STEP, VERDICT_STEPS
 from ..choices.method import TIME_LIMIT
 from ..choices.tables import ATTACKS
+from ..clock import Pace, now, share_of
 from ..graph.graph import Graph
 from ..network.state import plain_state
 from ..question.arguments import as_inputs
@@ -29,7 +31,8 @@ from .search import Bracket
 ROUND_STEPS = 40  # gradient steps of a branch before it is looked at again; twice as many after each try in vain
 OVERSHOOTS = (1.06, 1.03, 1.01)  # eps at which a branch is tuned, over what it has reached; one for each try in vain
 TUNING = torch.float32  # precision in which bounds of margins are tuned; any curves are sound in another
-ALPHA_SHARE = 0.15  # of the time left that ``decide`` gives to slopes of planes: curves gain more in the rest
+ALPHA_SHARE = 0.15  # of the time left that slopes of planes are tuned in: curves gain more in the rest
+TUNED_SHARE = 0.7  # of the time left in which curves are tuned: a search by their bounds follows
 ENOUGH = 1.002  # a branch that gains less than this factor gains nothing
 
 VERDICTS = ("certified", "falsified", "unknown")
@@ -40,17 +43,18 @@ class Search(Protocol):
 
     search_dtype: torch.dtype
 
-    def __call__(self, problem: MarginProblem, rows: Tensor, first: Tensor, spread: float) -> Bracket: ...
+    def __call__(self, problem: MarginProblem, rows: Tensor, first: Tensor, spread: float, pace: Pace) -> Bracket: ...
 
 
 @torch.no_grad()
-def refine_radii(problem: MarginProblem, rows: Tensor, found: Bracket, search: Search, seconds: float) -> None:
-    """Raise the certified radii of some samples, ``found``'s, in place, within some seconds each."""
-    for n, sample in enumerate(rows.split(1)):
-        if 0 < float(found.low[n]) < torch.inf:
-            deadline = time.perf_counter() + seconds
-            for branches in _together_and_apart(problem.part(sample)):
-                _refine_radius(branches, found, n, search, deadline)
+def refine_radii(problem: MarginProblem, rows: Tensor, found: Bracket, search: Search, pace: Pace) -> None:
+    """Raise the certified radius of one sample, ``found``'s, in place, if it has curves.
+
+    ``pace`` is that of gradient steps of its curves.
+    """
+    if problem.curves is not None and 0 < float(found.low) < torch.inf:
+        for branches in _together_and_apart(problem.part(rows)):
+            _refine_radius(branches, found, search, pace)
 
 
 def _together_and_apart(together: MarginProblem) -> Iterator[MarginProblem]:
@@ -60,12 +64,12 @@ def _together_and_apart(together: MarginProblem) -> Iterator[MarginProblem]:
         yield together.branches()
 
 
-def _refine_radius(branches: MarginProblem, found: Bracket, n: int, search: Search, deadline: float) -> None:
+def _refine_radius(branches: MarginProblem, found: Bracket, search: Search, pace: Pace) -> None:
     """Raise a sample's radius, the least of some branches', as long as there is time and the worst of them gains."""
-    low, high, margin = (getattr(found, name)[n].repeat(len(branches.x)) for name in ("low", "high", "margin"))
-    in_vain = [0] * len(low)
+    low, high, margin = (getattr(found, name)[0].repeat(len(branches.x)) for name in ("low", "high", "margin"))
+    in_vain, deadline = [0] * len(low), pace.deadline
     tuned = [len(low) == 1] * len(low)  # by itself; before that, a branch may have more room than all together
-    while time.perf_counter() < deadline:
+    while pace.allows(1.0 + VERDICT_STEPS):
         worst = int(low.argmin())
         if in_vain[worst] == len(OVERSHOOTS):
             break
@@ -73,9 +77,12 @@ def _refine_radius(branches: MarginProblem, found: Bracket, n: int, search: Sear
         aim = low[own] * OVERSHOOTS[in_vain[worst]]
         if tuned[worst]:
             steps = ROUND_STEPS << in_vain[worst]
-            branches.tune_curves(aim, search.search_dtype, steps, own, deadline=deadline)
-        bracket = search(branches, own, aim, OVERSHOOTS[in_vain[worst]])
-        found.evaluations[n] += int(bracket.evaluations)
+            pace.deadline = share_of(deadline, TUNED_SHARE)
+            branches.tune_curves(aim, search.search_dtype, steps, own, pace=pace)
+            pace.deadline = deadline
+        bounds = Pace(deadline, VERDICT_STEPS * pace.longest)
+        bracket = search(branches, own, aim, OVERSHOOTS[in_vain[worst]], bounds)
+        found.evaluations[0] += int(bracket.evaluations)
         grown = bool(bracket.low > ENOUGH * low[own])
         in_vain[worst] = 0 if grown or not tuned[worst] else in_vain[worst] + 1
         tuned[worst] = True
@@ -83,54 +90,77 @@ def _refine_radius(branches: MarginProblem, found: Bracket, n: int, search: Sear
             low[own], high[own], margin[own] = bracket.low, bracket.high, bracket.margin
     worst = int(low.argmin())
     # Sets of smaller eps lie in those of larger: each branch's margin holds at the least radius too.
-    found.low[n], found.high[n], found.margin[n] = low[worst], high[worst], margin.min()
+    found.low[0], found.high[0], found.margin[0] = low[worst], high[worst], margin.min()
 
 
 @torch.no_grad()
-def refine_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype, margins: Tensor) -> Tensor:
-    """Raise lower bounds of the margins at eps, (batch, n_specs), as far as the method's time limit goes for each."""
-    margins = margins.detach().clone()
-    for n in range(len(margins)):
-        sample = torch.tensor([n], device=margins.device)
-        _refine_margins(
-            problem.part(sample), eps[sample], dtype, margins[n], time.perf_counter() + problem.method.time_limit
-        )
-    return margins
+def best_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lower bounds of the margins at eps, (batch, n_specs), as high as they get in the time limit of each sample."""
+    found = []
+    for sample in torch.arange(len(problem.x), device=eps.device).split(1):
+        deadline = now() + problem.method.time_limit
+        found.append(_raise_margins(problem.part(sample), eps[sample].to(dtype), deadline))
+    return torch.stack(found)
+
+
+def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough: float = torch.inf) -> Tensor:
+    """One sample's margins, (n_specs,), bounded ever more tightly until all are above ``enough`` or time is up.
+
+    Planes come first, with no look at the clock, then tuned slopes, curved bounds of all targets together, and of each
+    by itself.
+    """
+    problem.slopes, dtype, bounds = None, eps.dtype, Pace(deadline)
+    with bounds.work():
+        best = problem.margins(eps, dtype)[0]
+    tuning = Pace(share_of(deadline, ALPHA_SHARE), bounds.longest * STEP_BOUNDS)
+    if float(best.min()) <= enough and tuning.allows():
+        problem.tune(eps, TUNING, problem.method.alpha_steps, pace=tuning)
+        if bounds.allows():
+            best = torch.maximum(best, problem.margins(eps, dtype)[0])
+    steps = Pace(deadline, CURVED_STEP * bounds.longest)
+    if float(best.min()) <= enough and steps.allows(1.0 + VERDICT_STEPS):
+        aim = enough * SLACK[TUNING] / SLACK[dtype]  # above what rounding in the precision of tuning may hide
+        problem.tune_curves(eps, TUNING, problem.method.curve_steps, aim=aim, pace=steps)
+        if steps.allows(VERDICT_STEPS):
+            bounds = Pace(deadline)
+            with bounds.work():
+                best = torch.maximum(best, problem.margins(eps, dtype)[0])
+            for branches in _together_and_apart(problem):
+                _refine_margins(branches, eps, dtype, best, aim, enough, steps, bounds)
+    return best
 
 
 def _refine_margins(
-    together: MarginProblem,
+    branches: MarginProblem,
     eps: Tensor,
     dtype: torch.dtype,
     best: Tensor,
-    deadline: float,
-    aim: float = torch.inf,
-    cost: float = 0.0,
+    aim: float,
+    enough: float,
+    steps: Pace,
+    bounds: Pace,
 ) -> None:
-    """Raise one sample's ``best`` margins in place until all are above ``aim``, time is up or nothing gains.
+    """Raise one sample's ``best`` margins in place until all are above ``enough``, time is up or nothing gains.
 
-    All of them together first, then each by itself, the least first. No round is begun in which a bound, of ``cost``
-    seconds, would end after the deadline.
+    ``branches`` are all of them together, or each by itself: then the least comes first. ``steps`` and ``bounds`` are
+    the paces of gradient steps, of which each round has more, and of bounds, of which it needs one.
     """
-    for branches in _together_and_apart(together):
-        targets = [slice(None)] if branches is together else range(len(best))
-        in_vain = [0] * len(targets)
-        while time.perf_counter() + cost < deadline and float(best.min()) <= aim:
-            worst = min(range(len(targets)), key=lambda k: float(best[targets[k]].min()))
-            if in_vain[worst] == len(OVERSHOOTS):
-                break
-            own, before = torch.tensor([worst], device=best.device), float(best[targets[worst]].min())
-            # Above what rounding in the precision of tuning may hide.
-            until = {"aim": aim * SLACK[TUNING] / SLACK[dtype], "deadline": deadline}
-            branches.tune_curves(eps, TUNING, ROUND_STEPS << in_vain[worst], own, **until)
-            if time.perf_counter() > deadline:
-                break
-            began = time.perf_counter()
+    together = branches.rows.shape[1] == len(best)
+    targets = [slice(None)] if together else range(len(best))
+    in_vain = [0] * len(targets)
+    while bounds.allows() and float(best.min()) <= enough:
+        worst = min(range(len(targets)), key=lambda k: float(best[targets[k]].min()))
+        if in_vain[worst] == len(OVERSHOOTS):
+            break
+        own, before = torch.tensor([worst], device=best.device), float(best[targets[worst]].min())
+        branches.tune_curves(eps, TUNING, ROUND_STEPS << in_vain[worst], own, aim=aim, pace=steps)
+        if not bounds.allows():
+            break
+        with bounds.work():
             found = branches.margins(eps, dtype, own)[0]
-            cost = time.perf_counter() - began
-            best[targets[worst]] = torch.maximum(best[targets[worst]], found if branches is together else found[0])
-            gain = float(best[targets[worst]].min()) - before
-            in_vain[worst] = 0 if gain > (ENOUGH - 1.0) * (1.0 + abs(before)) else in_vain[worst] + 1
+        best[targets[worst]] = torch.maximum(best[targets[worst]], found if together else found[0])
+        gain = float(best[targets[worst]].min()) - before
+        in_vain[worst] = 0 if gain > (ENOUGH - 1.0) * (1.0 + abs(before)) else in_vain[worst] + 1
 
 
 @dataclass
@@ -176,7 +206,7 @@ def decide(
     Args:
         eps, lengths, relaxation: likewise. Sequences are cut to their lengths; methods and their steps are the
             function's own choice.
-        time_limit: seconds a sample; a gradient step that was begun is finished.
+        time_limit: seconds a sample, attack and tuning included.
         dtype: precision of the bounds.
         seed: of PGD's random starts.
         attack: what looks for a counter-example, a key of ``utils.choices.ATTACKS``.
@@ -198,47 +228,29 @@ def decide(
         mine = x[own] if asked.threat.lengths is None else x[own, :end]
         radii = [part[own] if part.dim() == 1 else part[own, :end] for part in (eps, outer)]
         question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end]}
-        started = time.perf_counter()
+        started = now()
         deadline = started + time_limit
         found = search(model, mine, labels[own], radii[0], seed=seed, deadline=deadline, **question)
         how = {"method": "bab", "relaxation": relaxation, "time_limit": time_limit}
         problem = margin_problem(model, mine, labels[own], **how, **question)
         broken = float(found.margin) < 0
         verdict, margins = (
-            ("falsified", problem.clean_margins(dtype)[0]) if broken else _bound(problem, radii[1], started)
+            ("falsified", problem.clean_margins(dtype)[0]) if broken else _bound(problem, radii[1], deadline)
         )
         example = found.x[0] if broken else None
-        decisions.append(Decision(verdict, margins, example, time.perf_counter() - started))
+        decisions.append(Decision(verdict, margins, example, now() - started))
     return decisions
 
 
-def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Tensor]:
+def _bound(problem: MarginProblem, eps: Tensor, deadline: float) -> tuple[str, Tensor]:
     """Whether a problem's only sample is certified at eps, (1,), or "unknown", and its margins.
 
     It is unknown at an eps, other than 0, that the floats of x do not resolve.
     """
-    deadline, dtype = started + problem.method.time_limit, eps.dtype
-    clean = problem.clean_margins(dtype)[0]
-    enough, spare = (float(problem.slack(precision).max()) for precision in (dtype, TUNING))
-    best, cost = torch.full_like(clean, -torch.inf), 0.0
-    stages = (
-        lambda: None,
-        lambda: problem.tune(eps, TUNING, problem.method.alpha_steps, deadline=_share(deadline, ALPHA_SHARE)),
-        lambda: problem.tune_curves(eps, TUNING, ROUND_STEPS, aim=spare, deadline=deadline),
-    )
-    for tune in stages:
-        if float(best.min()) <= enough and time.perf_counter() < deadline:
-            tune()
-            began = time.perf_counter()
-            if tune is stages[0] or began < deadline:
-                best = torch.maximum(best, problem.margins(eps, dtype)[0])
-                cost = time.perf_counter() - began
-    _refine_margins(problem, eps, dtype, best, deadline, enough, cost)
+    dtype = eps.dtype
+    if now() > deadline:
+        return "unknown", torch.full_like(problem.clean_margins(dtype)[0], -torch.inf)
+    enough = float(problem.slack(dtype).max())
+    best = _raise_margins(problem, eps, deadline, enough)
     resolved = bool(((eps == 0) | (eps >= problem.resolution(dtype))).all())
     return ("certified" if resolved and float(best.min()) > enough else "unknown"), best
-
-
-def _share(deadline: float, share: float) -> float:
-    """A deadline that leaves the rest of the time."""
-    now = time.perf_counter()
-    return now + share * (deadline - now)

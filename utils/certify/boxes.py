@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 from torch import Tensor
 
 from ..bounds.passes import BoundPass
+from ..clock import now
 from ..graph.graph import Graph
 from ..graph.nodes import Linear, Node
 from ..perturbation.lp_ball import INF
@@ -19,8 +19,8 @@ PART_SECONDS = 0.25  # if it took longer, the next part is half as large
 
 
 def check_clock(deadline: float) -> None:
-    """Raises TimeoutError once ``time.monotonic()`` is beyond the deadline."""
-    if time.monotonic() > deadline:
+    """Raises TimeoutError once a deadline, of ``utils.clock``, is over."""
+    if now() > deadline:
         raise TimeoutError("the time limit is reached")
 
 
@@ -71,9 +71,9 @@ class PartedPass(BoundPass):
         most = PART_WORK / work_per_row(self.graph, node) / len(self.perturbation.x)
         found, start = [], 0
         while start < rows.shape[1]:
-            size, began = max(1, int(self.share * most)), time.monotonic()
+            size, began = max(1, int(self.share * most)), now()
             found.append(super().lower_bound(node, rows[:, start : start + size]))
             start += size
-            if time.monotonic() - began > PART_SECONDS:
+            if now() - began > PART_SECONDS:
                 self.share = 0.5 * self.share * min(1.0, rows.shape[1] / size)
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from ..bounds.curve import CurvedPass
 from ..bounds.passes import BoundPass
 from ..choices.method import CERTIFIED_METHODS
+from ..clock import Pace, now
 from ..graph.nonlinear import Activation, NonLinear, Product
 from ..network.models import SequenceClassifier
 from ..network.state import plain_state
@@ -155,9 +155,8 @@ def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names:
         kind = type(problem.model).__name__
         raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
     if problem.method.name not in CERTIFIED_METHODS:
-        raise ValueError(
-            f"certificates are written for {', '.join(CERTIFIED_METHODS)}: the checker has no rules for {problem.method.name}"
-        )
+        known = ", ".join(CERTIFIED_METHODS)
+        raise ValueError(f"certificates are written for {known}: the checker has no rules for {problem.method.name}")
     problem = copy.copy(problem)
     problem.slopes, problem.curves = copy.deepcopy((problem.slopes, problem.curves))  # tuning changes them in place
     eps = (eps[:, None] if eps.dim() == 1 else eps).to(torch.float64) * problem.threat.frames
@@ -213,14 +212,14 @@ def _attempts(problem: MarginProblem, eps: Tensor) -> Iterator[Callable[[Tensor]
 
 def _apart(problem: MarginProblem, eps: Tensor) -> MarginProblem:
     """The branches of a problem's only sample with curves that are tuned at eps until it is certified or time is up."""
-    deadline = time.perf_counter() + problem.method.time_limit
+    pace = Pace(now() + problem.method.time_limit)
     branches = problem.branches()
     everywhere = eps.expand(len(branches.x), -1)
     slack, steps = branches.slack(torch.float64), ROUND_STEPS
     for _ in range(TUNINGS):
         left = (branches.margins(everywhere, torch.float64) <= slack).any(dim=1).nonzero().squeeze(-1)
         for own in left.split(1):
-            branches.tune_curves(everywhere[own], TUNING, steps, own, deadline=deadline)
+            branches.tune_curves(everywhere[own], TUNING, steps, own, pace=pace)
         steps *= 2
     return branches
 

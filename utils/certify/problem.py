@@ -15,6 +15,7 @@ from ..bounds.memory import Parts, samples_at_once
 from ..bounds.passes import BoundPass
 from ..choices.method import Method
 from ..choices.tables import METHODS
+from ..clock import Pace
 from ..graph.graph import Graph
 from ..jacobian.shells import ShellPass
 from ..network.reading import Network, graph_of
@@ -141,30 +142,35 @@ class MarginProblem:
 
     @torch.no_grad()
     def tune(
-        self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None), **until: float
+        self,
+        eps: Tensor,
+        dtype: torch.dtype,
+        steps: int,
+        chosen: Tensor | slice = slice(None),
+        pace: Pace | None = None,
     ) -> None:
         """Tune the slopes of the chosen samples at eps, (m,) or (m, T), from those they have; ``margins`` uses them.
 
-        ``until``: a deadline, see ``utils.bounds.tune_slopes``.
+        ``pace``: see ``utils.bounds.tune_slopes``.
         """
         samples, size = torch.arange(len(self.x), device=self.x.device)[chosen], self._samples_at_once(dtype)
         table = self.slopes
         for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
             start = None if self.slopes is None else select(self.slopes, part, dtype)
             perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
-            tuned, _ = tune_slopes(self.graph(dtype, part), perturbation, rows, steps, start, **until)
+            tuned, _ = tune_slopes(self.graph(dtype, part), perturbation, rows, steps, start, pace)
             table = [None] * len(tuned) if table is None else table
             store(table, part, tuned, len(self.x))
         self.slopes = table
 
     @torch.no_grad()
     def tune_curves(
-        self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None), **until: float
+        self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None), **until: Any
     ) -> None:
         """Tune the curved bounds of the chosen samples at eps, (m,) or (m, T), from those they have.
 
-        From then on ``margins`` uses them in place of planes, until ``curves`` is set to None. ``until``: see
-        ``utils.bounds.tune_curves``.
+        From then on ``margins`` uses them in place of planes, until ``curves`` is set to None. ``until``: an
+        aim, a pace, see ``utils.bounds.tune_curves``.
         """
         samples, size = torch.arange(len(self.x), device=self.x.device)[chosen], self._curved_at_once(dtype)
         table = self.curves

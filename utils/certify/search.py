@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..clock import Pace
 
 # Margins of the samples ``rows`` (m,) at their eps (m,): positive means certified. Samples may be asked for repeatedly.
 MarginOf = Callable[[Tensor, Tensor], Tensor]
@@ -190,11 +192,17 @@ class _Search:
         self.goal[rows] = torch.where(halved | stalled, 0.5 * width, self.goal[rows])
         return stalled
 
-    def scout(self, margin_of: MarginOf) -> None:
+    def rounds_in_time(self, margin_of: MarginOf, most: int, pace: Pace) -> Iterator[None]:
+        """Rounds until all samples have left, at most so many; ``pace`` is of bounds of one sample at one eps."""
+        while (bounds := LANES * self.rows.numel()) and self.rounds < most and pace.allows(bounds):
+            with pace.work(bounds):
+                self.round(margin_of)
+            yield
+
+    def scout(self, margin_of: MarginOf, pace: Pace) -> None:
         """Foretell the radii by margins that count as no verdict."""
         first, classified = self.eps.clone(), self.rows
-        while self.rows.numel() and self.rounds < MAX_SCOUTING:
-            self.round(margin_of)
+        for _ in self.rounds_in_time(margin_of, MAX_SCOUTING, pace):
             self.rows = self.rows[self.error[self.rows] > self.aside]
         pair = torch.stack((self.foretold - self.aside, self.foretold + self.aside), dim=1).exp()
         self.sighted = self.bracket.low > 0
@@ -212,9 +220,12 @@ def largest_certified(
     max_eps: float = math.inf,
     *,
     scout: MarginOf | None = None,
+    known: tuple[Tensor, Tensor, Tensor] | None = None,
     linear: Tensor | None = None,
     spread: float = SPREAD,
     floor: Tensor | float = 0.0,
+    pace: Pace | None = None,
+    scout_pace: Pace | None = None,
 ) -> Bracket:
     """Shrink a bracket per sample until its width is at most ``tol`` times its upper end.
 
@@ -228,9 +239,12 @@ def largest_certified(
         tol: relative width (high - low) / high at which a sample is finished.
         max_eps: largest eps to try; a sample that is certified there is finished, with ``high`` = inf.
         scout: a cheaper bound of nearly the same value. It finds out which eps to try, and decides nothing.
+        known: what ``margin_of`` gave already: samples (m,), which may not be misclassified, their eps and margins.
         linear: eps at which the margin's linearisation at 0 vanishes, (batch,); it helps to foretell the radius.
         spread: the quotient of the two eps that are tried first.
         floor: a smaller eps, (batch,), is none: a sample that fails there is finished, and ``low`` is 0.
+        pace: of bounds of one sample at one eps; where the next round would end too late, brackets stay wide.
+        scout_pace: likewise, of ``scout``.
 
     Raises:
         ArithmeticError: a margin came out as NaN.
@@ -238,9 +252,12 @@ def largest_certified(
     linear = torch.full_like(first, torch.inf) if linear is None else linear
     search = _Search(margin_at_zero, first, linear, spread, tol, max_eps, floor)
     if scout is not None:
-        search.scout(scout)
-    while search.rows.numel() and search.rounds < MAX_ROUNDS:
-        search.round(margin_of)
+        search.scout(scout, scout_pace or Pace())
+    if known is not None:
+        rows, eps, margin = known
+        search.bracket.see(rows, eps[:, None], margin[:, None])
+    for _ in search.rounds_in_time(margin_of, MAX_ROUNDS, pace or Pace()):
+        pass
     found = search.bracket
     none = found.low < floor
     found.low = torch.where(none, 0.0, found.low)
@@ -257,11 +274,12 @@ def foretold_radius(
     *,
     linear: Tensor,
     spread: float = SPREAD,
+    pace: Pace | None = None,
 ) -> Tensor:
     """The largest eps that ``margin_of`` makes out to certify, nearly, (batch,); 0 where it finds none.
 
     Arguments as for ``largest_certified``; nothing is decided by it.
     """
     search = _Search(margin_at_zero, first, linear, spread, tol, max_eps)
-    search.scout(margin_of)
+    search.scout(margin_of, pace or Pace())
     return torch.where(search.sighted, search.foretold.exp().clamp(max=max_eps), 0.0)

@@ -9,16 +9,16 @@ file, there too. Everything else is "unknown", or "timeout": whatever takes long
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..bounds.alpha import tune_slopes
-from ..bounds.curve import CurvedPass, tune_curves
+from ..bounds.alpha import STEP_BOUNDS, tune_slopes
+from ..bounds.curve import CURVED_STEP, VERDICT_STEPS, CurvedPass, tune_curves
 from ..bounds.passes import BoundPass
 from ..choices.method import ALPHA_STEPS
+from ..clock import Pace, now, share_of
 from ..graph.nonlinear import NonLinear
 from ..network.onnx_graph import OnnxNetwork
 from .boxes import PART_SECONDS, PART_WORK, BoxSet, PartedPass, check_clock, work_per_row
@@ -56,7 +56,7 @@ class Verifier:
     """One network and property.
 
     Args:
-        deadline: ``time.monotonic()`` at which to give up.
+        deadline: of ``utils.clock``, at which to give up.
         split: whether to split boxes that can be neither proved nor broken as a whole.
     """
 
@@ -103,19 +103,17 @@ class Verifier:
         return Verdict("unknown" if "unknown" in names else "unsat")
 
     def _time_left(self) -> float:
-        return self.deadline - time.monotonic()
+        return self.deadline - now()
 
     def _prove(self, problem: _CaseProblem) -> Verdict:
         """Bound the case's box; split what is left. Bounds of boxes with many sides are tuned before."""
         lower, upper = problem.case.lower[None], problem.case.upper[None]
         if int((upper > lower).sum()) >= TUNED_SIDES:
             self.boxes += 1
-            started = time.monotonic()
-            if float(problem.bound(lower, upper)[0]) > 0:
-                return Verdict("unsat")
-            left = self._time_left()
-            deadline = time.perf_counter() + TUNED_SHARE * left
-            if TUNING_COST * (time.monotonic() - started) < left and problem.proved_by_tuning(lower, upper, deadline):
+            bounds = Pace(now() + self._time_left())
+            with bounds.work():
+                proved = float(problem.bound(lower, upper)[0]) > 0
+            if proved or (bounds.allows(TUNING_COST) and problem.proved_by_tuning(lower, upper, bounds)):
                 return Verdict("unsat")
         scores = torch.zeros(1, dtype=DTYPE)
         batch = 1
@@ -124,11 +122,11 @@ class Verifier:
             if lower.numel() > MAX_NUMBERS:
                 return Verdict("unknown")
             order = scores.argsort()  # the most violated first: there a counter-example would be
-            now, rest = order[:batch], order[batch:]
-            started = time.monotonic()
-            low, high = lower[now], upper[now]
+            chosen, rest = order[:batch], order[batch:]
+            started = now()
+            low, high = lower[chosen], upper[chosen]
             score, slopes = problem.bound(low, high)
-            self.boxes += len(now)
+            self.boxes += len(chosen)
             left = score <= 0
             low, high, score, slopes = low[left], high[left], score[left], slopes[left]
             if len(low):
@@ -144,7 +142,7 @@ class Verifier:
                 score = torch.cat((score, score))
             lower, upper = torch.cat((lower[rest], low)), torch.cat((upper[rest], high))
             scores = torch.cat((scores[rest], score))
-            each = (time.monotonic() - started) / len(now)
+            each = (now() - started) / len(chosen)
             batch = max(1, min(2 * batch, MAX_BATCH, int(self._time_left() / max(each, 1e-9))))
         return Verdict("unsat")
 
@@ -217,30 +215,30 @@ class _CaseProblem:
         return SLACK[DTYPE] * (1.0 + terms + self.limits.abs())
 
     @torch.no_grad()
-    def proved_by_tuning(self, lower: Tensor, upper: Tensor, deadline: float) -> bool:
-        """Whether bounds that are tuned to one box, until ``time.perf_counter()`` is ``deadline``, prove its case.
+    def proved_by_tuning(self, lower: Tensor, upper: Tensor, bounds: Pace) -> bool:
+        """Whether bounds that are tuned to one box prove its case, for ``TUNED_SHARE`` of the time left.
 
+        ``bounds`` is the pace of bounds by planes, with the deadline.
         Tuning raises the least bound of all rows: that is what robustness asks for, and a start for other properties.
         """
         if not len(self.limits):
             return False
         graph, boxes, rows = self.network.graph, self._boxes(lower, upper), self.rows[None]
+        deadline = share_of(bounds.deadline, TUNED_SHARE)
         room = self._room(0.5 * (lower + upper))
         aim = float((self.limits + room).max())
         functions = [node.curved for node in graph.nodes if isinstance(node, NonLinear)]
         if any(curved is None or not curved.smooth for curved in functions):  # where planes gain something, and soon
-            slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS, deadline=deadline)
-            if bool(self._score(BoundPass(graph, boxes, slopes=slopes), room) > 0):
+            slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS, pace=Pace(deadline, STEP_BOUNDS * bounds.longest))
+            if bounds.allows() and bool(self._score(BoundPass(graph, boxes, slopes=slopes), room) > 0):
                 return True
-        if not any(functions) or time.perf_counter() > deadline:
-            return False
-        curves = None
-        for steps in TUNED_STEPS:
-            curves = tune_curves(graph, boxes, rows, steps, curves, aim=aim, deadline=deadline)
-            if bool(self._score(CurvedPass(graph, boxes, curves), room) > 0):
-                return True
-            if time.perf_counter() > deadline:
+        curves, pace = None, Pace(deadline, CURVED_STEP * bounds.longest)
+        for steps in TUNED_STEPS if any(functions) else ():
+            if not pace.allows(1.0 + VERDICT_STEPS):
                 break
+            curves = tune_curves(graph, boxes, rows, steps, curves, aim=aim, pace=pace)
+            if pace.allows(VERDICT_STEPS) and bool(self._score(CurvedPass(graph, boxes, curves), room) > 0):
+                return True
         return False
 
     @torch.no_grad()
@@ -281,7 +279,7 @@ class _CaseProblem:
         found, gradients, start = [], [], 0
         while start < len(x):
             check_clock(self.deadline)
-            began, part, goal = time.monotonic(), x[start : start + self.part], goals[start : start + self.part]
+            began, part, goal = now(), x[start : start + self.part], goals[start : start + self.part]
             start += self.part
             with torch.enable_grad():
                 at = part.clone().requires_grad_()
@@ -289,7 +287,7 @@ class _CaseProblem:
                 gradient = torch.autograd.grad(own.sum(), at)[0] if len(self.limits) else torch.zeros_like(part)
             found.append(own.detach())
             gradients.append(gradient)
-            if time.monotonic() - began > PART_SECONDS:
+            if now() - began > PART_SECONDS:
                 self.part = max(1, len(part) // 2)
         return torch.cat(found), torch.cat(gradients)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import time
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..clock import now
 from ..runs.unpack import unpacked
 
 MAX_CASES = 100_000
@@ -121,7 +121,7 @@ def read_vnnlib(path: str | Path, deadline: float = math.inf) -> Property:
     """The property of a file, which gzip may have packed.
 
     Raises:
-        TimeoutError: ``time.monotonic()`` is beyond the deadline.
+        TimeoutError: the deadline, of ``utils.clock``, is over.
         PropertyError: it is no VNN-LIB property, or has something else than boxes and linear output constraints.
     """
     path = Path(path)
@@ -137,7 +137,7 @@ def parse_vnnlib(text: str, deadline: float = math.inf) -> Property:
     formulas: list[list[Conjunction]] = [[[]]]
     shape = None
     for command in _expressions(text):
-        if time.monotonic() > deadline:
+        if now() > deadline:
             raise TimeoutError("the time limit is reached")
         match command:
             case ["declare-const", str(name), "Real"] | ["declare-fun", str(name), [], "Real"]:

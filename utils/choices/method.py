@@ -19,6 +19,11 @@ SHELLS = 20  # of "jacobian" and "shell", unless told otherwise
 TIME_LIMIT = 60.0  # seconds a sample of "bab", unless told otherwise
 
 
+def start_of(name: str) -> str:
+    """The method that a tuned one starts from."""
+    return ("crown", *TUNED_METHODS)[TUNED_METHODS.index(name)]
+
+
 @dataclass(frozen=True)
 class Method:
     """A method and its settings; see ``utils.certify.certified_margin``.

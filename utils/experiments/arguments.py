@@ -162,7 +162,9 @@ def add_effort_arguments(group) -> None:
         help=f"gradient steps of --method curve, after alpha (default: {CURVE_STEPS})",
     )
     group.add_argument(
-        "--time-limit", type=positive_float, help=f"seconds an image of --method bab (default: {TIME_LIMIT:g})"
+        "--time-limit",
+        type=positive_float,
+        help=f"seconds an image of --method bab, from its start, alpha and curve included (default: {TIME_LIMIT:g})",
     )
 
 

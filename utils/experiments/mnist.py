@@ -19,6 +19,7 @@ from data.mnist import SIDE, ImageData
 from ..certify.certificate import FOLDER_NAME as CERTIFICATES_NAME
 from ..certify.certificate import write_certificates
 from ..certify.problem import MarginProblem
+from ..choices.method import TUNED_METHODS, start_of
 from ..network.checkpoint import CheckpointError, Config, load_checkpoint, model_name
 from ..network.models import SequenceClassifier
 from ..runs.bound_rows import Key, Row, summarize
@@ -173,6 +174,7 @@ class Run:
         check_writable(folder)
         with exclusive(folder, ranks):
             layout = {"kind": self.kind, "ranks": ranks, "attached": (CERTIFICATES_NAME,)}
+            layout |= {"columns": ("start_radius",) if args.method in TUNED_METHODS else ()}
             layout |= {"drawn": self.samples.as_bytes(), "resume": args.resume, "overwrite": args.overwrite}
             results = find_rows(folder, record, self.jobs(), before_writing=save, **layout)
             if not ranks.first:
@@ -190,7 +192,9 @@ class Run:
 
 def report(folder: Path) -> None:
     """Print the summary of a finished run and draw its figures."""
-    print_summary(read_record(folder)["summary"])
+    record = read_record(folder)
+    print_summary(record["summary"])
+    print_gain(record["summary"], record["arguments"].get("method"))
     figures = plot_results(folder)
     print(f"results in {folder}: {CSV_NAME}, run.json, {', '.join(figures)}")
 
@@ -253,3 +257,13 @@ def print_summary(summary: Record) -> None:
         print(f"{summary['not_certified']} radii are 0: not certified at any eps")
     print(f"{summary['samples']} images, {summary['seconds_per_sample']:.3g} s per image", end="")
     print(f", {summary['evaluations_per_row']:.1f} bounds per radius")
+
+
+def print_gain(summary: Record, method: str) -> None:
+    """What a tuned method gained over the one that it starts from, in one line."""
+    if "gain" in summary:
+        gain, start = summary["gain"], start_of(method)
+        line = f"{method} gained nothing over {start} on {gain['in_vain']} of {gain['rows']} radii"
+        print(
+            line if gain["in_vain"] == gain["rows"] else f"{line}; the mean radius is {100 * gain['mean']:.1f} % larger"
+        )

@@ -36,10 +36,12 @@ class Row(Key, KeyedRow):
 
     Attributes:
         radius: the largest eps that was certified; 0 if none was.
-        failed_eps: the smallest eps that was not certified; inf if every perturbation of a valid image was.
+        failed_eps: the smallest eps that was not certified; inf if every perturbation of a valid image was, or time was
+            up before one was met.
         margin: lower bound of the worst margin (label's logit less another's) at radius, less the slack for rounding.
         evaluations: bounds computed for the row.
         seconds: wall time of the row's batch, divided by the number of samples in it.
+        start_radius: of tuned methods, the radius of the method that they start from; NaN where it was not noted.
     """
 
     KEY: ClassVar[type] = Key
@@ -49,6 +51,7 @@ class Row(Key, KeyedRow):
     margin: float = 0.0
     evaluations: int = 0
     seconds: float = 0.0
+    start_radius: float | None = math.nan
 
 
 def read_bound_rows(path: Path) -> list[Row]:
@@ -73,6 +76,14 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "evaluations_per_row": sum(row.evaluations for row in rows) / len(rows),
         "seconds_per_sample": math.fsum(row.seconds for row in rows) / samples,
     }
+    started = [row for row in rows if row.start_radius > 0]  # False for NaN
+    if started:
+        start = math.fsum(row.start_radius for row in started)
+        summary["gain"] = {
+            "rows": len(started),
+            "in_vain": sum(row.radius <= row.start_radius for row in started),
+            "mean": math.fsum(row.radius for row in started) / start - 1.0,
+        }
     frames = sorted({row.frame for row in rows if row.frame is not None})
     if frames:
         summary["frames"] = [

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attack.pgd import attack_radius
-from ..certify.interface import search_radius
 from ..certify.problem import MarginProblem
+from ..certify.radius import search_radius
 from ..choices.method import Method
 from ..graph.graph import Graph
 from ..network.models import SequenceClassifier

@@ -1,0 +1,107 @@
+"""ONNX's operators that act on each value by itself: sums, products, activations."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..symbolic import Symbol, UnsupportedError, check_scores, constant
+from .table import OPERATORS, operator, symbol
+
+
+@operator("Add", "Sum")
+def _add(reader, *terms):
+    return reader.builder.add(*(symbol(term) for term in terms))
+
+
+@operator("Sub")
+def _sub(reader, x, y):
+    return reader.builder.add(symbol(x), reader.builder.scaled(symbol(y), constant(-1.0)))
+
+
+@operator("Neg")
+def _negative(reader, x):
+    return reader.builder.scaled(x, constant(-1.0))
+
+
+@operator("Mul")
+def _multiply(reader, x, y):
+    return reader.builder.multiply(symbol(x), symbol(y))
+
+
+@operator("Div")
+def _divide(reader, x, y):
+    if isinstance(y, Symbol):
+        raise UnsupportedError("only a division by constants is supported")
+    if not bool((y != 0).all()):
+        raise UnsupportedError("it divides by zero")
+    return reader.builder.scaled(x, constant(1.0 / y.double()))
+
+
+@operator("Relu")
+def _relu(reader, x):
+    return reader.builder.activation(x, "relu")
+
+
+@operator("Tanh")
+def _tanh(reader, x):
+    return reader.builder.activation(x, "tanh")
+
+
+@operator("Sigmoid")
+def _sigmoid(reader, x):
+    return reader.builder.activation(x, "sigmoid")
+
+
+@operator("Atan")
+def _arctan(reader, x):
+    return reader.builder.activation(x, "arctan")
+
+
+@operator("Softplus")
+def _softplus(reader, x):
+    return reader.builder.activation(x, "softplus")
+
+
+@operator("Elu")
+def _elu(reader, x, alpha=1.0):
+    if alpha != 1.0:
+        raise UnsupportedError("Elu is supported with alpha = 1 only")
+    return reader.builder.activation(x, "elu")
+
+
+@operator("LeakyRelu")
+def _leaky_relu(reader, x, alpha=0.01):
+    return reader.builder.activation(x, f"leaky_relu({alpha!r})")
+
+
+@operator("Clip")
+def _clip(reader, x, lowest=None, highest=None, min=None, max=None):
+    ends = [(lowest, min, -math.inf), (highest, max, math.inf)]
+    low, high = (
+        float(given if given is not None else other if other is not None else end) for given, other, end in ends
+    )
+    if math.isnan(low) or math.isnan(high):
+        raise UnsupportedError("an end of its range is NaN")
+    if low >= high:  # the upper end is applied last
+        return constant(torch.full(x.shape, high))
+    return reader.builder.activation(x, f"hardtanh({low!r},{high!r})")
+
+
+@operator("HardSigmoid")
+def _hard_sigmoid(reader, x, alpha=0.2, beta=0.5):
+    y = reader.builder.add(reader.builder.scaled(x, constant(alpha)), constant(beta))
+    return reader.builder.activation(y, "hardtanh(0,1)")
+
+
+def _final_softmax(reader, x, axis=None, name="softmax"):
+    check_scores(x)
+    axis = (-1 if reader.opsets[""] >= 13 else 1) if axis is None else axis
+    if x.shape.numel() != x.shape[axis]:
+        raise UnsupportedError("a softmax is supported at the end of the network only, over all its outputs")
+    return Symbol(x.ids, x.scale, x.shift, name)
+
+
+OPERATORS["Softmax"] = _final_softmax
+OPERATORS["LogSoftmax"] = lambda reader, x, axis=None: _final_softmax(reader, x, axis, "log_softmax")

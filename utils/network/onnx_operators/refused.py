@@ -1,0 +1,15 @@
+"""What has no bound here, and why, in the words of its operators."""
+
+from __future__ import annotations
+
+# Of constants: no two implementations agree on them.
+UNSURE = {"LRN", "Resize"}
+MAXIMUM = "a maximum of perturbed values has no bound here: pool by the mean or the last state"
+NORMALISED = "it divides by a standard deviation of perturbed values, which has no bound here"
+REASONS = (
+    dict.fromkeys(("MaxPool", "GlobalMaxPool", "LpPool", "ReduceMax", "ReduceMin", "Max", "Min", "TopK"), MAXIMUM)
+    | dict.fromkeys(("LayerNormalization", "InstanceNormalization", "GroupNormalization"), NORMALISED)
+    | dict.fromkeys(("ArgMax", "ArgMin", "Hardmax"), "it gives the place of a maximum: export the scores themselves")
+    | dict.fromkeys(("Attention", "MultiHeadAttention"), "attention multiplies perturbed values with each other")
+)
+EMBEDDING = "bounds are about vectors: export the network from the embedded vectors on, and give those as its input"
