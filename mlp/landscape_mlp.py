@@ -37,7 +37,14 @@ def get_args() -> argparse.Namespace:
     add_common_arguments(parser)
     args = parser.parse_args()
     given = {"time_step": 1, "frames": None, "per_frame": False, "ball": "frame", "save_certificate": False}
-    given |= {"untargeted": True, "target": None, "clip": False, "method": "ibp", "time_limit": 1.0}
+    given |= {
+        "untargeted": True,
+        "target": None,
+        "clip": False,
+        "method": "jacobian",
+        "lipsteps": None,
+        "time_limit": None,
+    }
     given |= {"alpha_steps": None, "curve_steps": None}
     vars(args).update(given)
     return args

@@ -169,6 +169,15 @@ OTHERS = {
         ],
         {"lo": torch.tensor(-0.2), "hi": torch.tensor(0.55)},
     ),
+    "smooth activations": (
+        [
+            node("Atan", "x", output="a"),
+            node("Softplus", "a", output="b"),
+            node("Sub", "b", "c", output="d"),
+            node("Elu", "d"),
+        ],
+        {"c": torch.tensor(0.8)},
+    ),
     "ends that cross": (
         [node("Clip", "x", "hi", "lo", output="a"), node("Add", "a", "x")],
         {"lo": torch.tensor(-0.2), "hi": torch.tensor(0.55)},

@@ -29,8 +29,8 @@ class LocalLipschitz:
     Attributes:
         constant: (batch, n_rows): |C f(x') - C f(x)| <= constant * size, where size is that of x' - x: the largest
             norm of a frame's part, or with ``ball="sequence"`` the norm of all.
-        frames: (batch, n_rows, T): likewise if only one frame moves, the others being exact; 0 for frames that are
-            exact in the threat model.
+        frames: (batch, n_rows, T): likewise of changes in one frame, wherever in their balls the others are; 0 for
+            frames that are exact in the threat model.
     """
 
     constant: Tensor

@@ -35,13 +35,13 @@ from .wording import UNIT, describe_threat
 SAMPLED = "sampled"
 ALL_FRAMES = "all"
 STYLES = {"chord": "-", "recurjac": "--", "interval": ":", SAMPLED: "-"}
-TITLES = ("all frames", "one frame alone, by {}")
+TITLES = ("changes in all frames", "changes in one frame, by {}")
 FIGURE_NAME, CLASSES = "lipschitz.png", 10
 
 
 @dataclass(frozen=True)
 class LipschitzKey:
-    """A test image, a radius, the frame that moves (or "all"), and how the constant was found.
+    """A test image, a radius, the frame that changes (or "all"), and how the constant was found.
 
     Attributes:
         bound: "chord", "recurjac" or "interval": an upper bound; "sampled": the largest of some gradients.

@@ -45,9 +45,8 @@ def describe_function(args: argparse.Namespace) -> str:
         return "the label's logit"
     if args.target is None:
         return "the steepest of the margins"
-    return f"the margin above {'class ' * isinstance(args.target, int)}{args.target}" + " class" * isinstance(
-        args.target, str
-    )
+    kinds = {"random": "a random class", "runnerup": "the class of the next logit", "least": "that of the lowest logit"}
+    return f"the margin above {kinds.get(args.target, f'class {args.target}')}"
 
 
 def lipschitz_folder_name(args: argparse.Namespace) -> str:
