@@ -78,6 +78,7 @@ def tune_slopes(
     steps: int,
     start: SlopeTable | None = None,
     deadline: float = math.inf,
+    method: str = "crown",
 ) -> tuple[SlopeTable, Tensor]:
     """Ascend the worst margin of every sample in the slopes of all planes, those of intermediate bounds too.
 
@@ -93,11 +94,11 @@ def tune_slopes(
         The best slopes that were met and their worst margins, (batch,).
     """
     with torch.no_grad():
-        first = BoundPass(graph, perturbation, "crown", sound=False)
+        first = BoundPass(graph, perturbation, method, sound=False)
         best_margin = first.margin(rows).amin(dim=1)
         origin = default_slopes(first)
         if start is not None:
-            started = BoundPass(graph, perturbation, "crown", start, sound=False).margin(rows).amin(dim=1)
+            started = BoundPass(graph, perturbation, method, start, sound=False).margin(rows).amin(dim=1)
             origin, best_margin = _keep_better(origin, best_margin, start, started)
         ranges = [entry and _ranges(first, node) for node, entry in zip(_nonlinear(graph), origin, strict=True)]
     shifts = [entry and tuple(tuple(torch.zeros_like(s) for s in plane) for plane in entry) for entry in origin]
@@ -112,7 +113,7 @@ def tune_slopes(
             break
         with torch.enable_grad():
             slopes = _shifted(origin, ranges, shifts)
-            margin = BoundPass(graph, perturbation, "crown", slopes, sound=False).margin(rows).amin(dim=1)
+            margin = BoundPass(graph, perturbation, method, slopes, sound=False).margin(rows).amin(dim=1)
             loss = -margin.sum()
         best, best_margin = _keep_better(best, best_margin, slopes, margin)
         if step < steps:

@@ -77,7 +77,7 @@ class CurvedPass(BoundPass):
 
         ``guesses`` are taken from an earlier pass over the same graph and set, and kept for a later one.
         """
-        self._sound, self._guesses, self._asked = sound, guesses, graph.output
+        self._sound, self._guesses = sound, guesses
         nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
         self._curves = dict(zip(nonlinear, curves or [None] * len(nonlinear), strict=True))
         self._chosen: dict[Node, Curves] = {}
@@ -89,7 +89,7 @@ class CurvedPass(BoundPass):
 
     # --- one backward pass ---
 
-    def _meet(self, node: Node, coefficients: Tensor) -> None:
+    def _meet(self, node: Node, coefficients: Tensor) -> None:  # curves have what balls could add
         frames, losses = self._met
         if isinstance(node, Frame):
             frames[node] = coefficients
@@ -105,7 +105,7 @@ class CurvedPass(BoundPass):
                     losses.append((operand, torch.addcmul(bent, minus_down, (-0.5 * high).unsqueeze(-2))))
 
     def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
-        self._met, self._asked = ({}, []), node
+        self._met = ({}, [])
         without_curvature = super()._pass_back(node, rows)
         losses = self._met[1]
         if not losses:
@@ -232,7 +232,7 @@ class CurvedPass(BoundPass):
         """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""
         squares = (weights.detach().mean(dim=-2).unsqueeze(-1) * jacobian.detach() ** 2).sum(dim=1)
         box = self.perturbation.is_box
-        guesses = None if self._guesses is None else self._guesses.setdefault(self._asked, Guesses())
+        guesses = None if self._guesses is None else self._guesses.setdefault(self._target, Guesses())
         if lines is None:
             scale, size = self._scales(squares)
             scaled = (weights, jacobian * scale.unsqueeze(-2))

@@ -13,6 +13,7 @@ METHODS = Registry(
         "crown": "bounds.passes:crown",
         "ibp": "bounds.passes:ibp",
         "crown-ibp": "bounds.passes:crown_ibp",
+        "ball": "bounds.passes:ball",
         "alpha": "bounds.passes:crown",
         "curve": "bounds.passes:crown",
         "bab": "bounds.passes:crown",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ class Graph:
     def __init__(self):
         self.nodes: list[Node] = []
         self.samples: int | None = None  # of the nodes that are added next
+        self.recurrent = False  # unrolled from cells
         self._reduced: dict[tuple, Tensor] = {}
+        self._norms: dict[tuple, Tensor] = {}
 
     def add(self, node: Node) -> Node:
         """Append a node whose parents are in the graph already, and return it."""
@@ -52,6 +56,15 @@ class Graph:
             basis, _ = torch.linalg.qr(torch.cat(children).detach().T)
             self._reduced[key] = weight.detach() @ basis
         return self._reduced[key]
+
+    def once(self, name: str, weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of a weight, made once for weights that carry no gradient."""
+        if weight.requires_grad:
+            return function(weight)
+        key = (name, weight.data_ptr(), weight.shape, weight.stride())
+        if key not in self._norms:
+            self._norms[key] = function(weight)
+        return self._norms[key]
 
     @property
     def frames(self) -> list[Frame]:
