@@ -23,6 +23,7 @@ STEP_SIZE = 0.02  # first step of a slope, in units of its range; measured again
 # Of the lower and upper lines of piecewise-linear functions, over that step; measured for relu. Lower lines start at an
 # end of their range, upper ones at a chord, from which every move costs at first.
 KINKED_PACE = (10.0, 0.3)
+BALL_PACE = (10.0, 2.0)  # likewise where layers lie in balls, whose upper lines are seldom best as chords
 WARM_UP = 3  # steps over which it grows to that: all slopes move at once, and some should not
 
 # Per non-linear node in graph order: slopes of its lower and of its upper plane, one tensor (batch, size) an operand.
@@ -68,7 +69,8 @@ def _ranges(bounds: BoundPass, node: NonLinear) -> list[tuple[tuple[Tensor, Tens
     ends = node.slope_ends(*(bounds.interval(operand) for operand in node.parents))
     if node.curved is not None and node.curved.smooth:
         return [tuple((high - low, low - torch.inf, high + torch.inf) for low, high in ends)] * 2
-    return [tuple((pace * (high - low), low, high) for low, high in ends) for pace in KINKED_PACE]
+    paces = BALL_PACE if bounds.balls else KINKED_PACE
+    return [tuple((pace * (high - low), low, high) for low, high in ends) for pace in paces]
 
 
 def tune_slopes(
@@ -89,6 +91,7 @@ def tune_slopes(
         start: slopes to start from where they are better than those of "crown". These change with the perturbation:
             slopes tuned for a larger one may be worse here.
         deadline: no step is begun that would end after ``time.perf_counter()`` is this.
+        method: of the pass, a name of ``passes.METHODS``.
 
     Returns:
         The best slopes that were met and their worst margins, (batch,).

@@ -153,6 +153,14 @@ class Balls:
         moved = [(parent, weight) for parent, weight in pairs if not self.bounds.is_exact(parent)]
         return sum(norms(weight) * self._within(parent, self.of(parent))[:, None] for parent, weight in moved)
 
+    def radius_around(self, node: Node, center: Tensor) -> Tensor | None:
+        """Radius, (batch,), of a node's ball around another point, (batch, size); None if no ball is known."""
+        ball = self.of(node)
+        if ball is None:
+            return None
+        away = (ball.center - center).abs() + ball.error
+        return self._within(node, ball) + (1.0 + self._gamma) * torch.linalg.vector_norm(away, dim=-1)
+
     def gain(self, node: NonLinear, coefficients: Tensor) -> Tensor | None:
         """What rows gain, (batch, rows), if a node is bounded over its ball and box, by one lambda, not by planes."""
         ball = self.of(node.parents[0]) if isinstance(node, Activation) else None
@@ -205,7 +213,7 @@ class Balls:
         spent = 0.5 * (radius**2)[:, None]
         low, high = torch.full_like(most, LOWEST_LEVEL), torch.zeros_like(most)
         shares = torch.linspace(0.0, 1.0, LEVELS, dtype=most.dtype, device=most.device)[:, None, None]
-        for _ in range(2):
+        for _ in range(2 if self.bounds.rounding else 1):  # estimates need not have the best
             levels = low + (high - low) * shares
             trials = most * levels.exp()
             values = (size * heights(trials)).sum(dim=-1) - trials * spent
@@ -233,3 +241,23 @@ def spectral_norm(weight: Tensor) -> Tensor:
         return bound
     estimate = torch.linalg.matrix_norm(weight, 2)
     return bound + (estimate - estimate.detach())
+
+
+def squares_in_ball(weights: Tensor, reach: Tensor, radius: Tensor) -> Tensor:
+    """Upper bound of sum_k w_k d_k^2, (batch, rows), for |d_k| <= reach_k and ||d|| <= radius.
+
+    For weights w >= 0, (batch, rows, size), reach (batch, size) and radius (batch,). For every s >= 0,
+
+        sum_k w_k d_k^2  <=  s radius^2 + sum_k (w_k - s)^+ reach_k^2,
+
+    and the best s, at which the bound is exact, is the weight where the squares of the reaches of all that weigh more
+    first make up the ball's.
+    """
+    with torch.no_grad():
+        heaviest, order = weights.sort(dim=-1, descending=True)
+        filled = (reach**2).unsqueeze(-2).expand_as(weights).gather(-1, order).cumsum(dim=-1)
+        full = (filled < (radius**2)[:, None, None]).sum(dim=-1, keepdim=True)
+        zero = torch.zeros_like(heaviest[..., :1])
+        share = torch.cat((heaviest, zero), dim=-1).gather(-1, full)
+    beyond = ((weights - share).clamp(min=0.0) * (reach**2).unsqueeze(-2)).sum(dim=-1)
+    return share.squeeze(-1) * (radius**2)[:, None] + beyond

@@ -33,6 +33,7 @@ from ..graph.nonlinear import NonLinear
 from ..perturbation.sets import Perturbation
 from ..relaxation.curves import Curves, curved_relaxation
 from ..relaxation.lines import Relaxation
+from .balls import squares_in_ball
 from .box_quadratic import line_and_squares_over_box, squares_over_box
 from .passes import BoundPass, intersect
 from .quadratic import Guesses, largest_eigenvalue, line_and_squares
@@ -226,7 +227,18 @@ class CurvedPass(BoundPass):
         linear = self._joint_linear(w * torch.where(joint, 1.0 + t, 0.0).unsqueeze(-2), known.slopes, lines)
         alone = (w * reach.unsqueeze(-2) ** 2).sum(dim=-1)
         least = torch.minimum(alone, linear + (w * apart).sum(dim=-1))
+        if self.balls is not None:
+            least = torch.minimum(least, sum(self._ball_loss(*pair) for pair in weights.items()))
         return least * (1.0 + w.shape[-1] * torch.finfo(w.dtype).eps)  # a sum of positive terms
+
+    def _ball_loss(self, operand: Node, weights: Tensor) -> Tensor:
+        """Upper bound of sum_k w_k d_k^2 of one operand, (batch, rows): see ``squares_in_ball``."""
+        center, (low, high) = self._operand(operand).center, self.interval(operand)
+        reach = torch.maximum(high - center, center - low)
+        radius = self.balls.radius_around(operand, center)
+        if radius is None:
+            return (weights * reach.unsqueeze(-2) ** 2).sum(dim=-1)
+        return squares_in_ball(weights, reach, radius)
 
     def _joint_linear(self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None = None) -> Tensor:
         """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""

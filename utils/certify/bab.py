@@ -170,8 +170,9 @@ def decide(
 ) -> list[Decision]:
     """Certify or falsify every sample at eps, one after the other; arguments as for ``utils.certify.certified_margin``.
 
-    First PGD looks for a counter-example, then come bounds, the cheapest first, until one settles the question: planes,
-    planes with tuned slopes, curved bounds of all targets together, and of each open target by itself.
+    First PGD looks for a counter-example, then come bounds, the cheapest first, until one settles the question: layers
+    as balls where they are (``bounds.balls``), planes, planes with tuned slopes, curved bounds of all targets together,
+    and of each open target by itself.
 
     Args:
         eps, lengths, relaxation: likewise. Sequences are cut to their lengths; methods and their steps are the
@@ -221,17 +222,24 @@ def _bound(problem: MarginProblem, eps: Tensor, started: float) -> tuple[str, Te
     clean = problem.clean_margins(dtype)[0]
     enough, spare = (float(problem.slack(precision).max()) for precision in (dtype, TUNING))
     best, cost = torch.full_like(clean, -torch.inf), 0.0
-    stages = (
-        lambda: None,
-        lambda: problem.tune(eps, TUNING, problem.method.alpha_steps, deadline=_share(deadline, ALPHA_SHARE)),
-        lambda: problem.tune_curves(eps, TUNING, ROUND_STEPS, aim=spare, deadline=deadline),
-    )
-    for tune in stages:
+
+    def tune_planes(of: MarginProblem) -> None:
+        of.tune(eps, TUNING, of.method.alpha_steps, deadline=_share(deadline, ALPHA_SHARE))
+
+    stages = [
+        (problem, lambda _: None),
+        (problem, tune_planes),
+        (problem, lambda of: of.tune_curves(eps, TUNING, ROUND_STEPS, aim=spare, deadline=deadline)),
+    ]
+    if problem.in_balls(dtype):  # no backward pass for middle layers
+        balls = problem.by("ball")
+        stages = [(balls, lambda _: None), (balls, tune_planes), *stages]
+    for stage, (of, tune) in enumerate(stages):
         if float(best.min()) <= enough and time.perf_counter() < deadline:
-            tune()
+            tune(of)
             began = time.perf_counter()
-            if tune is stages[0] or began < deadline:
-                best = torch.maximum(best, problem.margins(eps, dtype)[0])
+            if stage == 0 or began < deadline:
+                best = torch.maximum(best, of.margins(eps, dtype)[0])
                 cost = time.perf_counter() - began
     _refine_margins(problem, eps, dtype, best, deadline, enough, cost)
     resolved = bool(((eps == 0) | (eps >= problem.resolution(dtype))).all())

@@ -8,6 +8,7 @@ from .tables import METHODS, RELAXATIONS
 
 TUNED_METHODS = ("alpha", "curve", "bab")  # each begins with what the ones before it do
 CURVED_METHODS = TUNED_METHODS[1:]
+WITH_SLOPES = ("ball", *TUNED_METHODS)  # that tune the slopes of planes; "ball" by itself
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise
 CURVE_STEPS = 40  # likewise of curved bounds
@@ -21,7 +22,7 @@ class Method:
     Attributes:
         name: a key of ``METHODS``.
         relaxation: of gate products, a key of ``RELAXATIONS``.
-        alpha_steps: gradient steps of "alpha", and of what "curve" and "bab" do before.
+        alpha_steps: gradient steps of "ball" and "alpha", and of what "curve" and "bab" do before.
         curve_steps: gradient steps of "curve", and of what "bab" does before.
         time_limit: seconds that "bab" may take for a sample.
     """
@@ -45,7 +46,7 @@ class Method:
     @property
     def tuned(self) -> bool:
         """Whether slopes are tuned to the sample."""
-        return self.name in TUNED_METHODS
+        return self.name in WITH_SLOPES
 
     @property
     def curved(self) -> bool:

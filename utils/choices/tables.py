@@ -5,7 +5,7 @@ from __future__ import annotations
 from .registry import Registry
 
 # Makes a pass from a graph, a perturbation set, slopes (or None) and whether rounding is to be accounted for (estimates
-# need not); see ``utils.bounds.BoundPass``. The last three are tuned: they begin with the pass that stands here, and
+# need not); see ``utils.bounds.BoundPass``. The last four are tuned: they begin with the pass that stands here, and
 # ``utils.choices.Method`` says what follows.
 METHODS = Registry(
     "method",

@@ -7,15 +7,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..choices.method import ALPHA_STEPS, CURVE_STEPS, CURVED_METHODS, TIME_LIMIT, TUNED_METHODS
+from ..choices.method import ALPHA_STEPS, CURVE_STEPS, CURVED_METHODS, TIME_LIMIT, WITH_SLOPES
 from ..choices.tables import BALLS, METHODS, RELAXATIONS
 from ..runs.cli import ROOT, add_common_arguments, non_negative_int, norm_value, positive_float, positive_int
 
 TARGETS = ("random", "runnerup", "least")
 # Flags that have an effect with some methods only: their values if they are left out, and these methods.
 OF_METHODS = {
-    "relaxation": ("plane", tuple(name for name in METHODS if name != "ibp")),
-    "alpha_steps": (ALPHA_STEPS, TUNED_METHODS),
+    "relaxation": ("plane", tuple(name for name in METHODS if name not in ("ibp", "ball"))),
+    "alpha_steps": (ALPHA_STEPS, WITH_SLOPES),
     "curve_steps": (CURVE_STEPS, CURVED_METHODS),
     "time_limit": (TIME_LIMIT, ("bab",)),
 }
@@ -54,8 +54,9 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
         "--method",
         choices=tuple(METHODS),
         default="crown",
-        help="bounds: backward, interval, or both; alpha: backward, slopes tuned to each image (10 times the time); "
-        "curve: curved bounds too, tuned (100 times and more); bab: each target by itself, up to --time-limit",
+        help="bounds: backward, interval, or both; ball: layers as l_2 balls (not for recurrent networks); alpha: "
+        "backward, slopes tuned to each image (10 times the time); curve: curved bounds too, tuned (100 times and "
+        "more); bab: each target by itself, up to --time-limit",
     )
     add_effort_arguments(group)
     if architecture != "rnn":
@@ -92,7 +93,7 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
 def add_effort_arguments(group) -> None:
     """Flags for how much time the tuned methods may take; None where they are left out, see ``fill_in``."""
     group.add_argument(
-        "--alpha-steps", type=positive_int, help=f"gradient steps of --method alpha (default: {ALPHA_STEPS})"
+        "--alpha-steps", type=positive_int, help=f"gradient steps of --method ball or alpha (default: {ALPHA_STEPS})"
     )
     group.add_argument(
         "--curve-steps",
@@ -112,6 +113,12 @@ def fill_in(args: argparse.Namespace, methods: Sequence[str], flag: str = "--met
             raise ValueError(f"--{given} has no effect with {flag} {' '.join(methods)}: it is for {wanted}")
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, default)
+
+
+def refuse_balls(methods: Sequence[str], flag: str = "--method") -> None:
+    """Raise ValueError if a method is for feed-forward networks only: those of the scripts are recurrent."""
+    if "ball" in methods:
+        raise ValueError(f"{flag} ball is for feed-forward networks: norms of recurrent cells multiply step by step")
 
 
 def target_choice(text: str) -> str | int:
@@ -138,6 +145,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if getattr(args, "ball", "frame") == "sequence" and (args.per_frame or len(set(args.frames or (0, 1))) == 1):
         raise ValueError("--ball sequence is one ball around several frames: of one frame it is the same without")
     if hasattr(args, "method"):
+        refuse_balls([args.method])
         fill_in(args, [args.method])
     if args.clip and args.p != math.inf:
         raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
