@@ -306,7 +306,7 @@ def ball(graph: Graph, perturbation: Perturbation, slopes: list | None = None, s
     """As crown-ibp, of networks whose layers lie in balls. Raises ValueError for others."""
     if not Balls.fit(graph, perturbation):
         raise ValueError(
-            "method ball is for feed-forward networks and p = 2: one l_2 ball of inputs, no recurrent cell"
+            "method ball is for feed-forward networks and p = 2: one l_2 ball, and no recurrent cell"
         )
     return BoundPass(graph, perturbation, "crown-ibp", slopes, sound)
 
