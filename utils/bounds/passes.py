@@ -305,9 +305,7 @@ def ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None, so
 def ball(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
     """As crown-ibp, of networks whose layers lie in balls. Raises ValueError for others."""
     if not Balls.fit(graph, perturbation):
-        raise ValueError(
-            "method ball is for feed-forward networks and p = 2: one l_2 ball, and no recurrent cell"
-        )
+        raise ValueError("method ball is for feed-forward networks and p = 2: one l_2 ball, and no recurrent cell")
     return BoundPass(graph, perturbation, "crown-ibp", slopes, sound)
 
 
