@@ -98,6 +98,7 @@ def main() -> None:
     net.eval()
     x, labels = data.test_x[:count, None], data.test_y[:count]
     with torch.no_grad():
+        labels = net(x).argmax(dim=1) if args.dry_run else labels
         correct = net(x).argmax(dim=1) == labels
     x, labels = x[correct].to(DTYPE), labels[correct]
     net = net.to(DTYPE)

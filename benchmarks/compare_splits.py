@@ -145,6 +145,7 @@ def main() -> None:
         frames = int(name.split("_")[1])
         for image in range(1 if args.dry_run else args.N):
             x, label = as_frames(data.test_x[image : image + 1], frames), data.test_y[image : image + 1]
+            label = model(x).argmax(dim=1) if args.dry_run else label
             if model(x).argmax(dim=1) != label:
                 continue
             problem = margin_problem(model, x, label, time_limit=args.time_limit, method="bab")
