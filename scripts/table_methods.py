@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.choices import METHODS
 from utils.choices.method import TUNED_METHODS
-from utils.experiments.arguments import add_effort_arguments, fill_in
+from utils.experiments.arguments import add_effort_arguments, fill_in, refuse_balls
 from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
 from utils.runs.cli import ArgumentParser, answer_early, run_main
 
@@ -46,6 +46,7 @@ def get_args() -> argparse.Namespace:
     add_effort_arguments(parser)
     args = finish_run_arguments(parser.parse_args(), quick_images=2)
     args.methods = sorted(set(args.methods), key=CHEAPEST_FIRST.index)
+    refuse_balls(args.methods, "--methods")
     fill_in(args, METHODS)  # all efforts may be given, those of methods that are left out too
     if args.quick:
         for name, most in QUICK.items():

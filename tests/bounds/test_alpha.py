@@ -8,7 +8,7 @@ from torch import nn
 
 from utils.bounds.alpha import default_slopes, select, store, tune_slopes
 from utils.bounds.passes import BoundPass
-from utils.certify import certified_margin, certified_radius, interface, margin_problem
+from utils.certify import certified_margin, certified_radius, margin_problem, radius
 from utils.network.models import SequenceClassifier
 from utils.network.unroll import unroll
 from utils.perturbation.lp_ball import INF
@@ -186,5 +186,5 @@ def test_rounds_that_gain_nothing_are_followed_by_a_nearer_one(monkeypatch):
     label = model(x).argmax(dim=1)
     plain, tuned = (certified_radius(model, x, label, method=method, alpha_steps=20) for method in ("crown", "alpha"))
     assert tuned > 1.002 * plain
-    monkeypatch.setattr(interface, "ALPHA_NEAR", interface.ALPHA_OVERSHOOT)
+    monkeypatch.setattr(radius, "ALPHA_NEAR", radius.ALPHA_OVERSHOOT)
     assert certified_radius(model, x, label, method="alpha", alpha_steps=20) < tuned

@@ -66,6 +66,7 @@ CASES = {
     "gru, one frame": ({"kind": "gru", "bidirectional": True, "pooling": "mean"}, {"mask": [0]}),
     "rnn, lengths": ({"kind": "rnn", "layers": 2}, {"lengths": torch.tensor([3, 2]), "frames": 3, "count": 2}),
     "relu": ({"kind": "relu"}, {}),
+    "relu, one frame of two layers": ({"kind": "relu", "layers": 2}, {"frames": 1}),
 }
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from mnist_files import ROOT
+from mnist_files import ROOT, assert_one_line_error, run_script, write_mnist_folder
 from test_bound_scripts import Outcome, assert_one_line, call
 
 SCRIPT = ROOT / "benchmarks" / "benchmark_bounds.py"
@@ -49,3 +49,28 @@ def test_bad_checkpoint_is_one_line(tmp_path):
     done = run(tmp_path, "--checkpoint", "nothing", *TINY)
     assert_one_line(done, "nothing")
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("net", ("mlp", pytest.param("cnn", marks=pytest.mark.full)))
+def test_balls_beside_planes(net, tmp_path):
+    """In a process of its own, as whatever trains: optimisers import parts of torch that can be imported only once."""
+    write_mnist_folder(tmp_path)
+    methods = ("ibp", *["ball"] * (net == "mlp"))
+    flags = ("--data-dir", tmp_path, "--dry-run", "--net", net, "--methods", *methods)
+    done = run_script("benchmarks/compare_balls.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{net}, norms at 1: False" in done.stdout
+    assert all(f"| {method} |" in done.stdout for method in methods)
+
+
+def test_splits_beside_bab(tmp_path):
+    write_mnist_folder(tmp_path)
+    flags = ("--data-dir", tmp_path, "--dry-run", "--models", "rnn_4_32_tanh", "--eps")
+    done = run_script("benchmarks/compare_splits.py", *flags, "0.05", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    cells = done.stdout.splitlines()[-1].split("|")
+    curve, further, parts = float(cells[4]), float(cells[5]), int(cells[7])
+    assert further >= curve and parts > 1
+    assert_one_line_error(
+        run_script("benchmarks/compare_splits.py", *flags, "0.05", "0.1", cwd=tmp_path), "--eps takes"
+    )

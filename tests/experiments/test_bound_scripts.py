@@ -469,6 +469,10 @@ def test_every_kind_of_run_has_its_own_folder():
     assert len(set(names)) == len(names)
 
 
+def test_balls_are_refused(place):
+    assert_one_line(place.bound("--method", "ball", "--save-certificate"), "--method ball is for feed-forward networks")
+
+
 def test_layers_and_directions(tmp_path):
     place = make_place(tmp_path, num_layers=2, bidirectional=True)
     assert_one_line(place.bound(), "no checkpoint")

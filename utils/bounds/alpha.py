@@ -24,6 +24,7 @@ STEP_SIZE = 0.02  # first step of a slope, in units of its range; measured again
 # end of their range, upper ones at a chord, from which every move costs at first.
 KINKED_PACE = (10.0, 0.3)
 STEP_BOUNDS = 3.0  # that a gradient step takes as long as, about
+BALL_PACE = (10.0, 2.0)  # likewise where layers lie in balls, whose upper lines are seldom best as chords
 WARM_UP = 3  # steps over which it grows to that: all slopes move at once, and some should not
 
 # Per non-linear node in graph order: slopes of its lower and of its upper plane, one tensor (batch, size) an operand.
@@ -69,7 +70,8 @@ def _ranges(bounds: BoundPass, node: NonLinear) -> list[tuple[tuple[Tensor, Tens
     ends = node.slope_ends(*(bounds.interval(operand) for operand in node.parents))
     if node.curved is not None and node.curved.smooth:
         return [tuple((high - low, low - torch.inf, high + torch.inf) for low, high in ends)] * 2
-    return [tuple((pace * (high - low), low, high) for low, high in ends) for pace in KINKED_PACE]
+    paces = BALL_PACE if bounds.balls else KINKED_PACE
+    return [tuple((pace * (high - low), low, high) for low, high in ends) for pace in paces]
 
 
 def tune_slopes(
@@ -79,6 +81,7 @@ def tune_slopes(
     steps: int,
     start: SlopeTable | None = None,
     pace: Pace | None = None,
+    method: str = "crown",
 ) -> tuple[SlopeTable, Tensor]:
     """Ascend the worst margin of every sample in the slopes of all planes, those of intermediate bounds too.
 
@@ -89,6 +92,7 @@ def tune_slopes(
         start: slopes to start from where they are better than those of "crown". These change with the perturbation:
             slopes tuned for a larger one may be worse here.
         pace: of gradient steps; none is begun that would end after its deadline.
+        method: of the pass, a name of ``passes.METHODS``.
 
     Returns:
         The best slopes that were met and their worst margins, (batch,).
@@ -96,11 +100,11 @@ def tune_slopes(
     pace = pace or Pace()
     with torch.no_grad():
         with pace.work(1.0 / STEP_BOUNDS):
-            first = BoundPass(graph, perturbation, "crown", sound=False)
+            first = BoundPass(graph, perturbation, method, sound=False)
             best_margin = first.margin(rows).amin(dim=1)
         origin = default_slopes(first)
         if start is not None:
-            started = BoundPass(graph, perturbation, "crown", start, sound=False).margin(rows).amin(dim=1)
+            started = BoundPass(graph, perturbation, method, start, sound=False).margin(rows).amin(dim=1)
             origin, best_margin = _keep_better(origin, best_margin, start, started)
         ranges = [entry and _ranges(first, node) for node, entry in zip(_nonlinear(graph), origin, strict=True)]
     shifts = [entry and tuple(tuple(torch.zeros_like(s) for s in plane) for plane in entry) for entry in origin]
@@ -114,7 +118,7 @@ def tune_slopes(
             break
         with pace.work(), torch.enable_grad():
             slopes = _shifted(origin, ranges, shifts)
-            margin = BoundPass(graph, perturbation, "crown", slopes, sound=False).margin(rows).amin(dim=1)
+            margin = BoundPass(graph, perturbation, method, slopes, sound=False).margin(rows).amin(dim=1)
             loss = -margin.sum()
             best, best_margin = _keep_better(best, best_margin, slopes, margin)
             if step < steps:

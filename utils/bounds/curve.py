@@ -34,6 +34,7 @@ from ..graph.picks import Negative, Slice
 from ..perturbation.sets import Perturbation
 from ..relaxation.curves import Curves, curved_relaxation
 from ..relaxation.lines import Relaxation
+from .balls import squares_in_ball
 from .box_quadratic import line_and_squares_over_box, squares_over_box
 from .passes import BoundPass, intersect
 from .quadratic import Guesses, largest_eigenvalue, line_and_squares
@@ -79,7 +80,7 @@ class CurvedPass(BoundPass):
 
         ``guesses`` are taken from an earlier pass over the same graph and set, and kept for a later one.
         """
-        self._sound, self._guesses, self._asked = sound, guesses, graph.output
+        self._sound, self._guesses = sound, guesses
         nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
         self._curves = dict(zip(nonlinear, curves or [None] * len(nonlinear), strict=True))
         self._chosen: dict[Node, Curves] = {}
@@ -91,7 +92,7 @@ class CurvedPass(BoundPass):
 
     # --- one backward pass ---
 
-    def _meet(self, node: Node, coefficients: Tensor) -> None:
+    def _meet(self, node: Node, coefficients: Tensor) -> None:  # curves have what balls could add
         frames, losses = self._met
         if isinstance(node, Frame):
             frames[node] = coefficients
@@ -107,7 +108,7 @@ class CurvedPass(BoundPass):
                     losses.append((operand, torch.addcmul(bent, minus_down, (-0.5 * high).unsqueeze(-2))))
 
     def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
-        self._met, self._asked = ({}, []), node
+        self._met = ({}, [])
         without_curvature = super()._pass_back(node, rows)
         losses = self._met[1]
         if not losses:
@@ -228,13 +229,24 @@ class CurvedPass(BoundPass):
         linear = self._joint_linear(w * torch.where(joint, 1.0 + t, 0.0).unsqueeze(-2), known.slopes, lines)
         alone = (w * reach.unsqueeze(-2) ** 2).sum(dim=-1)
         least = torch.minimum(alone, linear + (w * apart).sum(dim=-1))
+        if self.balls is not None:
+            least = torch.minimum(least, sum(self._ball_loss(*pair) for pair in weights.items()))
         return least * (1.0 + w.shape[-1] * torch.finfo(w.dtype).eps)  # a sum of positive terms
+
+    def _ball_loss(self, operand: Node, weights: Tensor) -> Tensor:
+        """Upper bound of sum_k w_k d_k^2 of one operand, (batch, rows): see ``squares_in_ball``."""
+        center, (low, high) = self._operand(operand).center, self.interval(operand)
+        reach = torch.maximum(high - center, center - low)
+        radius = self.balls.radius_around(operand, center)
+        if radius is None:
+            return (weights * reach.unsqueeze(-2) ** 2).sum(dim=-1)
+        return squares_in_ball(weights, reach, radius)
 
     def _joint_linear(self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None = None) -> Tensor:
         """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""
         squares = (weights.detach().mean(dim=-2).unsqueeze(-1) * jacobian.detach() ** 2).sum(dim=1)
         box = self.perturbation.is_box
-        guesses = None if self._guesses is None else self._guesses.setdefault(self._asked, Guesses())
+        guesses = None if self._guesses is None else self._guesses.setdefault(self._target, Guesses())
         if lines is None:
             scale, size = self._scales(squares)
             scaled = (weights, jacobian * scale.unsqueeze(-2))

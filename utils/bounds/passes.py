@@ -22,6 +22,7 @@ from ..graph.nodes import Frame, Interval, Linear, Node
 from ..graph.nonlinear import NonLinear
 from ..perturbation.sets import Perturbation
 from ..relaxation.lines import Plane, Relaxation
+from .balls import Balls
 from .rounding import Rounding
 
 # Coefficients handed to a node: for its elements and its samples from these on; None for all elements.
@@ -56,6 +57,8 @@ class BoundPass:
         self._values: dict[Node, Tensor] = {}
         self._exact = self._find_exact()
         self.rounding = Rounding(self) if sound else None
+        self.balls = Balls(self) if Balls.fit(graph, perturbation) else None
+        self._target: Node | None = None  # of the backward pass at work
         self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
         self._intervals: dict[Node, Interval] = dict(intervals or {})
@@ -147,9 +150,14 @@ class BoundPass:
                 if self.rounding:
                     lost = self.rounding.of_interval(node, low, high)
                     low, high = low - lost, high + lost
-                self._intervals[node] = (low, high)
+                box = self.balls.box(node) if self.balls else None
+                self._intervals[node] = (low, high) if box is None else intersect((low, high), box)
         low, high = self._intervals[node]
         return self.fit(low), self.fit(high)
+
+    def known_interval(self, node: Node) -> Interval | None:
+        """The interval of a node that is perturbed, if it was asked for before."""
+        return self._intervals.get(node)
 
     def half_widths(self, frame: Frame) -> Tensor:
         """``Perturbation.half_widths`` for the samples of the node at work."""
@@ -214,10 +222,14 @@ class BoundPass:
 
     def margin(self, rows: Tensor) -> Tensor:
         """Lower bounds of ``rows @ output``, (batch, n_rows), for rows (batch or 1, n_rows, output size)."""
-        by_interval = self.interval_lower_bound(self.graph.output, rows)
+        output = self.graph.output
+        cheap = self.interval_lower_bound(output, rows)
+        by_ball = self.balls.lower_bound(output, rows) if self.balls else None
+        if by_ball is not None:
+            cheap = torch.fmax(cheap, by_ball)
         if self.method == "ibp":
-            return by_interval
-        return torch.maximum(by_interval, self.lower_bound(self.graph.output, rows))
+            return cheap
+        return torch.maximum(cheap, self.lower_bound(output, rows))
 
     def interval_lower_bound(self, node: Node, rows: Tensor) -> Tensor:
         """Lower bound of ``rows @ node`` from intervals alone, with the rows folded into a Linear node."""
@@ -241,7 +253,7 @@ class BoundPass:
             return self._lowered(lowest, node, rows)
 
     def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
-        asked = self._samples
+        asked, self._target = self._samples, node
         everyone = len(self.perturbation.x) if asked is None and self._uneven else None
         self._pending = [[] for _ in range(node.index + 1)]
         self.pass_to(node, rows if everyone is None else rows.expand(everyone, -1, -1))
@@ -255,7 +267,9 @@ class BoundPass:
             if asked is None and current.samples is not None:  # fewer samples have this node than were asked for
                 batch = self._samples = current.samples
             coefficients = _gather(contributions, current.size, batch)
-            self._meet(current, coefficients)
+            gained = self._meet(current, coefficients)
+            if gained is not None:
+                constants.append(gained)
             if isinstance(current, Frame):
                 deviations.append(_spread(self.deviation(current, coefficients), 0, everyone))
                 continue
@@ -266,8 +280,14 @@ class BoundPass:
         total = sum(_spread(constant, 0, everyone) for constant in constants)
         return total - self.perturbation.total_deviation(deviations) if deviations else total
 
-    def _meet(self, node: Node, coefficients: Tensor) -> None:
-        """Called with a node and all its coefficients when a backward pass comes to it."""
+    def _meet(self, node: Node, coefficients: Tensor) -> Tensor | None:
+        """Called with a node and all its coefficients when a backward pass comes to it; what rows gain, (batch, rows).
+
+        The rows that are bounded in the end take every layer as a ball, where that is better.
+        """
+        if self.balls and self._target is self.graph.output and isinstance(node, NonLinear):
+            return self.balls.gain(node, coefficients)
+        return None
 
     def signed_parts(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Positive and negative part; the last are kept: the terms of a sum share their coefficients."""
@@ -286,6 +306,13 @@ def crown(graph: Graph, perturbation: Perturbation, slopes: list | None = None, 
 
 def ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
     return BoundPass(graph, perturbation, "ibp", slopes, sound)
+
+
+def ball(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
+    """As crown-ibp, of networks whose layers lie in balls. Raises ValueError for others."""
+    if not Balls.fit(graph, perturbation):
+        raise ValueError("method ball is for feed-forward networks and p = 2: one l_2 ball, and no recurrent cell")
+    return BoundPass(graph, perturbation, "crown-ibp", slopes, sound)
 
 
 def crown_ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:

@@ -87,12 +87,18 @@ class Rounding:
         Where sigmoid underflows, planes are wrong by the smallest number times the other operand.
         """
         lower, upper = relaxation
+        lost = self.through(node, relaxation)
+        return Relaxation(Plane(lower.slopes, lower.intercept - lost), Plane(upper.slopes, upper.intercept + lost))
+
+    def through(self, node: NonLinear, relaxation: Relaxation) -> Tensor:
+        """By how much ``widen`` moves the planes, (batch, size)."""
+        lower, upper = relaxation
         lost = self.gamma * torch.maximum(lower.intercept.detach().abs(), upper.intercept.detach().abs()) + self.tiny
         for parent, low, high in zip(node.plane_operands, lower.slopes, upper.slopes, strict=True):
             size, error = self.of(parent)
             steepest = low.detach().abs() if low is high else torch.maximum(low.detach().abs(), high.detach().abs())
             lost = lost + torch.addcmul(self.tiny * size, steepest, torch.add(error, size, alpha=self.gamma))
-        return Relaxation(Plane(lower.slopes, lower.intercept - lost), Plane(upper.slopes, upper.intercept + lost))
+        return lost
 
     # --- what nothing perturbs ---
 

@@ -106,12 +106,15 @@ def best_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype) -> Ten
 def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough: float = torch.inf) -> Tensor:
     """One sample's margins, (n_specs,), bounded ever more tightly until all are above ``enough`` or time is up.
 
-    Planes come first, with no look at the clock, then tuned slopes, curved bounds of all targets together, and of each
-    by itself.
+    Layers as balls, where they are, and planes come first, with no look at the clock, then tuned slopes, curved bounds
+    of all targets together, and of each by itself.
     """
     problem.slopes, dtype, bounds = None, eps.dtype, Pace(deadline)
+    best = _margins_by_balls(problem, eps, deadline, enough)
+    if float(best.min()) > enough:
+        return best
     with bounds.work():
-        best = problem.margins(eps, dtype)[0]
+        best = torch.maximum(best, problem.margins(eps, dtype)[0])
     tuning = Pace(share_of(deadline, ALPHA_SHARE), bounds.longest * STEP_BOUNDS)
     if float(best.min()) <= enough and tuning.allows():
         problem.tune(eps, TUNING, problem.method.alpha_steps, pace=tuning)
@@ -127,6 +130,22 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
                 best = torch.maximum(best, problem.margins(eps, dtype)[0])
             for branches in _together_and_apart(problem):
                 _refine_margins(branches, eps, dtype, best, aim, enough, steps, bounds)
+    return best
+
+
+def _margins_by_balls(problem: MarginProblem, eps: Tensor, deadline: float, enough: float) -> Tensor:
+    """The same by method "ball", which needs no backward pass for middle layers; -inf where there are no balls."""
+    dtype, bounds = eps.dtype, Pace(deadline)
+    if not problem.in_balls(dtype):
+        return torch.full_like(problem.clean_margins(dtype)[0], -torch.inf)
+    balls = problem.by("ball")
+    with bounds.work():
+        best = balls.margins(eps, dtype)[0]
+    tuning = Pace(share_of(deadline, ALPHA_SHARE), bounds.longest * STEP_BOUNDS)
+    if float(best.min()) <= enough and tuning.allows():
+        balls.tune(eps, TUNING, problem.method.alpha_steps, pace=tuning)
+        if bounds.allows():
+            best = torch.maximum(best, balls.margins(eps, dtype)[0])
     return best
 
 
@@ -200,8 +219,9 @@ def decide(
 ) -> list[Decision]:
     """Certify or falsify every sample at eps, one after the other; arguments as for ``utils.certify.certified_margin``.
 
-    First PGD looks for a counter-example, then come bounds, the cheapest first, until one settles the question: planes,
-    planes with tuned slopes, curved bounds of all targets together, and of each open target by itself.
+    First PGD looks for a counter-example, then come bounds, the cheapest first, until one settles the question: layers
+    as balls where they are (``bounds.balls``), planes, planes with tuned slopes, curved bounds of all targets together,
+    and of each open target by itself.
 
     Args:
         eps, lengths, relaxation: likewise. Sequences are cut to their lengths; methods and their steps are the

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bounds.alpha import select, store, tune_slopes
+from ..bounds.balls import Balls
 from ..bounds.curve import CurvedPass, CurveTable, tune_curves
 from ..bounds.memory import Parts, samples_at_once
 from ..bounds.passes import BoundPass
@@ -158,7 +159,8 @@ class MarginProblem:
         for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
             start = None if self.slopes is None else select(self.slopes, part, dtype)
             perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
-            tuned, _ = tune_slopes(self.graph(dtype, part), perturbation, rows, steps, start, pace)
+            kind = "crown-ibp" if self.method.name == "ball" else "crown"
+            tuned, _ = tune_slopes(self.graph(dtype, part), perturbation, rows, steps, start, pace, kind)
             table = [None] * len(tuned) if table is None else table
             store(table, part, tuned, len(self.x))
         self.slopes = table
@@ -196,6 +198,17 @@ class MarginProblem:
         part.question, part.slopes = self.question.part(samples), None
         part.curves = self.curves and select_curves(self.curves, samples)
         return part
+
+    def by(self, name: str) -> MarginProblem:
+        """The same problem by another method, with nothing tuned."""
+        other = copy.copy(self)
+        other.method, other.slopes, other.curves = replace(self.method, name=name), None, None
+        return other
+
+    def in_balls(self, dtype: torch.dtype) -> bool:
+        """Whether every layer lies in an l_2 ball, so that method "ball" can be asked for."""
+        one = slice(0, 1)
+        return Balls.fit(self.graph(dtype, one), self._perturbation(torch.zeros_like(self.x[one, 0, 0]), one, dtype))
 
     def branches(self) -> MarginProblem:
         """A problem with a sample of its own for every spec row of the only sample, and its curves to start from."""

@@ -12,6 +12,7 @@ CERTIFIED_METHODS = ("crown", "ibp", "crown-ibp", *TUNED_METHODS)  # whose bound
 GRADIENT_METHODS = ("jacobian", "shell")  # integrate bounds of gradients
 DIRECT_METHODS = ("crown", "fastlin", "ibp", "crown-ibp")  # one pass over the network: what bounds its layers
 CHAINS = ("chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
+WITH_SLOPES = ("ball", *TUNED_METHODS)  # that tune the slopes of planes; "ball" by itself
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise
 CURVE_STEPS = 40  # likewise of curved bounds
@@ -31,7 +32,7 @@ class Method:
     Attributes:
         name: a key of ``METHODS``.
         relaxation: of gate products, a key of ``RELAXATIONS``.
-        alpha_steps: gradient steps of "alpha", and of what "curve" and "bab" do before.
+        alpha_steps: gradient steps of "ball" and "alpha", and of what "curve" and "bab" do before.
         curve_steps: gradient steps of "curve", and of what "bab" does before.
         time_limit: seconds that "bab" may take for a sample.
         chain: of "jacobian" and "shell": how gradients are bounded, one of ``CHAINS``.
@@ -66,7 +67,7 @@ class Method:
     @property
     def tuned(self) -> bool:
         """Whether slopes are tuned to the sample."""
-        return self.name in TUNED_METHODS
+        return self.name in WITH_SLOPES
 
     @property
     def curved(self) -> bool:

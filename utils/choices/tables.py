@@ -5,14 +5,15 @@ from __future__ import annotations
 from .registry import Registry
 
 # Makes a pass from a graph, a perturbation set, slopes (or None) and whether rounding is to be accounted for (estimates
-# need not); see ``utils.bounds.BoundPass``. Alpha, curve and bab are tuned: they begin with the pass that stands here,
-# and ``utils.choices.Method`` says what follows; "jacobian" and "shell" take its settings.
+# need not); see ``utils.bounds.BoundPass``. Ball, alpha, curve and bab are tuned: they begin with the pass that stands
+# here, and ``utils.choices.Method`` says what follows; "jacobian" and "shell" take its settings.
 METHODS = Registry(
     "method",
     {
         "crown": "bounds.passes:crown",
         "ibp": "bounds.passes:ibp",
         "crown-ibp": "bounds.passes:crown_ibp",
+        "ball": "bounds.passes:ball",
         "alpha": "bounds.passes:crown",
         "curve": "bounds.passes:crown",
         "bab": "bounds.passes:crown",

@@ -17,7 +17,7 @@ from ..choices.method import (
     GRADIENT_METHODS,
     SHELLS,
     TIME_LIMIT,
-    TUNED_METHODS,
+    WITH_SLOPES,
     Method,
 )
 from ..choices.tables import BALLS, METHODS, RELAXATIONS
@@ -26,8 +26,8 @@ from ..runs.cli import ROOT, add_common_arguments, non_negative_int, norm_value,
 TARGETS = ("random", "runnerup", "least")
 # Flags that have an effect with some methods only: their values if they are left out, and these methods.
 OF_METHODS = {
-    "relaxation": ("plane", tuple(name for name in METHODS if name not in ("ibp", "spectral"))),
-    "alpha_steps": (ALPHA_STEPS, TUNED_METHODS),
+    "relaxation": ("plane", tuple(name for name in METHODS if name not in ("ibp", "ball", "spectral"))),
+    "alpha_steps": (ALPHA_STEPS, WITH_SLOPES),
     "curve_steps": (CURVE_STEPS, CURVED_METHODS),
     "time_limit": (TIME_LIMIT, ("bab",)),
     "chain": ("chord", GRADIENT_METHODS),
@@ -114,8 +114,8 @@ def add_method_arguments(group) -> None:
         default="crown",
         help="bounds: backward, interval, or both; alpha: backward, slopes tuned to each image (10 times the time); "
         "curve: curved bounds too, tuned (100 times and more); bab: each target by itself, up to --time-limit; "
-        "fastlin: parallel lines (relu); spectral: products of norms; jacobian: bounds of gradients, integrated; "
-        "shell: these and --layer-method in turn",
+        "ball: layers as l_2 balls (not for recurrent networks); fastlin: parallel lines (relu); spectral: products of "
+        "norms; jacobian: bounds of gradients, integrated; shell: these and --layer-method in turn",
     )
     add_effort_arguments(group)
     add_gradient_arguments(group)
@@ -154,7 +154,7 @@ def method_of(args: argparse.Namespace) -> Method:
 def add_effort_arguments(group) -> None:
     """Flags for how much time the tuned methods may take; None where they are left out, see ``fill_in``."""
     group.add_argument(
-        "--alpha-steps", type=positive_int, help=f"gradient steps of --method alpha (default: {ALPHA_STEPS})"
+        "--alpha-steps", type=positive_int, help=f"gradient steps of --method ball or alpha (default: {ALPHA_STEPS})"
     )
     group.add_argument(
         "--curve-steps",
@@ -191,6 +191,12 @@ def fill_in(args: argparse.Namespace, methods: Sequence[str], flag: str = "--met
             setattr(args, name, default)
 
 
+def refuse_balls(methods: Sequence[str], flag: str = "--method") -> None:
+    """Raise ValueError if a method is for feed-forward networks only: those of the scripts are recurrent."""
+    if "ball" in methods:
+        raise ValueError(f"{flag} ball is for feed-forward networks: norms of recurrent cells multiply step by step")
+
+
 def target_choice(text: str) -> str | int:
     """argparse type: a way to choose the target, or a class number."""
     return text if text in TARGETS else non_negative_int(text)
@@ -215,6 +221,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if getattr(args, "ball", "frame") == "sequence" and (args.per_frame or len(set(args.frames or (0, 1))) == 1):
         raise ValueError("--ball sequence is one ball around several frames: of one frame it is the same without")
     if hasattr(args, "method"):
+        if hasattr(args, "hidden_size"):
+            refuse_balls([args.method])
         fill_in(args, [args.method])
     if getattr(args, "save_certificate", False) and args.method not in CERTIFIED_METHODS:
         raise ValueError(f"--save-certificate is for --method {', '.join(CERTIFIED_METHODS)}, not {args.method}")

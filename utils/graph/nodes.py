@@ -11,6 +11,7 @@ lower plane where a coefficient is positive and by its upper plane where it is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -105,6 +106,13 @@ class Node:
         """
         return self.value(*parents)
 
+    def ball_radius(self, norm: Callable[[Tensor], Tensor], *radii: Tensor) -> Tensor | None:
+        """Upper bound of the l_2 distance of the node from its value at a point, (batch,), from such of the parents'.
+
+        ``norm`` gives an upper bound of a matrix's spectral norm. None where none is known.
+        """
+        return None
+
     def detach(self) -> None:
         """Let the node's own tensors carry no gradients."""
 
@@ -187,6 +195,9 @@ class Linear(Node):
         terms = [part @ weight.detach().abs().T for part, weight in zip(parents, self.weights, strict=True)]
         return sum(terms, start=self.bias_size.detach()) if own else sum(terms[1:], start=terms[0])
 
+    def ball_radius(self, norm: Callable[[Tensor], Tensor], *radii: Tensor) -> Tensor:
+        return sum(norm(weight) * radius for weight, radius in zip(self.weights, radii, strict=True))
+
     def offset(self, bounds: Bounds) -> Tensor:
         """Bias plus all that exact parents and the centres of perturbed frames contribute, (batch or 1, size)."""
         total = self.bias[None]
@@ -254,6 +265,10 @@ class WeightedSum(Node):
     def term_sizes(self, *parents: Tensor, own: bool = True) -> Tensor:
         factors = [f.detach().abs() if isinstance(f, Tensor) else abs(f) for f in self.factors]
         return sum(factor * part for factor, part in zip(factors, parents, strict=True))
+
+    def ball_radius(self, norm: Callable[[Tensor], Tensor], *radii: Tensor) -> Tensor:
+        sizes = [f.abs().amax(dim=-1) if isinstance(f, Tensor) else abs(f) for f in self.factors]
+        return sum(size * radius for size, radius in zip(sizes, radii, strict=True))
 
     def interval(self, bounds: Bounds) -> Interval:
         lower = upper = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -81,6 +82,10 @@ class Activation(NonLinear):
 
     def value(self, parent: Tensor) -> Tensor:
         return ACTIVATIONS[self.name].function(parent)
+
+    def ball_radius(self, norm: Callable[[Tensor], Tensor], radius: Tensor) -> Tensor | None:
+        steepest = ACTIVATIONS[self.name].steepest
+        return None if steepest is None else steepest * radius
 
     def interval(self, bounds: Bounds) -> Interval:
         low, high = bounds.interval(self.parents[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,9 @@ class Slice(Node):
         low, high = bounds.interval(self.parents[0])
         return self.of(low), self.of(high)
 
+    def ball_radius(self, norm: Callable[[Tensor], Tensor], radius: Tensor) -> Tensor:
+        return radius
+
     def backward(self, coefficients: Tensor, bounds: Bounds) -> None:
         bounds.pass_to(self.parents[0], coefficients, start=self.start)
 
@@ -81,6 +86,9 @@ class Concat(Node):
     def interval(self, bounds: Bounds) -> Interval:
         lows, highs = zip(*(bounds.interval(parent) for parent in self.parents), strict=True)
         return self.value(*lows), self.value(*highs)
+
+    def ball_radius(self, norm: Callable[[Tensor], Tensor], *radii: Tensor) -> Tensor:
+        return sum(radius**2 for radius in radii) ** 0.5
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor | None:
         constant = None
@@ -116,6 +124,9 @@ class Negative(Node):
     def interval(self, bounds: Bounds) -> Interval:
         low, high = bounds.interval(self.parents[0])
         return -high, -low
+
+    def ball_radius(self, norm: Callable[[Tensor], Tensor], radius: Tensor) -> Tensor:
+        return radius
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> None:
         bounds.pass_to(self.parents[0], -coefficients)

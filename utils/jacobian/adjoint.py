@@ -68,6 +68,7 @@ class Adjoint:
             raise ValueError("gradients are bounded for all samples of a batch: give the graph no ends of samples")
         self.graph, self.moving, self.chain = Graph(), moving, chain
         self.graph.nodes = list(graph.nodes)
+        self.graph.recurrent = True  # gradients lie in no balls that ``bounds.balls`` knows
         self.of: dict[Node, Node] = {}
         self.frames: dict[int, tuple[Node, Tensor]] = {}
         self._parts: list[list[tuple]] = [[] for _ in graph.nodes]
@@ -154,6 +155,7 @@ def repeated(graph: Graph, times: int) -> Graph:
     if not any(changed):
         return graph
     new = Graph()
+    new.recurrent = graph.recurrent
     for node, attributes in zip(graph.nodes, changed, strict=True):
         twin = copy.copy(node)
         vars(twin).update(attributes)

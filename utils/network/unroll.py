@@ -133,6 +133,7 @@ def unroll(
     rnn, head = model.rnn, model.head
     dtype = dtype or head.weight.dtype
     graph = Graph()
+    graph.recurrent = True
     counts = [int((lengths > t).sum()) for t in range(num_frames)] if falling else None
     valid = _valid_frames(None if falling else lengths, num_frames, dtype)
     outputs = []

@@ -247,10 +247,11 @@ def relax_relu(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
 
 
 class Activation(NamedTuple):
-    """A monotone activation and its relaxation."""
+    """A monotone activation, its relaxation, and its greatest derivative (None: not known)."""
 
     function: Callable[[Tensor], Tensor]
     relax: Callable[..., Relaxation]
+    steepest: float | None = None
 
 
 FAMILIES = {"leaky_relu": leaky_relu_pieces, "hardtanh": hardtanh_pieces}
@@ -273,15 +274,15 @@ class Activations(dict):
         pieces = pieces_of(name)
         if pieces is None:
             raise KeyError(name)
-        self[name] = Activation(pieces.function, functools.partial(relax_pieces, pieces))
+        self[name] = Activation(pieces.function, functools.partial(relax_pieces, pieces), max(pieces.slopes))
         return self[name]
 
 
 ACTIVATIONS = Activations(
     {
-        "tanh": Activation(torch.tanh, relax_tanh),
-        "sigmoid": Activation(torch.sigmoid, relax_sigmoid),
-        "relu": Activation(torch.relu, relax_relu),
+        "tanh": Activation(torch.tanh, relax_tanh, 1.0),
+        "sigmoid": Activation(torch.sigmoid, relax_sigmoid, 0.25),
+        "relu": Activation(torch.relu, relax_relu, 1.0),
     }
 )
 for family in FAMILIES:
