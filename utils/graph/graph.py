@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ class Graph:
         self.nodes: list[Node] = []
         self.samples: int | None = None  # of the nodes that are added next
         self._reduced: dict[tuple, Tensor] = {}
-        self.kept: dict[tuple, Tensor] = {}  # what passes made of weights alone, such as norms, for other passes
+        self.kept: dict[tuple, tuple] = {}
 
     def add(self, node: Node) -> Node:
         """Append a node whose parents are in the graph already, and return it."""
@@ -53,6 +55,19 @@ class Graph:
             basis, _ = torch.linalg.qr(torch.cat(children).detach().T)
             self._reduced[key] = weight.detach() @ basis
         return self._reduced[key]
+
+    def once(self, what: tuple, made_of: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
+        """What passes make of weights alone, such as their norms, kept for other passes over the graph.
+
+        ``what`` says what it is, ``made_of`` of which tensors. These are kept as well: a tensor is known by its place
+        in memory, which another one may take when it is gone.
+        """
+        if torch.is_grad_enabled() and any(part.requires_grad for part in made_of):
+            return make()
+        key = (*what, *((p.data_ptr(), p.shape, p.stride(), p.dtype) for p in made_of))
+        if key not in self.kept:
+            self.kept[key] = (make(), made_of)
+        return self.kept[key][0]
 
     @property
     def frames(self) -> list[Frame]:

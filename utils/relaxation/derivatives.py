@@ -77,9 +77,15 @@ def pieces_range(pieces, l: Tensor, u: Tensor) -> Interval:  # noqa: E741
 
 
 def product_range(first: Interval, second: Interval) -> Interval:
-    """Of products of a number of each interval."""
+    """Of products of a number of each interval; 0 times an infinite end, which stands for any number, is 0."""
     corners = torch.stack([x * y for x in first for y in second])
+    corners = torch.where(corners.isnan() & _known(*first, *second), 0.0, corners)
     return outward(corners.amin(dim=0), corners.amax(dim=0))
+
+
+def _known(*ends: Tensor) -> Tensor:
+    """Where no end is NaN."""
+    return ~torch.stack(torch.broadcast_tensors(*(end.isnan() for end in ends))).any(dim=0)
 
 
 def _tanh_interval(l: Tensor, u: Tensor) -> Interval:  # noqa: E741
