@@ -132,9 +132,14 @@ def chord_slope(low: Tensor, high: Tensor, l: Tensor, u: Tensor) -> Tensor:  # n
 
 
 def recurjac_slope(low: Tensor, high: Tensor, l: Tensor, u: Tensor) -> Tensor:  # noqa: E741
-    """RecurJac's rule: a value of unknown sign is given up for its interval, unless the factor is known."""
-    sure = torch.where(l >= 0, high, low)
-    return torch.where((l >= 0) | (u <= 0) | (low == high), sure, torch.zeros_like(low))
+    """RecurJac's rule: a value of unknown sign is given up for its interval, unless the factor is known.
+
+    Values often have 0 for an end, as products with factors that may be 0 do: rounding must not take their sign away.
+    """
+    nearly = torch.finfo(l.dtype).eps ** 0.5
+    positive, negative = l >= -nearly * u, u <= -nearly * l
+    sure = torch.where(positive, high, low)
+    return torch.where(positive | negative | (low == high), sure, torch.zeros_like(low))
 
 
 CHAINS: dict[str, Callable[..., Tensor]] = {"chord": chord_slope, "recurjac": recurjac_slope}
