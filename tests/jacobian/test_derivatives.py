@@ -55,7 +55,7 @@ def check_ranges(name: str, operands: list[tuple], ranges: tuple) -> None:
                 left, right = mpmath.mpf(l[k].item()), mpmath.mpf(u[k].item())
                 axes.append([left, right, (left + right) / 2, min(max(mpmath.mpf(0), left), right)])
             values = [exact(*point) for point in itertools.product(*axes)]
-            label = f"derivative {number} of {name} over {[(l[k].item(), u[k].item()) for l, u in operands]}"
+            label = f"derivative {number} of {name} over {[tuple(end[k].item() for end in pair) for pair in operands]}"
             assert ends[0] <= min(values) and max(values) <= ends[1], f"{label} leaves {ends}"
             size = 1 + max(abs(end) for axis in axes for end in axis)  # of what may multiply the smallest numbers
             room = 32 * info.eps * max(abs(value) for value in values) + 8 * info.tiny * size
@@ -72,7 +72,7 @@ def test_ranges_hold_all_derivatives_and_hardly_more(name, dtype):
 @pytest.mark.parametrize("name", EXACT)
 def test_ranges_of_the_middle_alone_are_noticed(name):
     operands = boxes(name, torch.float64)
-    middles = [(0.5 * l + 0.5 * u,) * 2 for l, u in operands]
+    middles = [(0.5 * low + 0.5 * high,) * 2 for low, high in operands]
     with pytest.raises(AssertionError, match="leaves"):
         check_ranges(name, operands, derivative_ranges(name, *middles))
 

@@ -62,6 +62,10 @@ class NormPass:
         """||W||_{p -> p}, kept."""
         return self._graph.once(("norm", self.norm), (weight,), lambda: operator_norm(weight, self.norm))
 
+    def through(self, weight: Tensor, node: Node) -> Tensor:
+        """Of W^T a, for the node a."""
+        return _times(self.of_matrix(weight), self(node))
+
     @singledispatchmethod
     def by_product(self, node: Node) -> Tensor:
         """From the norms of the parents."""
@@ -75,14 +79,14 @@ class NormPass:
     def _(self, node: Linear) -> Tensor:
         # The node is W^T a for the matrix W through which the network goes forward.
         pairs = zip(node.parents, node.weights, strict=True)
-        return sum(self.of_matrix(weight.T) * self(parent) for parent, weight in pairs)
+        return sum(self.through(weight.T, parent) for parent, weight in pairs)
 
     @by_product.register
     def _(self, node: WeightedSum) -> Tensor:
         total = 0.0
         for parent, factor in zip(node.parents, node.factors, strict=True):
             size = factor.abs().amax(dim=-1) if isinstance(factor, Tensor) else abs(factor)
-            total = total + size * self(parent)
+            total = total + _times(size, self(parent))
         return total
 
     @by_product.register
@@ -101,5 +105,10 @@ class NormPass:
         else:
             whole = self(adjoint).new_full((1, 1), torch.inf)
             low, high = node.factor(*[(-whole, whole)] * len(operands))
-        steepest, size = torch.maximum(low.abs(), high.abs()).amax(dim=-1), self(adjoint)
-        return torch.where(size == 0, size, steepest * size)  # where steepest is infinite, too
+        return _times(torch.maximum(low.abs(), high.abs()).amax(dim=-1), self(adjoint))
+
+
+def _times(factor: Tensor | float, size: Tensor) -> Tensor:
+    """The product of sizes, of which an infinite one is any number: with 0 it gives 0."""
+    product = factor * size
+    return torch.where(product.isnan() & ((size == 0) | (factor == torch.zeros_like(size))), 0.0, product)

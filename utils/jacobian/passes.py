@@ -160,7 +160,7 @@ class JacobianPass(BoundPass):
         center, radius = 0.5 * (low + high), 0.5 * (high - low)
         lost = 2.0 * weight.shape[0] * torch.finfo(weight.dtype).eps * dual_norm(center.abs() @ weight.abs(), norm)
         apart = dual_norm(center @ weight, norm) + lost + size * dual_norm(radius, norm)
-        return self.perturbation.most(frame, torch.fmin(apart, size * self._norms(node)))
+        return self.perturbation.most(frame, torch.fmin(apart, self._norms.through(weight, node)))
 
 
 def _reflected(triangle: Tensor, point: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ class SpectralPass:
         adjoint = Adjoint(self.graph, row, moving)
         norms = NormPass(self.perturbation.norm, None, self.graph)
         falls = [
-            self.perturbation.most(frame, norms(node) * norms.of_matrix(weight))
+            self.perturbation.most(frame, norms.through(weight, node))
             for frame, (node, weight) in sorted(adjoint.frames.items())
         ]
         if not falls:

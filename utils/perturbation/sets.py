@@ -170,7 +170,8 @@ class Perturbation(InputSet):
 
     def most(self, frame: int, size: Tensor) -> Tensor:
         """Most that J (x'_t - x_t) can be for gradients J of dual norm ``size``, (batch,)."""
-        return self.eps[:, frame] * size
+        eps = self.eps[:, frame]
+        return torch.where(eps > 0, eps * size, 0.0)  # however large it is
 
     def total_deviation(self, deviations: list[Tensor]) -> Tensor:
         """Most that sum_t A_t x'_t can deviate, (batch, rows), from the deviations of the frames."""
