@@ -18,7 +18,7 @@ from ..choices.method import Method
 from ..choices.tables import METHODS
 from ..clock import Pace
 from ..graph.graph import Graph
-from ..jacobian.shells import ShellPass
+from ..jacobian.shells import SHELLS, ShellPass
 from ..network.reading import Network, graph_of
 from ..perturbation.sets import Perturbation
 from ..question.question import Question
@@ -31,6 +31,9 @@ SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 # Bytes of a sample's Gram matrix of neurons that "curve" may work on at once.
 GRAM_BYTES = 2**26
+
+# Bytes of coefficients of gradients that may be worked on at once.
+GRADIENT_BYTES = 2**26
 
 # Bytes of coefficients that are worked on at once, on a CPU: more fall out of its cache, less pay for Python.
 CACHE_BYTES = 5 * 2**20
@@ -109,7 +112,16 @@ class MarginProblem:
         return self._parts(lambda *part: self._margins(*part, dtype, sound), size, eps, samples)
 
     def at_once(self, dtype: torch.dtype) -> int:
+        if self.method.integrates:
+            return self._integrated_at_once(dtype)
         return self._samples_at_once(dtype) if self.curves is None else self._curved_at_once(dtype)
+
+    def _integrated_at_once(self, dtype: torch.dtype) -> int:
+        """Every spec row of a sample is a sample of its own in every shell, with rows for a whole frame."""
+        nodes = self.graph(dtype, slice(0, 1)).nodes
+        widest = max((operand.size for node in nodes for operand in node.relaxed_operands), default=1)
+        rows = 2 * max(self.x.shape[2], widest)
+        return max(1, GRADIENT_BYTES // (SHELLS * self.rows.shape[1] * rows * widest * dtype.itemsize))
 
     def _samples_at_once(self, dtype: torch.dtype) -> int:
         """As many as a processor's cache takes, more at once would be slower, or as many as a GPU's memory takes."""

@@ -48,6 +48,17 @@ class Bracket:
             self.high[rows] = torch.where(failed, point, self.high[rows])
         self.evaluations[rows] += eps.shape[1]
 
+    def replace(self, rows: Tensor, again: Bracket) -> None:
+        """Another search of some samples, chosen by a mask, counts for more than the one before wherever it is better.
+
+        What failed, failed at the last attempt.
+        """
+        better = again.low > self.low[rows]
+        self.low[rows] = torch.where(better, again.low, self.low[rows])
+        self.margin[rows] = torch.where(better, again.margin, self.margin[rows])
+        self.high[rows] = torch.maximum(again.high, self.low[rows])
+        self.evaluations[rows] += again.evaluations
+
     def unfinished(self, rows: Tensor, tol: float, max_eps: float, floor: Tensor | float = 0.0) -> Tensor:
         low, high = self.low[rows], self.high[rows]
         representable = (high > torch.finfo(high.dtype).tiny / tol) & (low < torch.finfo(low.dtype).max * tol)

@@ -162,7 +162,7 @@ class Constant(Node):
         self.vector = self.vector.detach()
 
     def repeated(self, times: int) -> dict[str, object]:
-        return {"vector": _repeat(self.vector, times)}
+        return {} if self.vector.shape[0] == 1 else {"vector": _repeat(self.vector, times)}
 
     def value(self) -> Tensor:
         return self.vector

@@ -66,7 +66,7 @@ class Adjoint:
         """``rows`` are C, (batch or 1, classes), one a sample; ``moving`` says which nodes something perturbs."""
         if any(node.samples is not None for node in graph.nodes):
             raise ValueError("gradients are bounded for all samples of a batch: give the graph no ends of samples")
-        self.graph, self.moving, self.chain = Graph(), moving, chain
+        self.network, self.graph, self.moving, self.chain = graph, Graph(), moving, chain
         self.graph.nodes = list(graph.nodes)
         self.graph.recurrent = True  # gradients lie in no balls that ``bounds.balls`` knows
         self.of: dict[Node, Node] = {}
@@ -121,7 +121,7 @@ class Adjoint:
         if slices and _tiles(slices, node.size):
             terms.append((self.graph.add(Concat(tuple(a for _, a in slices))), 1.0))
         else:
-            linear += [(a, _places(a.size, start, node.size, self._like)) for start, a in slices]
+            linear += [(a, self._places(a.size, start, node.size)) for start, a in slices]
         if linear:
             adjoints, weights = zip(*linear, strict=True)
             zero = weights[0].new_zeros(node.size)
@@ -132,21 +132,21 @@ class Adjoint:
 
     def _meet_frame(self, parts: list[tuple]) -> tuple[Node, Tensor]:
         adjoints, weights = zip(*((adjoint, weight) for _, adjoint, weight in parts), strict=True)
-        return (adjoints[0] if len(adjoints) == 1 else self.graph.add(Concat(adjoints))), torch.cat(weights)
+        if len(adjoints) == 1:
+            return adjoints[0], weights[0]
+        whole = self.network.once(("stack",), weights, lambda: torch.cat(weights))
+        return self.graph.add(Concat(adjoints)), whole
 
-    @property
-    def _like(self) -> Tensor:
-        return next(node for node in self.graph.nodes if isinstance(node, Linear)).bias
+    def _places(self, size: int, start: int, whole: int) -> Tensor:
+        """The matrix, (whole, size), that puts a vector at a place in a longer one."""
+        like = next(node for node in self.network.nodes if isinstance(node, Linear)).bias
+        where = ("places", size, start, whole, like.dtype, like.device)
+        return self.network.once(where, (), lambda: torch.eye(whole).to(like.detach())[:, start : start + size])
 
 
 def _tiles(slices: list[tuple[int, Node]], size: int) -> bool:
     ends = [start + adjoint.size for start, adjoint in slices]
     return [start for start, _ in slices] == [0, *ends[:-1]] and ends[-1] == size
-
-
-def _places(size: int, start: int, whole: int, like: Tensor) -> Tensor:
-    """The matrix, (whole, size), that puts a vector at a place in a longer one."""
-    return torch.eye(whole, dtype=like.dtype, device=like.device)[:, start : start + size]
 
 
 def repeated(graph: Graph, times: int) -> Graph:
@@ -156,6 +156,7 @@ def repeated(graph: Graph, times: int) -> Graph:
         return graph
     new = Graph()
     new.recurrent = graph.recurrent
+    new.kept = graph.kept  # the weights are the same
     for node, attributes in zip(graph.nodes, changed, strict=True):
         twin = copy.copy(node)
         vars(twin).update(attributes)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..bounds.eigenvalues import eigenvalue_bound
 from ..bounds.passes import BoundPass
+from ..graph.graph import Graph
 from ..graph.nodes import Constant, Linear, Node, WeightedSum
 from ..graph.picks import Concat, Slice
 from ..perturbation.lp_ball import INF, dual_norm
@@ -41,11 +42,11 @@ class NormPass:
     """Upper bounds of the dual norms of a gradient's nodes, (batch or 1,) each.
 
     ``known`` is a pass over the gradient's graph whose intervals count, or None: then derivatives lie anywhere in their
-    global range. ``norms`` keeps those of matrices, by matrix and p, between passes.
+    global range. ``graph``, the network's, keeps the norms of matrices between passes.
     """
 
-    def __init__(self, norm: float, known: BoundPass | None, norms: dict):
-        self.norm, self.known, self._norms = norm, known, norms
+    def __init__(self, norm: float, known: BoundPass | None, graph: Graph):
+        self.norm, self.known, self._graph = norm, known, graph
         self._of: dict[Node, Tensor] = {}
 
     def __call__(self, node: Node) -> Tensor:
@@ -59,10 +60,11 @@ class NormPass:
 
     def of_matrix(self, weight: Tensor) -> Tensor:
         """||W||_{p -> p}, kept."""
-        key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, self.norm)
-        if key not in self._norms:
-            self._norms[key] = operator_norm(weight, self.norm)
-        return self._norms[key]
+        return self._graph.once(("norm", self.norm), (weight,), lambda: operator_norm(weight, self.norm))
+
+    def through(self, weight: Tensor, node: Node) -> Tensor:
+        """Of W^T a, for the node a."""
+        return _times(self.of_matrix(weight), self(node))
 
     @singledispatchmethod
     def by_product(self, node: Node) -> Tensor:
@@ -77,14 +79,14 @@ class NormPass:
     def _(self, node: Linear) -> Tensor:
         # The node is W^T a for the matrix W through which the network goes forward.
         pairs = zip(node.parents, node.weights, strict=True)
-        return sum(self.of_matrix(weight.T) * self(parent) for parent, weight in pairs)
+        return sum(self.through(weight.T, parent) for parent, weight in pairs)
 
     @by_product.register
     def _(self, node: WeightedSum) -> Tensor:
         total = 0.0
         for parent, factor in zip(node.parents, node.factors, strict=True):
             size = factor.abs().amax(dim=-1) if isinstance(factor, Tensor) else abs(factor)
-            total = total + size * self(parent)
+            total = total + _times(size, self(parent))
         return total
 
     @by_product.register
@@ -103,4 +105,10 @@ class NormPass:
         else:
             whole = self(adjoint).new_full((1, 1), torch.inf)
             low, high = node.factor(*[(-whole, whole)] * len(operands))
-        return torch.maximum(low.abs(), high.abs()).amax(dim=-1) * self(adjoint)
+        return _times(torch.maximum(low.abs(), high.abs()).amax(dim=-1), self(adjoint))
+
+
+def _times(factor: Tensor | float, size: Tensor) -> Tensor:
+    """The product of sizes, of which an infinite one is any number: with 0 it gives 0."""
+    product = factor * size
+    return torch.where(product.isnan() & ((size == 0) | (factor == torch.zeros_like(size))), 0.0, product)

@@ -44,12 +44,13 @@ class JacobianPass(BoundPass):
         method = "ibp" if chain == "interval" else "crown"
         known = self._operands(values, graph)
         super().__init__(self.adjoint.graph, values.perturbation.repeated(self.rows_each), method, None, sound, known)
-        self.chain, self._kept = chain, values.graph.kept
-        self._norms = NormPass(self.perturbation.norm, self, self._kept)
+        self.chain, self._network = chain, values.graph
+        self._norms = NormPass(self.perturbation.norm, self, values.graph)
 
     def _operands(self, values: BoundPass, graph: Graph) -> dict[Node, Interval]:
-        """Intervals of what non-linear nodes read."""
+        """Intervals of what non-linear nodes read, and of what that is a part of: nothing has to be bounded again."""
         operands = {operand for node in values.graph.nodes if isinstance(node, NonLinear) for operand in node.parents}
+        operands |= {operand.bounded_through for operand in operands}
         known = {}
         for operand in operands:
             low, high = values.interval(operand)
@@ -88,27 +89,31 @@ class JacobianPass(BoundPass):
         if not self.frames:
             return self.perturbation.x.new_zeros(len(self.perturbation.x))
         apart = [self.frame_fall(frame)[:, None] for frame in self.frames]
-        return self.perturbation.total_deviation(apart).squeeze(-1)
+        return self._raised(self.perturbation.total_deviation(apart).squeeze(-1))
 
     def frame_falls(self) -> Tensor:
         """Likewise, if only one frame moves, (batch * n_rows, T); 0 for frames that are exact."""
         falls = self.perturbation.x.new_zeros(self.perturbation.x.shape[:2])
         for frame in self.frames:
-            falls[:, frame] = self.frame_fall(frame)
+            falls[:, frame] = self._raised(self.frame_fall(frame))
         return falls
+
+    def _raised(self, fall: Tensor) -> Tensor:
+        """With room for the rounding of products and sums of positive numbers; any number where nothing is known."""
+        room = self.rounding.gamma if self.rounding else 0.0
+        return torch.where(fall.isnan(), torch.inf, (1.0 + room) * fall)
 
     def frame_fall(self, frame: int) -> Tensor:
         """The least of what entries, their row sums or lengths, and products of norms allow, (batch * n_rows,)."""
         if torch.is_grad_enabled():
             return self.perturbation.frame_fall(frame, *self.frame_bounds(frame))
+        low, high = self.frame_bounds(frame)
+        fall = torch.fmin(self.perturbation.frame_fall(frame, low, high), self._fall_by_norms(frame))
         if self.perturbation.is_round and self.chain == "chord":
-            fall = self._round_fall(frame)
-        else:
-            low, high = self.frame_bounds(frame)
-            fall = self.perturbation.frame_fall(frame, low, high)
-            if self.perturbation.is_box and self.chain != "interval":
-                fall = torch.minimum(fall, self._box_fall(frame, low, high))
-        return torch.minimum(fall, self._fall_by_norms(frame))
+            fall = torch.fmin(fall, self._round_fall(frame))
+        if self.perturbation.is_box and self.chain != "interval":
+            fall = torch.fmin(fall, self._box_fall(frame, low, high))
+        return fall
 
     def _box_fall(self, frame: int, low: Tensor, high: Tensor) -> Tensor:
         """Along all coordinates whose derivative has a known sign, the fall is one row; the others are added.
@@ -121,7 +126,16 @@ class JacobianPass(BoundPass):
         direction = torch.where(low > 0, down, torch.where(high < 0, -up, zero))
         unsure = (low <= 0) & (high >= 0)
         rest = torch.where(unsure, torch.maximum(-low * up, high * down), zero).sum(dim=-1)
-        return rest - self.least(node, -(direction @ weight.T)[:, None]).squeeze(-1)
+        known = rest - self.least(node, -(direction @ weight.T)[:, None]).squeeze(-1)
+        known = known + self._lost(direction.abs() @ weight.abs().T, weight, self.interval(node))
+        return torch.where((low <= high).all(dim=-1), known, torch.nan)  # NaN has no sign
+
+    def _lost(self, rows: Tensor, weight: Tensor, of: Interval) -> Tensor:
+        """What rounding of rows may change of their products with a node; ``rows`` are the sizes of their terms."""
+        if not self.rounding:
+            return torch.zeros_like(of[0][:, 0])
+        most = torch.maximum(-of[0], of[1])
+        return 2.0 * max(weight.shape) * torch.finfo(weight.dtype).eps * (rows * most).sum(dim=-1)
 
     def _round_fall(self, frame: int) -> Tensor:
         """In l_2 the gradient W^T a is as long as R a, W^T = Q R, and as H R a for the reflection H that turns the
@@ -130,15 +144,13 @@ class JacobianPass(BoundPass):
         node, weight = self.adjoint.frames[frame]
         columns = _reflected(self._triangle(weight), 0.5 * sum(self.interval(node)))
         low, minus_high = self.least(node, torch.cat((columns, -columns), dim=1)).split(columns.shape[1], dim=1)
-        guard = 1.0 + 8.0 * max(weight.shape) * torch.finfo(weight.dtype).eps
-        return self.perturbation.most(frame, guard * dual_norm(torch.maximum(-low, -minus_high), 2.0))
+        length = dual_norm(torch.maximum(-low, -minus_high), 2.0)
+        lost = 8.0 * self._lost(torch.linalg.vector_norm(weight, dim=1), weight, self.interval(node))
+        return self.perturbation.most(frame, length + lost)
 
     def _triangle(self, weight: Tensor) -> Tensor:
         """R, (k, size of the node), of W^T = Q R, kept."""
-        key = ("triangle", weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-        if key not in self._kept:
-            self._kept[key] = torch.linalg.qr(weight.detach().T, mode="r").R
-        return self._kept[key]
+        return self._network.once(("triangle",), (weight,), lambda: torch.linalg.qr(weight.T, mode="r").R)
 
     def _fall_by_norms(self, frame: int) -> Tensor:
         """By products of norms, of all that the gradient is made of or of how far it is from its centre."""
@@ -148,7 +160,7 @@ class JacobianPass(BoundPass):
         center, radius = 0.5 * (low + high), 0.5 * (high - low)
         lost = 2.0 * weight.shape[0] * torch.finfo(weight.dtype).eps * dual_norm(center.abs() @ weight.abs(), norm)
         apart = dual_norm(center @ weight, norm) + lost + size * dual_norm(radius, norm)
-        return self.perturbation.most(frame, torch.minimum(apart, size * self._norms(node)))
+        return self.perturbation.most(frame, torch.fmin(apart, self._norms.through(weight, node)))
 
 
 def _reflected(triangle: Tensor, point: Tensor) -> Tensor:
@@ -157,5 +169,9 @@ def _reflected(triangle: Tensor, point: Tensor) -> Tensor:
     axis = torch.zeros_like(image)
     # Its negative half or its positive one, whichever is farther away: then nothing cancels.
     axis[:, 0] = torch.linalg.vector_norm(image, dim=1) * torch.where(image[:, 0] > 0, -1.0, 1.0)
-    normal = torch.nn.functional.normalize(image - axis, dim=1)
+    normal = image - axis
+    # Scaled first: squares of small numbers vanish, and no reflection is left of a normal that is not of length 1.
+    largest = normal.abs().amax(dim=1, keepdim=True)
+    normal = normal / torch.where(largest > 0, largest, 1.0)
+    normal = normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True).clamp(min=1.0)
     return triangle - 2.0 * normal[:, :, None] * (normal @ triangle)[:, None]

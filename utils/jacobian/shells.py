@@ -12,6 +12,7 @@ pass over the network itself bounds it by C(s_k), so does the greater one of bot
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from ..perturbation.sets import Perturbation
 from .adjoint import Adjoint, repeated
 from .operator_norms import NormPass
 from .passes import JacobianPass
+
+ROUNDING_ULPS = 64.0
 
 
 def values_pass(graph: Graph, perturbation: Perturbation, layers: str, sound: bool = True) -> BoundPass:
@@ -46,22 +49,48 @@ class Shells(NamedTuple):
         shares: their sizes, as shares of the largest one's, (K,), increasing.
         falls: D, (batch, K, n_rows).
         direct: C, likewise, or None.
+        scaled: whether they are shares of the largest one, or at least that: see ``Perturbation.scales``.
     """
 
     shares: Tensor
     falls: Tensor
     direct: Tensor | None
+    scaled: bool
 
     def bounds(self, start: Tensor) -> Tensor:
         """B at every share, (batch, K, n_rows), from margins at x, (batch, n_rows)."""
-        bound, found, inner = start, [], 0.0
-        for k, share in enumerate(self.shares):
-            bound = bound - (share - inner) / share * self.falls[:, k]
+        bound, found = start, []
+        for k, (inner, share) in enumerate(self._shells()):
+            bound = bound - (share - inner) / share * self.falls[:, k] - self._lost(bound, self.falls[:, k])
             if self.direct is not None:
-                bound = torch.maximum(bound, self.direct[:, k])
+                bound = torch.fmax(bound, self.direct[:, k])
             found.append(bound)
-            inner = share
         return torch.stack(found, dim=1)
+
+    def ends(self, start: Tensor) -> Tensor:
+        """The share up to which each row's bound is positive, (batch, n_rows).
+
+        At a share s inside a shell, B(s) = B(inner) - (1 - inner / s) D(s), where D(s) <= D(outer), and
+        D(s) <= s / outer D(outer) if the sets are shares of each other.
+        """
+        bounds, shells = self.bounds(start), start.new_tensor(self._shells())
+        inner, outer = shells[:, :1], shells[:, 1:]
+        before = torch.cat((start[:, None], bounds[:, :-1]), dim=1)
+        share = (before - self._lost(before, self.falls)) / self.falls
+        within = inner + share * outer if self.scaled else inner / torch.where(share < 1, 1.0 - share, 0.5)
+        within = torch.where(share < 1, torch.minimum(within, outer), outer)
+        within = torch.where(share > 0, within, inner)  # NaN is not above 0
+        passed = (bounds > 0).long().cumprod(dim=1).sum(dim=1)  # shells before the first in which the margin may vanish
+        first = passed.clamp(max=bounds.shape[1] - 1)[:, None]
+        return torch.where(passed == bounds.shape[1], self.shares[-1], within.gather(1, first).squeeze(1))
+
+    def _lost(self, bound: Tensor, fall: Tensor) -> Tensor:
+        """By rounding, of a shell's share and of what it takes off."""
+        return ROUNDING_ULPS * torch.finfo(bound.dtype).eps * (bound.detach().abs() + fall.detach())
+
+    def _shells(self) -> list[tuple[float, float]]:
+        """Shares within which and out of which each shell lies."""
+        return list(itertools.pairwise((0.0, *self.shares.tolist())))
 
 
 def shells_of(
@@ -83,7 +112,7 @@ def shells_of(
     many = rows.repeat_interleave(count, dim=0)
     shape = (batch, count, rows.shape[1])
     falls = JacobianPass(values, many, chain, sound).fall().reshape(shape)
-    return Shells(shares, falls, values.margin(many).reshape(shape) if direct else None)
+    return Shells(shares, falls, values.margin(many).reshape(shape) if direct else None, perturbation.scales)
 
 
 class ShellPass:
@@ -123,9 +152,9 @@ class SpectralPass:
 
     def _fall(self, row: Tensor, moving: list[bool]) -> Tensor:
         adjoint = Adjoint(self.graph, row, moving)
-        norms = NormPass(self.perturbation.norm, None, self.graph.kept)
+        norms = NormPass(self.perturbation.norm, None, self.graph)
         falls = [
-            self.perturbation.most(frame, norms(node) * norms.of_matrix(weight))
+            self.perturbation.most(frame, norms.through(weight, node))
             for frame, (node, weight) in sorted(adjoint.frames.items())
         ]
         if not falls:

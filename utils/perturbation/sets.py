@@ -122,6 +122,11 @@ class Perturbation(InputSet):
             part._box = tuple(side.repeat_interleave(times, dim=0) for side in self._box)
         return part
 
+    @property
+    def scales(self) -> bool:
+        """Whether the set at a share of every eps is that share of the set, about x: boxes cut to a range are not."""
+        return self.clip is None
+
     def is_exact(self, frame: int) -> bool:
         """True where no sample of the batch perturbs the frame."""
         return self._exact[frame]
@@ -149,8 +154,12 @@ class Perturbation(InputSet):
 
     def sides(self, frame: int) -> tuple[Tensor, Tensor]:
         """How far below and above x the frame's box reaches, (batch, n) each, at least 0."""
-        center, half = self.center(frame) - self.x[:, frame], self.half_widths(frame)
-        return (half - center).clamp(min=0.0), (half + center).clamp(min=0.0)
+        side, at = self.eps[:, frame, None].expand_as(self.x[:, frame]), self.x[:, frame]
+        if self.clip is None:
+            return side, side
+        low, high = self.clip
+        down, up = torch.minimum(side, at - low), torch.minimum(side, high - at)
+        return down.clamp(min=0.0), up.clamp(min=0.0)
 
     def frame_fall(self, frame: int, low: Tensor, high: Tensor) -> Tensor:
         """Most that -J (x'_t - x_t) can be for J in [low, high], (batch, n) each, if one frame moves, (batch,)."""
@@ -161,7 +170,8 @@ class Perturbation(InputSet):
 
     def most(self, frame: int, size: Tensor) -> Tensor:
         """Most that J (x'_t - x_t) can be for gradients J of dual norm ``size``, (batch,)."""
-        return self.eps[:, frame] * size
+        eps = self.eps[:, frame]
+        return torch.where(eps > 0, eps * size, 0.0)  # however large it is
 
     def total_deviation(self, deviations: list[Tensor]) -> Tensor:
         """Most that sum_t A_t x'_t can deviate, (batch, rows), from the deviations of the frames."""

@@ -90,9 +90,15 @@ def pieces_range(pieces, l: Tensor, u: Tensor) -> Interval:  # noqa: E741
 
 
 def product_range(first: Interval, second: Interval) -> Interval:
-    """Of products of a number of each interval."""
+    """Of products of a number of each interval; 0 times an infinite end, which stands for any number, is 0."""
     corners = torch.stack([x * y for x in first for y in second])
+    corners = torch.where(corners.isnan() & _known(*first, *second), 0.0, corners)
     return outward(corners.amin(dim=0), corners.amax(dim=0))
+
+
+def _known(*ends: Tensor) -> Tensor:
+    """Where no end is NaN."""
+    return ~torch.stack(torch.broadcast_tensors(*(end.isnan() for end in ends))).any(dim=0)
 
 
 def _tanh_interval(l: Tensor, u: Tensor) -> Interval:  # noqa: E741
@@ -142,9 +148,14 @@ def chord_slope(low: Tensor, high: Tensor, l: Tensor, u: Tensor) -> Tensor:  # n
 
 
 def recurjac_slope(low: Tensor, high: Tensor, l: Tensor, u: Tensor) -> Tensor:  # noqa: E741
-    """RecurJac's rule: a value of unknown sign is given up for its interval, unless the factor is known."""
-    sure = torch.where(l >= 0, high, low)
-    return torch.where((l >= 0) | (u <= 0) | (low == high), sure, torch.zeros_like(low))
+    """RecurJac's rule: a value of unknown sign is given up for its interval, unless the factor is known.
+
+    Values often have 0 for an end, as products with factors that may be 0 do: rounding must not take their sign away.
+    """
+    nearly = torch.finfo(l.dtype).eps ** 0.5
+    positive, negative = l >= -nearly * u, u <= -nearly * l
+    sure = torch.where(positive, high, low)
+    return torch.where(positive | negative | (low == high), sure, torch.zeros_like(low))
 
 
 CHAINS: dict[str, Callable[..., Tensor]] = {"chord": chord_slope, "recurjac": recurjac_slope}
