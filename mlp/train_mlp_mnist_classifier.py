@@ -25,6 +25,7 @@ from data.mnist import load_mnist
 from utils.network.checkpoint import build_model, model_name, save_checkpoint
 from utils.runs.cli import apply_common_arguments
 from utils.runs.results import check_writable
+from utils.training.lipschitz import objective_of
 from utils.training.loop import accuracy, plot_history, rehearse, train
 from utils.training.mnist import make_mlp_config
 from utils.training.state import TrainingState
@@ -49,7 +50,7 @@ def main() -> None:
 
     # Train; every epoch is kept, and --resume goes on from the last one.
     state = TrainingState(path, args, labels[0])
-    history = train(model, pixels, labels, args, state)
+    history = train(model, pixels, labels, args, state, objective_of(args))
 
     # Evaluate, save and draw.
     config["train_accuracy"] = accuracy(model, pixels[0], labels[0])

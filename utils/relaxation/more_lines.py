@@ -115,7 +115,7 @@ def relax_elu(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
 
 
 ACTIVATIONS |= {
-    "arctan": Activation(torch.arctan, relax_arctan),
-    "softplus": Activation(softplus, relax_softplus),
-    "elu": Activation(elu, relax_elu),
+    "arctan": Activation(torch.arctan, relax_arctan, 1.0),
+    "softplus": Activation(softplus, relax_softplus, 1.0),
+    "elu": Activation(elu, relax_elu, 1.0),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..runs.cli import ROOT, add_common_arguments, non_negative_float, positive_float, positive_int
+from ..runs.cli import ROOT, add_common_arguments, non_negative_float, norm_value, positive_float, positive_int
 from .tasks import TextTask
 
 MLP_ACTIVATIONS = ("relu", "leaky", "tanh", "sigmoid", "arctan", "elu", "softplus")
@@ -26,6 +26,17 @@ def add_mlp_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of an MLP's train script and the common ones."""
     group = parser.add_argument_group("model")
     add_mlp_model_arguments(group)
+    group = parser.add_argument_group("small gradients")
+    group.add_argument(
+        "--lipschitz-weight",
+        type=non_negative_float,
+        default=0.0,
+        help="weight in the loss of the margin's local Lipschitz constant; more of it makes larger radii",
+    )
+    group.add_argument(
+        "--lipschitz-eps", type=positive_float, default=0.1, help="radius of the balls in which that is bounded"
+    )
+    group.add_argument("--lipschitz-norm", type=norm_value, default=2.0, help="norm of these balls: 1, 2 or inf")
     add_loop_arguments(parser)
 
 

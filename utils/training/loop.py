@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from .state import TrainingState
 
 CLIP_NORM = 1.0
 EVALUATION_BATCH = 2000
+
+# The loss of a batch: of a model, its inputs and their labels.
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -117,9 +121,16 @@ def rate_factor(step: int, total_steps: int) -> float:
 
 
 def train(
-    model: nn.Module, frames: list[Tensor], labels: list[Tensor], args: argparse.Namespace, state: TrainingState
+    model: nn.Module,
+    frames: list[Tensor],
+    labels: list[Tensor],
+    args: argparse.Namespace,
+    state: TrainingState,
+    objective: Objective | None = None,
 ) -> History:
     """Train for all epochs under a progress bar; frames and labels are [training, test]. Every epoch is kept in a file.
+
+    ``objective`` is the loss, the cross entropy if left out.
 
     Raises:
         ValueError: the loss is NaN or infinite, or there is nothing that fits to resume.
@@ -132,7 +143,7 @@ def train(
         # disable=None: a bar on a terminal, silence in a log file, where only errors go to stderr
         with tqdm(total=args.epochs, initial=finished, unit="epoch", disable=None) as progress:
             for epoch in range(finished, args.epochs):
-                loss = train_epoch(model, frames[0], labels[0], optimizer)
+                loss = train_epoch(model, frames[0], labels[0], optimizer, objective)
                 if not math.isfinite(loss):
                     progress.leave = False
                     raise ValueError(f"the training diverged in epoch {epoch + 1}: try a smaller --lr than {args.lr:g}")
@@ -147,13 +158,21 @@ def train(
     return history
 
 
-def train_epoch(model: nn.Module, x: Tensor, y: Tensor, optimizer: Optimizer) -> float:
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Of the logits of x, (batch, T, n), for the labels y, (batch,), in nats."""
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def train_epoch(
+    model: nn.Module, x: Tensor, y: Tensor, optimizer: Optimizer, objective: Objective | None = None
+) -> float:
     """One pass over x, (N, T, n), and y, (N,), in random order; returns the mean loss."""
+    objective = objective or cross_entropy
     model.train()
     total = torch.zeros((), device=x.device)
     order = torch.randperm(len(y), generator=optimizer.order).to(x.device)
     for batch in order.split(optimizer.batch_size):
-        loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+        loss = objective(model, x[batch], y[batch])
         optimizer.adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)

@@ -25,6 +25,7 @@ def make_mlp_config(args: argparse.Namespace, data: ImageData) -> Config:
         "layers": list(args.layers),
         "activation": args.activation,
         "leaky_slope": args.leaky_slope if args.activation == "leaky" else 0.0,
+        **{name: getattr(args, name) for name in ("lipschitz_weight", "lipschitz_eps", "lipschitz_norm")},
         **_data_facts(args, data),
     }
 
