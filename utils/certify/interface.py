@@ -122,7 +122,8 @@ def certified_radius(
     Arguments as for ``certified_margin``, and:
 
     Args:
-        tol: the smallest eps that failed is at most this relative distance above the radius.
+        tol: the smallest eps that failed is at most this relative distance above the radius. "jacobian" ends inside a
+            shell of its own last sweep (``utils.certify.sweep``) instead.
         eps0: first eps of the search; found from the gradient if left out. It does not change what is certified.
         max_eps: largest eps to try, and the radius of a sample that is certified even there.
         dtype: precision of the verdict, in which every returned radius was certified.
