@@ -26,7 +26,7 @@ from utils.experiments.arguments import (
     result_folder_name,
 )
 from utils.runs.cli import ArgumentParser, add_common_arguments, answer_early, run_main
-from utils.training.arguments import add_mlp_model_arguments
+from utils.training.arguments import add_mlp_model_arguments, add_recipe_argument
 
 # RecurJac's names of what is set by --method, --layer-method and --chain.
 LAYER_BOUNDS = {
@@ -44,6 +44,7 @@ def get_args() -> argparse.Namespace:
     group = parser.add_argument_group("model (the checkpoint must agree)")
     add_folder_arguments(group, "mlp")
     add_mlp_model_arguments(group)
+    add_recipe_argument(group)
     add_goal_arguments(parser.add_argument_group("what is certified (eps and radii are in pixel values, in [0, 1])"))
     group = parser.add_argument_group("how")
     add_method_arguments(group)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.choices.method import CHAINS, DIRECT_METHODS
 from utils.experiments.arguments import add_folder_arguments, add_search_arguments
 from utils.runs.cli import ArgumentParser, add_common_arguments, answer_early, norm_value, positive_int, run_main
-from utils.training.arguments import add_mlp_model_arguments
+from utils.training.arguments import add_mlp_model_arguments, add_recipe_argument
 
 
 def get_args() -> argparse.Namespace:
@@ -23,6 +23,7 @@ def get_args() -> argparse.Namespace:
     group = parser.add_argument_group("model (the checkpoint must agree)")
     add_folder_arguments(group, "mlp")
     add_mlp_model_arguments(group)
+    add_recipe_argument(group)
     group = parser.add_argument_group("of what (radii are in pixel values, which lie in [0, 1])")
     group.add_argument("--N", type=positive_int, default=20, help="test images drawn; the misclassified get no radius")
     group.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball: 1, 2 or inf")

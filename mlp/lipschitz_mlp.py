@@ -14,13 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.experiments.lipschitz_arguments import add_lipschitz_arguments, lipschitz_folder_name
 from utils.runs.cli import ArgumentParser, answer_early, run_main
-from utils.training.arguments import add_mlp_model_arguments
+from utils.training.arguments import add_mlp_model_arguments, add_recipe_argument
 
 
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     group = parser.add_argument_group("model (the checkpoint must agree)")
     add_mlp_model_arguments(group)
+    add_recipe_argument(group)
     add_lipschitz_arguments(parser, group, "mlp")
     args = parser.parse_args()
     args.time_step = 1

@@ -16,7 +16,7 @@ from ..network.models import MLP
 def load_mlp(args: argparse.Namespace, device: torch.device) -> tuple[MLP, Config, Path]:
     """The model that the flags describe, its config and its path. Raises CheckpointError if there is none like it."""
     described = {"architecture": "mlp", "layers": args.layers, "activation": args.activation}
-    path = args.work_dir / model_name(described) / args.model_name
+    path = args.work_dir / model_name(described | {"lipschitz_weight": float(args.lipschitz)}) / args.model_name
     model, config = load_checkpoint(path, device)
     for key, value in described.items():
         if config[key] != value:

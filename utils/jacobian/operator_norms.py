@@ -18,7 +18,7 @@ from torch import Tensor
 from ..bounds.eigenvalues import eigenvalue_bound
 from ..bounds.passes import BoundPass
 from ..graph.graph import Graph
-from ..graph.nodes import Constant, Linear, Node, WeightedSum
+from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum
 from ..graph.picks import Concat, Slice
 from ..perturbation.lp_ball import INF, dual_norm
 from .adjoint import Derivative
@@ -51,12 +51,32 @@ class NormPass:
 
     def __call__(self, node: Node) -> Tensor:
         if node not in self._of:
-            bound = self.by_product(node)
+            known = self._value(node)
+            bound = self.by_product(node) if known is None else self._of_value(*known)
             if self.known is not None:
                 low, high = self.known.interval(node)
                 bound = torch.fmin(bound, dual_norm(torch.maximum(-low, high), self.norm))
             self._of[node] = bound
         return self._of[node]
+
+    def _value(self, node: Node) -> tuple[Tensor, Tensor] | None:
+        """The node's value and the size of its terms if no derivative has come in so far, else None.
+
+        Such are rows times the last layer's weights: their norm is less than the product of both norms.
+        """
+        if isinstance(node, Constant):
+            return node.vector, node.vector.abs()
+        if isinstance(node, (Derivative, Frame)):
+            return None
+        parents = [self._value(parent) for parent in node.parents]
+        if any(part is None for part in parents):
+            return None
+        values, sizes = zip(*parents, strict=True)
+        return node.value(*values), node.term_sizes(*sizes)
+
+    def _of_value(self, value: Tensor, size: Tensor) -> Tensor:
+        lost = 4.0 * (max(node.size for node in self._graph.nodes) + 4) * torch.finfo(value.dtype).eps
+        return dual_norm(value, self.norm) + lost * dual_norm(size, self.norm)
 
     def of_matrix(self, weight: Tensor) -> Tensor:
         """||W||_{p -> p}, kept."""

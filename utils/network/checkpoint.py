@@ -34,7 +34,7 @@ FOLDER_NAME = re.compile(
     r"(_(?P<activation>tanh|relu))?(_(?P<layers>\d+)layer)?(?P<bidirectional>_bi)?"
 )
 
-MLP_FOLDER_NAME = re.compile(r"mlp_(?P<layers>\d+(_\d+)*)_(?P<kind>[a-z]+)")
+MLP_FOLDER_NAME = re.compile(r"mlp_(?P<layers>\d+(_\d+)*)_(?P<kind>[a-z]+)(?P<lipschitz>_lipschitz)?")
 
 Config = dict[str, Any]
 
@@ -46,7 +46,8 @@ class CheckpointError(ValueError):
 def model_name(config: Config) -> str:
     """Folder name of a model: rnn_7_64_tanh, lstm_4_32, lstm_7_32_2layer, gru_7_64_bi, mlp_20_20_relu ..."""
     if config["architecture"] == "mlp":
-        return "_".join(["mlp", *map(str, config["layers"]), config["activation"]])
+        recipe = ["lipschitz"] if config.get("lipschitz_weight") else []
+        return "_".join(["mlp", *map(str, config["layers"]), config["activation"], *recipe])
     name = f"{config['architecture']}_{config['num_frames']}_{config['hidden_size']}"
     if config["architecture"] == "rnn":
         name += f"_{config['activation']}"
@@ -312,7 +313,8 @@ def train_command(path: Path) -> str:
     known, of_mlp = FOLDER_NAME.fullmatch(path.parent.name), MLP_FOLDER_NAME.fullmatch(path.parent.name)
     if of_mlp:
         sizes = of_mlp["layers"].replace("_", " ")
-        return f"train it by python mlp/train_mlp_mnist_classifier.py --layers {sizes} --activation {of_mlp['kind']}"
+        command = f"python mlp/train_mlp_mnist_classifier.py --layers {sizes} --activation {of_mlp['kind']}"
+        return f"train it by {command}" + " --lipschitz-weight 0.3" * bool(of_mlp["lipschitz"])
     if known is None:
         return "train one by one of the train_*_classifier.py scripts, or check the path"
     architecture = known["architecture"]

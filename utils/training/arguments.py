@@ -51,6 +51,11 @@ def add_mlp_model_arguments(group) -> None:
     )
 
 
+def add_recipe_argument(group) -> None:
+    """Add --lipschitz, of scripts that read models."""
+    group.add_argument("--lipschitz", action="store_true", help="the model that was trained with --lipschitz-weight")
+
+
 def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the training loop and the common ones."""
     group = parser.add_argument_group("training")
