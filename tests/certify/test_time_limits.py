@@ -47,13 +47,13 @@ def ask(question: str, limit: float, **how) -> object:
 
 
 @pytest.mark.parametrize("question", ["radius", "margin", "decide"])
-@pytest.mark.parametrize("limit", [2.0, 8.0, 60.0])
+@pytest.mark.parametrize("limit", [2.0, 8.0, pytest.param(60.0, marks=pytest.mark.full)])
 def test_limits_hold_whatever_part_of_the_work_they_fall_in(question, limit, spent):
     ask(question, limit)
     assert spent[0] <= 2 * max(1.1 * limit, limit + 1.0)
 
 
-@pytest.mark.parametrize(("question", "limit"), [("radius", 8.0), ("margin", 20.0)])
+@pytest.mark.parametrize(("question", "limit"), [("radius", 8.0), pytest.param("margin", 20.0, marks=pytest.mark.full)])
 def test_a_pace_that_is_not_kept_is_noticed(question, limit, spent, monkeypatch):
     monkeypatch.setattr(clock.Pace, "allows", lambda self, pieces=1.0: clock.now() < self.deadline)
     ask(question, limit)
@@ -65,18 +65,18 @@ def test_more_time_gives_larger_radii_and_a_little_time_those_of_planes(spent):
     x, labels = sequences(model)
     plain = certified_radius(model, x[:1], labels[:1])
     found = [plain] + [
-        certified_radius(model, x[:1], labels[:1], method="bab", time_limit=limit) for limit in (0.1, 30.0, 60.0)
+        certified_radius(model, x[:1], labels[:1], method="bab", time_limit=limit) for limit in (0.1, 30.0)
     ]
-    assert found[0] == found[1] < found[2] <= found[3]
+    assert found[0] == found[1] < found[2]
 
 
 def test_a_limit_is_counted_from_the_start_of_each_sample(spent):
     model = network(nn.LSTM)
     x, labels = sequences(model)
     started = spent[0]
-    problem = margin_problem(model, x[:3], labels[:3], method="bab", time_limit=40.0)
+    problem = margin_problem(model, x[:2], labels[:2], method="bab", time_limit=26.0)
     search_radius(problem)
-    assert 3 * 20.0 < spent[0] - started <= 3 * 44.0
+    assert 2 * 13.0 < spent[0] - started <= 2 * 28.6
 
 
 @pytest.mark.full

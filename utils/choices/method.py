@@ -16,7 +16,7 @@ WITH_SLOPES = ("ball", *TUNED_METHODS)  # that tune the slopes of planes; "ball"
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise
 CURVE_STEPS = 40  # likewise of curved bounds
-SHELLS = 20  # of "jacobian" and "shell", unless told otherwise
+SHELLS = 30  # of "jacobian" and "shell", unless told otherwise
 TIME_LIMIT = 60.0  # seconds a sample of "bab", unless told otherwise
 
 
