@@ -50,6 +50,7 @@ def local_lipschitz(
     ball: str = "frame",
     chain: str = "chord",
     layers: str = "crown",
+    direction: str = "backward",
     relaxation: str = "plane",
     lengths: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
@@ -62,6 +63,7 @@ def local_lipschitz(
         rows: C, (batch or 1, n_rows, classes) or (n_rows, classes): which functions of the outputs. A row of the
             identity is an output, ``utils.certify.margin_rows`` gives margins.
         chain, layers: as for ``certified_margin``.
+        direction: "both": entries of the gradient are bounded from the input on, too; slow where inputs are wide.
         dtype: precision.
 
     Raises:
@@ -73,7 +75,9 @@ def local_lipschitz(
     if eps.dim() != 1:
         raise ValueError("a Lipschitz constant has one eps a sample: give a number or (batch,)")
     size = max(1, AT_ONCE // problem.rows.shape[1])
-    parts = [_constants(problem, part, eps[part], dtype) for part in torch.arange(len(problem.x)).split(size)]
+    parts = [
+        _constants(problem, part, eps[part], dtype, direction) for part in torch.arange(len(problem.x)).split(size)
+    ]
     return LocalLipschitz(*(torch.cat([getattr(part, name) for part in parts]) for name in ("constant", "frames")))
 
 
@@ -88,15 +92,19 @@ def _problem(model, x: Tensor, rows: Tensor, threat: Threat, method: Method) -> 
     return MarginProblem(question, method)
 
 
-def _pass(problem: MarginProblem, samples: Tensor, eps: Tensor, dtype: torch.dtype) -> JacobianPass:
+def _pass(
+    problem: MarginProblem, samples: Tensor, eps: Tensor, dtype: torch.dtype, direction: str = "backward"
+) -> JacobianPass:
     graph, method = problem.graph(dtype, samples), problem.method
     perturbation = problem.threat.part(samples).around(problem.x[samples].to(dtype), eps.to(dtype))
     values = values_pass(graph, perturbation, method.layers)
-    return JacobianPass(values, problem.rows[samples].to(dtype), method.chain)
+    return JacobianPass(values, problem.rows[samples].to(dtype), method.chain, direction=direction)
 
 
-def _constants(problem: MarginProblem, samples: Tensor, eps: Tensor, dtype: torch.dtype) -> LocalLipschitz:
-    bounds = _pass(problem, samples, eps, dtype)
+def _constants(
+    problem: MarginProblem, samples: Tensor, eps: Tensor, dtype: torch.dtype, direction: str
+) -> LocalLipschitz:
+    bounds = _pass(problem, samples, eps, dtype, direction)
     falls = bounds.frame_falls()
     together = bounds.perturbation.total_deviation([fall[:, None] for fall in falls.unbind(1)]).squeeze(-1)
     shape = (len(samples), -1)

@@ -11,6 +11,7 @@ CURVED_METHODS = TUNED_METHODS[1:]
 CERTIFIED_METHODS = ("crown", "ibp", "crown-ibp", *TUNED_METHODS)  # whose bounds a certificate's checker can follow
 GRADIENT_METHODS = ("jacobian", "shell")  # integrate bounds of gradients
 DIRECT_METHODS = ("crown", "fastlin", "ibp", "crown-ibp")  # one pass over the network: what bounds its layers
+DIRECTIONS = ("backward", "both")  # in which gradients are followed through the layers
 CHAINS = ("chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
 WITH_SLOPES = ("ball", *TUNED_METHODS)  # that tune the slopes of planes; "ball" by itself
 

@@ -164,7 +164,9 @@ class LipschitzRun:
             return sampled_lipschitz(
                 *asked, norm=self.args.p, samples=self.args.samples, seed=self.args.seed, dtype=dtype
             )
-        return local_lipschitz(*asked, norm=self.args.p, chain=bound, layers=self.args.layer_method, dtype=dtype)
+        direction = "backward" if bound == "interval" else self.args.direction
+        how = {"chain": bound, "layers": self.args.layer_method, "direction": direction}
+        return local_lipschitz(*asked, norm=self.args.p, dtype=dtype, **how)
 
     def rehearse(self) -> None:
         """The first image at the smallest eps, for --dry-run."""

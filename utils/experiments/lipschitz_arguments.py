@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..choices.method import CHAINS, DIRECT_METHODS
+from ..choices.method import CHAINS, DIRECT_METHODS, DIRECTIONS
 from ..runs.cli import add_common_arguments, finite, positive_int
 from .arguments import add_folder_arguments, add_goal_arguments, add_result_arguments
 
@@ -23,6 +23,12 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser, model_group, archit
     group = parser.add_argument_group("how")
     group.add_argument("--chains", choices=CHAINS, nargs="+", default=["chord", "recurjac"], help="bounds of gradients")
     group.add_argument("--layer-method", choices=DIRECT_METHODS, default="crown", help="what bounds the layers")
+    group.add_argument(
+        "--direction",
+        choices=DIRECTIONS,
+        default="backward",
+        help="both: gradients are followed from the input on as well (slow)",
+    )
     group.add_argument("--samples", type=positive_int, default=100, help="gradients sampled in each ball")
     group.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="precision")
     group.add_argument("--batch-size", type=positive_int, default=BATCH, help="images at a time")
@@ -53,5 +59,5 @@ def lipschitz_folder_name(args: argparse.Namespace) -> str:
     """2_norm_lipschitz, and a word for whatever is not as usual."""
     words = [f"{args.p:g}_norm_lipschitz"] + ["logit"] * args.logit + ["untargeted"] * (args.target is None)
     words += [f"target_{args.target}"] * (args.target not in (None, "random"))
-    words += [args.layer_method] * (args.layer_method != "crown")
+    words += [args.layer_method] * (args.layer_method != "crown") + ["both"] * (args.direction == "both")
     return "_".join(word for n, word in enumerate(words) if not (args.logit and word == "untargeted"))

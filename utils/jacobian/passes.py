@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from ..bounds.passes import BoundPass, intersect
-from ..choices.method import CHAINS
-from ..graph.graph import Graph
+from ..choices.method import CHAINS, DIRECTIONS
 from ..graph.nodes import Interval, Node
-from ..graph.nonlinear import NonLinear
 from ..perturbation.lp_ball import dual_norm
 from .adjoint import Adjoint, repeated
+from .forward import forward_bounds, known_operands
 from .operator_norms import NormPass
 
 
@@ -32,33 +31,34 @@ class JacobianPass(BoundPass):
         adjoint: the gradient's graph.
     """
 
-    def __init__(self, values: BoundPass, rows: Tensor, chain: str = "chord", sound: bool = True):
-        """``values`` is a pass over the network, whose perturbation set counts; rows are (batch, n_rows, classes)."""
+    def __init__(
+        self,
+        values: BoundPass,
+        rows: Tensor,
+        chain: str = "chord",
+        sound: bool = True,
+        direction: str = "backward",
+    ):
+        """``values`` is a pass over the network, whose perturbation set counts; rows are (batch, n_rows, classes).
+
+        ``direction`` is "backward", or "both": then entries are bounded from the input on as well (``forward``).
+        """
         if chain not in CHAINS:
             raise ValueError(f"the bound of a Jacobian must be one of {', '.join(CHAINS)}, not {chain!r}")
-        batch, self.rows_each = len(values.perturbation.x), rows.shape[1]
-        rows = rows.expand(batch, -1, -1).flatten(0, 1)
+        if direction not in DIRECTIONS or (direction == "both" and chain == "interval"):
+            known = ", ".join(DIRECTIONS)
+            raise ValueError(f"the direction must be one of {known}, with lines, not {direction!r}")
+        self._of_values, self._asked = values, rows.expand(len(values.perturbation.x), -1, -1)
+        self.direction, self.rows_each = direction, rows.shape[1]
+        rows = self._asked.flatten(0, 1)
         moving = [not values.is_exact(node) for node in values.graph.nodes]
         graph = repeated(values.graph, self.rows_each)
         self.adjoint = Adjoint(graph, rows, moving, "chord" if chain == "interval" else chain)
         method = "ibp" if chain == "interval" else "crown"
-        known = self._operands(values, graph)
+        known = known_operands(values, graph, self.rows_each)
         super().__init__(self.adjoint.graph, values.perturbation.repeated(self.rows_each), method, None, sound, known)
         self.chain, self._network = chain, values.graph
         self._norms = NormPass(self.perturbation.norm, self, values.graph)
-
-    def _operands(self, values: BoundPass, graph: Graph) -> dict[Node, Interval]:
-        """Intervals of what non-linear nodes read, and of what that is a part of: nothing has to be bounded again."""
-        operands = {operand for node in values.graph.nodes if isinstance(node, NonLinear) for operand in node.parents}
-        operands |= {operand.bounded_through for operand in operands}
-        known = {}
-        for operand in operands:
-            low, high = values.interval(operand)
-            known[graph.nodes[operand.index]] = (self._for_rows(low), self._for_rows(high))
-        return known
-
-    def _for_rows(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.shape[0] == 1 else tensor.repeat_interleave(self.rows_each, dim=0)
 
     @property
     def frames(self) -> list[int]:
@@ -70,7 +70,11 @@ class JacobianPass(BoundPass):
         node, weight = self.adjoint.frames[frame]
         columns = weight.T[None]
         lower, minus_upper = self.least(node, torch.cat((columns, -columns), dim=1)).split(weight.shape[1], dim=-1)
-        return intersect((lower, -minus_upper), (lower, -minus_upper))
+        backward = (lower, -minus_upper)
+        if self.direction == "backward":
+            return intersect(backward, backward)
+        sound = self.rounding is not None
+        return intersect(backward, forward_bounds(self._of_values, self._asked, frame, self.chain, sound))
 
     def least(self, node: Node, rows: Tensor) -> Tensor:
         """Lower bounds of ``rows @ node``, the better of intervals and a backward pass, (batch * n_rows, rows)."""

@@ -1,0 +1,112 @@
+"""Bounds of the Jacobian from the input on: RecurJac's other direction.
+
+The derivatives of the nodes along a vector of the input are handed on from layer to layer, W t through a linear node,
+kappa * t through a non-linear one: a network as deep as the network itself, for every coordinate of the input. Bounds
+differ from those of the backward direction (``utils.jacobian.passes``): other values are replaced by lines. Each
+is tighter on some entries, and the best of both holds. It costs a pass for every coordinate.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from ..bounds.passes import BoundPass, intersect
+from ..graph.graph import Graph
+from ..graph.nodes import Constant, Frame, Interval, Linear, Node, WeightedSum
+from ..graph.nonlinear import NonLinear
+from ..graph.picks import Concat
+from .adjoint import Derivative, repeated
+
+AT_ONCE = 2**21  # coefficients of hidden neurons in one pass
+
+
+class Tangents:
+    """A graph with the derivatives of its nodes along some vectors of one frame appended.
+
+    Attributes:
+        graph: the nodes of the given graph, and then the tangents.
+        output: that of the output; None if nothing comes to it from the frame.
+    """
+
+    def __init__(self, graph: Graph, frame: int, vectors: Tensor, chain: str):
+        """``vectors`` are (batch, frame size), one a sample."""
+        self.graph, self.chain = Graph(), chain
+        self.graph.nodes, self.graph.recurrent = list(graph.nodes), True
+        self._of: dict[Node, Node] = {}
+        for node in graph.nodes:
+            if isinstance(node, Frame):
+                if node.frame == frame:
+                    self._of[node] = self.graph.add(Constant(vectors))
+            elif any(parent in self._of for parent in node.parents):
+                self._of[node] = self._tangent(node)
+        self.output = self._of.get(graph.output)
+
+    def _tangent(self, node: Node) -> Node:
+        if isinstance(node, NonLinear):
+            known = [(number, parent) for number, parent in enumerate(node.parents) if parent in self._of]
+            parts = [self.graph.add(Derivative(self._of[p], node, number, self.chain)) for number, p in known]
+            return parts[0] if len(parts) == 1 else self.graph.add(WeightedSum(tuple(parts)))
+        if isinstance(node, Linear):
+            pairs = [(self._of[p], w) for p, w in zip(node.parents, node.weights, strict=True) if p in self._of]
+            parents, weights = zip(*pairs, strict=True)
+            return self.graph.add(Linear(parents, weights, torch.zeros_like(node.bias)))
+        if isinstance(node, WeightedSum):
+            pairs = [(self._of[p], f) for p, f in zip(node.parents, node.factors, strict=True) if p in self._of]
+            return self.graph.add(WeightedSum(*zip(*pairs, strict=True)))
+        twin = copy.copy(node)  # that picks elements
+        twin.parents = tuple(self._or_zero(parent, isinstance(node, Concat)) for parent in node.parents)
+        return self.graph.add(twin)
+
+    def _or_zero(self, node: Node, missing: bool) -> Node:
+        if missing and node not in self._of:
+            like = next(n for n in self.graph.nodes if isinstance(n, Linear)).bias
+            return self.graph.add(Constant(like.new_zeros(node.size)))
+        return self._of[node]
+
+
+def forward_bounds(values: BoundPass, rows: Tensor, frame: int, chain: str, sound: bool = True) -> Interval:
+    """Lower and upper bounds of the gradients of ``rows @ output`` in a frame, (batch * n_rows, n) each.
+
+    Arguments as for ``JacobianPass``; chain is "chord" or "recurjac".
+    """
+    batch, count = rows.shape[:2]
+    width = next(node.size for node in values.graph.frames if node.frame == frame)
+    hidden = max(node.size for node in values.graph.nodes if not isinstance(node, Frame))
+    size = max(1, AT_ONCE // (batch * 2 * hidden**2))
+    parts = [_columns(values, rows, frame, part, chain, sound) for part in torch.arange(width).split(size)]
+    lower, upper = (torch.cat(ends, dim=1).mT.reshape(batch * count, width) for ends in zip(*parts, strict=True))
+    return intersect((lower, upper), (lower, upper))
+
+
+def _columns(values: BoundPass, rows: Tensor, frame: int, which: Tensor, chain: str, sound: bool) -> Interval:
+    """Of some coordinates of the frame, (batch, coordinates, n_rows) each."""
+    batch, times = len(rows), len(which)
+    width = next(node.size for node in values.graph.frames if node.frame == frame)
+    vectors = torch.eye(width, dtype=rows.dtype, device=rows.device)[which].repeat(batch, 1)
+    graph = repeated(values.graph, times)
+    tangents = Tangents(graph, frame, vectors, chain)
+    if tangents.output is None:
+        nothing = rows.new_zeros(batch, times, rows.shape[1])
+        return nothing, nothing
+    known = known_operands(values, graph, times)
+    around = values.perturbation.repeated(times)
+    bounds = BoundPass(tangents.graph, around, "crown", None, sound, known)
+    both = torch.cat((rows, -rows), dim=1).repeat_interleave(times, dim=0)
+    cheap = bounds.interval_lower_bound(tangents.output, both)
+    least = torch.maximum(cheap, bounds.lower_bound(tangents.output, both)).reshape(batch, times, -1)
+    lower, minus_upper = least.split(rows.shape[1], dim=-1)
+    return lower, -minus_upper
+
+
+def known_operands(values: BoundPass, graph: Graph, times: int) -> dict[Node, Interval]:
+    """Intervals of what non-linear nodes read, and of what that is a part of, for the graph ``repeated`` so often."""
+    operands = {operand for node in values.graph.nodes if isinstance(node, NonLinear) for operand in node.parents}
+    operands |= {operand.bounded_through for operand in operands}
+
+    def for_rows(tensor: Tensor) -> Tensor:
+        return tensor if tensor.shape[0] == 1 else tensor.repeat_interleave(times, dim=0)
+
+    return {graph.nodes[operand.index]: tuple(map(for_rows, values.interval(operand))) for operand in operands}
