@@ -48,7 +48,7 @@ from torch import Tensor
 from data.mnist import as_frames, load_mnist
 from utils.bounds.curve import CurvedPass
 from utils.bounds.passes import intersect
-from utils.certify.bab import TUNING, refine_margins
+from utils.certify.bab import TUNING, best_margins
 from utils.certify.problem import MarginProblem, margin_problem, select_curves
 from utils.graph.nonlinear import NonLinear
 from utils.network.checkpoint import load_checkpoint
@@ -152,7 +152,7 @@ def main() -> None:
             eps = torch.tensor([size])
             problem.tune_curves(eps, TUNING, 2 if args.dry_run else 40)
             margins = problem.margins(eps, TUNING)
-            further = refine_margins(problem, eps, TUNING, margins)
+            further = torch.maximum(margins, best_margins(problem, eps, TUNING))
             split, parts = by_splitting(problem, eps, args)
             worst = f"{float(margins.min()):.3f} | {float(further.min()):.3f} | {split:.3f}"
             print(f"| `{name}` | {size:g} | {image} | {worst} | {parts} |", flush=True)

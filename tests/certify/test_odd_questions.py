@@ -52,7 +52,7 @@ def test_a_model_without_nonlinearities(method):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("ball", "fastlin", "spectral")])
 def test_a_sample_of_which_nothing_moves(method, batch_size):
     model, x = recurrent(), torch.rand(2, 4, 3, dtype=torch.float64)
     labels = model(x).argmax(dim=1)

@@ -49,14 +49,16 @@ def call(script: str, *arguments: object) -> Outcome:
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        mock.patch.dict(sys.modules, {spec.name: module}),
         mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
     ):
-        spec.loader.exec_module(module)
+        sys.modules[spec.name] = module  # and out again by itself: modules that it imports must stay
         try:
+            spec.loader.exec_module(module)
             run_main(module.main)
         except SystemExit as end:
             code = end.code or 0
+        finally:
+            del sys.modules[spec.name]
     return Outcome(code, out.getvalue(), err.getvalue())
 
 

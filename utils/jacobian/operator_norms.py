@@ -84,6 +84,10 @@ class NormPass:
 
     def through(self, weight: Tensor, node: Node) -> Tensor:
         """Of W^T a, for the node a."""
+        known = self._value(node)
+        if known is not None:
+            value, size = known
+            return self._of_value(value @ weight, size @ weight.abs())
         return _times(self.of_matrix(weight), self(node))
 
     @singledispatchmethod
