@@ -137,6 +137,7 @@ def test_a_broken_bound_stops_the_script_and_leaves_the_evidence(name, function,
     assert not (tmp_path / name / "table.md").exists()
 
 
+@pytest.mark.full  # test_interrupted_runs.py and test_decide.py have the same of others: one function shares rows
 @pytest.mark.real_rounding
 def test_two_processes_make_the_table_of_one(place, tmp_path):
     models, data = place

@@ -226,6 +226,7 @@ def test_another_run_is_not_resumed(words, points, tmp_path):
     assert rows_of(points.folder) == before
 
 
+@pytest.mark.full  # test_interrupted_runs.py and test_decide.py have the same of others: one function shares rows
 @pytest.mark.real_rounding
 def test_two_processes_give_the_rows_of_one(words, tmp_path):
     place = words.copy(tmp_path)
