@@ -50,6 +50,7 @@ def get_args() -> argparse.Namespace:
     add_method_arguments(group)
     group.add_argument("--layer-bound", choices=LAYER_BOUNDS, help="RecurJac's names of what bounds the layers")
     group.add_argument("--jacobian-bound", choices=JACOBIAN_BOUNDS, help="RecurJac's names of what bounds gradients")
+    group.add_argument("--quad", action="store_true", help="RecurJac's name of --method parabola")
     add_search_arguments(group)
     add_common_arguments(parser)
     args = parser.parse_args()
@@ -63,6 +64,9 @@ def get_args() -> argparse.Namespace:
 def by_other_names(args: argparse.Namespace) -> None:
     """Set --method and what belongs to it from RecurJac's names. Raises ValueError if they contradict each other."""
     args.time_step, args.frames, args.per_frame, args.ball, args.save_certificate = 1, None, False, "frame", False
+    if args.quad and (args.method != "crown" or args.layer_bound or args.jacobian_bound):
+        raise ValueError("--quad stands for --method parabola: give it no other bound")
+    args.method = "parabola" if args.quad else args.method
     if args.layer_bound is None and args.jacobian_bound is None:
         return
     if args.method != "crown" or args.chain or args.layer_method:

@@ -207,7 +207,9 @@ def test_the_network_test_catches_a_joint_bound_that_forgets_the_remainders(monk
 
 
 @pytest.mark.parametrize(("cell", "options"), CELLS)
-@pytest.mark.parametrize("norm", [1.0, 2.0, INF])
+@pytest.mark.parametrize(
+    "norm", [pytest.param(1.0, marks=pytest.mark.full), pytest.param(2.0, marks=pytest.mark.full), INF]
+)
 def test_every_method_is_at_least_as_tight_as_the_cheaper_one(cell, options, norm):
     model = network(cell, **options)
     x, labels = sequences(model)
@@ -238,7 +240,7 @@ def test_curves_certify_more_where_many_neurons_add_their_errors():
     assert (attacked > 0).all()
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("factor", [0.0, pytest.param(0.5, marks=pytest.mark.full), 100.0])
 @pytest.mark.parametrize("norm", [2.0, INF])
 def test_no_estimate_is_a_verdict(monkeypatch, factor, norm):
     """Estimates that are far too good or bad lead tuning and the forecast of radii astray, but radii stay certified."""

@@ -40,7 +40,7 @@ class LeavesOut(nn.Module):
         return self.inner(x[:, 1:])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "parabola"])
 def test_a_model_without_nonlinearities(method):
     """Radii are exact: margin over the norm of its gradient."""
     model, x = linear(), torch.rand(3, 1, 8, dtype=torch.float64)
@@ -52,7 +52,9 @@ def test_a_model_without_nonlinearities(method):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("ball", "fastlin", "spectral")])
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name not in ("ball", "fastlin", "parabola", "spectral")]
+)
 def test_a_sample_of_which_nothing_moves(method, batch_size):
     model, x = recurrent(), torch.rand(2, 4, 3, dtype=torch.float64)
     labels = model(x).argmax(dim=1)

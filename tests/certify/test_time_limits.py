@@ -47,7 +47,7 @@ def ask(question: str, limit: float, **how) -> object:
 
 
 @pytest.mark.parametrize("question", ["radius", "margin", "decide"])
-@pytest.mark.parametrize("limit", [2.0, 8.0, pytest.param(60.0, marks=pytest.mark.full)])
+@pytest.mark.parametrize("limit", [2.0, *(pytest.param(limit, marks=pytest.mark.full) for limit in (8.0, 60.0))])
 def test_limits_hold_whatever_part_of_the_work_they_fall_in(question, limit, spent):
     ask(question, limit)
     assert spent[0] <= 2 * max(1.1 * limit, limit + 1.0)

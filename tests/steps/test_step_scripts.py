@@ -239,6 +239,7 @@ def test_two_processes_give_the_rows_of_one(words, tmp_path):
     assert {path.name for path in place.folder.iterdir()} == {path.name for path in words.folder.iterdir()}
 
 
+@pytest.mark.full  # test_interrupted_runs.py has the same of the bound scripts: one function writes the rows
 @pytest.mark.real_rounding
 def test_what_a_killed_process_finished_is_kept(points, tmp_path):
     place = points.copy(tmp_path)

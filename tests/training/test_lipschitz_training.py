@@ -46,7 +46,7 @@ def test_gradients_match_finite_differences():
     for step in (1e-6, -1e-6):
         with torch.no_grad():
             weight.add_(step * direction)
-        values.append(float(local_constants(model, x, labels, 0.05).sum()))
+        values.append(float(local_constants(model, x, labels, 0.05).sum().detach()))
         with torch.no_grad():
             weight.sub_(step * direction)
     assert float((gradient * direction).sum()) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)

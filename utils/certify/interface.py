@@ -56,7 +56,10 @@ def certified_margin(
         method: "crown", "ibp" or "crown-ibp" (``utils.bounds``); "ball": layers as l_2 balls, with slopes tuned to the
             sample (``bounds.balls``; p = 2, feed-forward networks); "alpha": "crown" with slopes tuned to the sample;
             "curve": curved bounds as well, slopes and curvatures tuned (``bounds.curve``); "bab": after these, curved
-            bounds of every target class by itself, until ``time_limit`` (``utils.certify.bab``).
+            bounds of every target class by itself, until ``time_limit`` (``utils.certify.bab``). "fastlin":
+            Fast-Lin; "parabola": quadratic bounds of one hidden layer of relu; "spectral": the product of the layers'
+            norms; "jacobian": bounds of gradients, integrated; "shell": these and ``layers`` in turn
+            (``utils.jacobian.shells``).
         relaxation: of an LSTM's or GRU's gate products: "plane", "volume", "line" or "constant" (``utils.relaxation``).
         lengths: (batch,) number of frames that count in each sample; those after are padding. None for all.
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.

@@ -18,6 +18,7 @@ METHODS = Registry(
         "curve": "bounds.passes:crown",
         "bab": "bounds.passes:crown",
         "fastlin": "bounds.fastlin:fastlin",
+        "parabola": "bounds.parabola:parabola",
         "spectral": "jacobian.shells:spectral",
         "jacobian": "jacobian.shells:jacobian",
         "shell": "jacobian.shells:shell",

@@ -26,7 +26,7 @@ from ..runs.cli import ROOT, add_common_arguments, non_negative_int, norm_value,
 TARGETS = ("random", "runnerup", "least")
 # Flags that have an effect with some methods only: their values if they are left out, and these methods.
 OF_METHODS = {
-    "relaxation": ("plane", tuple(name for name in METHODS if name not in ("ibp", "ball", "spectral"))),
+    "relaxation": ("plane", tuple(name for name in METHODS if name not in ("ibp", "ball", "parabola", "spectral"))),
     "alpha_steps": (ALPHA_STEPS, WITH_SLOPES),
     "curve_steps": (CURVE_STEPS, CURVED_METHODS),
     "time_limit": (TIME_LIMIT, ("bab",)),
@@ -114,8 +114,9 @@ def add_method_arguments(group) -> None:
         default="crown",
         help="bounds: backward, interval, or both; alpha: backward, slopes tuned to each image (10 times the time); "
         "curve: curved bounds too, tuned (100 times and more); bab: each target by itself, up to --time-limit; "
-        "ball: layers as l_2 balls (not for recurrent networks); fastlin: parallel lines (relu); spectral: products of "
-        "norms; jacobian: bounds of gradients, integrated; shell: these and --layer-method in turn",
+        "ball: layers as l_2 balls (not for recurrent networks); fastlin: parallel lines (relu); parabola: one hidden "
+        "layer of relu; spectral: products of norms; jacobian: bounds of gradients, integrated; shell: these and "
+        "--layer-method in turn",
     )
     add_effort_arguments(group)
     add_gradient_arguments(group)

@@ -50,7 +50,7 @@ def describe_method(args: argparse.Namespace) -> str:
         return f"{kind}: {args.chain} over {args.layer_method}, {args.lipsteps} shells"
     steps["bab"] = f"up to {args.time_limit:g} s an image"
     effort = f" ({steps[args.method]})" if args.method in steps else ""
-    planes = "" if args.method in ("ibp", "fastlin", "spectral") else f", {relaxation_of(args)}s"
+    planes = "" if args.method in ("ibp", "ball", "fastlin", "parabola", "spectral") else f", {relaxation_of(args)}s"
     return f"{args.method}{effort}{planes}"
 
 
