@@ -76,6 +76,8 @@ def main() -> None:
     apply_common_arguments(args)
     checkpoint = find_checkpoint(args.model)
     model, config = load_checkpoint(checkpoint)
+    if config["architecture"] == "mlp":
+        raise ValueError(f"{checkpoint} is a multi-layer perceptron: torch.onnx.export writes it")
     num_frames, name = config["num_frames"], checkpoint.resolve().parent.name
     drawing = {"N": args.N, "seed": args.seed, "time_step": num_frames, "dtype": "float64", "untargeted": True}
     samples = draw_samples(load_mnist(args.data_dir), model, argparse.Namespace(**drawing))

@@ -74,14 +74,14 @@ def plan(cases: list[Case], args: argparse.Namespace) -> Table:
 
 def keys_of(case: Case, norm: float, sample: int) -> list[FrameKey]:
     numbers = [int(values[sample]) for values in (case.index, case.labels, case.targets)]
-    return [FrameKey(case.name, norm, *numbers, frame) for frame in range(case.config["num_frames"])]
+    return [FrameKey(case.name, norm, *numbers, frame) for frame in range(case.config.get("num_frames", 1))]
 
 
 def measure(case: Case, norm: float, batch: list[int]) -> list[FrameRow]:
     """The radii of all slices of some samples; no ball is larger than one that holds every slice."""
     largest = 1.0 if norm == inf else case.x.shape[2] ** (1 / norm)
     radii, seconds = [], []
-    for frame in range(case.config["num_frames"]):
+    for frame in range(case.config.get("num_frames", 1)):
         started = time.perf_counter()
         options = {"norm": norm, "targets": case.targets[batch], "frames": frame, "max_eps": largest}
         radii.append(certified_radius(case.model, case.x[batch], case.labels[batch], **options).tolist())

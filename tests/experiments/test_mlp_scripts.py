@@ -192,3 +192,12 @@ def test_lipschitz_scripts_of_recurrent_models(folder, tmp_path, script):
     rows = list(csv.DictReader((tmp_path / "o" / "certified_bound.csv").read_text().splitlines()))
     assert {row["frame"] for row in rows} == {"all", "0", "1", "2", "3"}
     assert all(float(row["constant"]) >= 0 for row in rows)
+
+
+def test_decide_takes_perceptrons_and_export_says_that_it_does_not(folder, tmp_path):
+    path = folder / "mlp_6_5_relu" / "mlp"
+    given = ("--model", path, "--data-dir", folder)
+    outcome = call("scripts/decide.py", *given, "--eps", 0.01, "--N", 3, "--time-limit", 2, "--out-dir", tmp_path)
+    assert outcome.code == 0 and " of 3 test images" in outcome.out, outcome.err
+    outcome = call("scripts/export_model.py", *given, "--out-dir", tmp_path)
+    assert outcome.code == 2 and "torch.onnx.export" in outcome.err and len(outcome.err.splitlines()) == 1

@@ -65,12 +65,12 @@ def load_case(name: str, data: ImageData, args: argparse.Namespace, device: torc
     """
     path = case_path(name)
     model, config = load_checkpoint(path, device)
-    options = {"time_step": config["num_frames"], "dtype": "float64", "untargeted": False, "target": "random"}
+    options = {"time_step": config.get("num_frames", 1), "dtype": "float64", "untargeted": False, "target": "random"}
     options |= {"per_frame": False, "frames": None, "clip": False, "p": 2.0, "save_certificate": False}
     drawing = argparse.Namespace(**(vars(copy.copy(args)) | options))
     check_arguments(drawing)
     samples = draw_samples(data, model, drawing)
-    x = samples.frames(config["num_frames"]).to(device)
+    x = samples.frames(config.get("num_frames", 1)).to(device)
     labels, targets = samples.labels.to(device), samples.targets.to(device)
     return Case(case_name(name, path, config), config, model, x, labels, targets, samples.index, path)
 
@@ -83,7 +83,7 @@ def load_all_images(
     model, config = load_checkpoint(path, device)
     index, generator = draw_index(data, args)
     targets = random_targets(data, index, generator).to(device) if targeted else None
-    x = as_frames(data.test_x[index], config["num_frames"]).to(device)
+    x = as_frames(data.test_x[index], config.get("num_frames", 1)).to(device)
     return Case(case_name(name, path, config), config, model, x, data.test_y[index].to(device), targets, index, path)
 
 
