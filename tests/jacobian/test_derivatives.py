@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import intervals, normal
 
+from utils.relaxation import ACTIVATIONS
 from utils.relaxation.derivatives import CHAINS, derivative_ranges, factor_interval, relax_factor
 from utils.relaxation.lines import Plane, Relaxation
 
@@ -180,3 +181,11 @@ def test_lines_are_inside_the_interval_or_the_product_itself(chain):
         exact = torch.maximum(low * a, high * a)
         sure = (l >= 0) | (u <= 0) | (low == high) if chain == "recurjac" else torch.ones_like(l, dtype=torch.bool)
         assert ((line - exact).abs() <= 1e3 * room)[sure].all()
+
+
+@pytest.mark.parametrize("name", [name for name, known in ACTIVATIONS.items() if known.steepest is not None])
+def test_the_greatest_derivative_is_that_of_balls(name):
+    """``Activation.steepest``, which norm balls go by, and the range over the whole line say the same."""
+    whole = torch.tensor([1e3], dtype=torch.float64)
+    ((_, high),) = derivative_ranges(name, (-whole, whole))
+    assert float(high) == pytest.approx(ACTIVATIONS[name].steepest, rel=1e-12)

@@ -31,7 +31,7 @@ from ..graph.graph import Graph
 from ..graph.nodes import Bounds, Frame, Interval, Linear, Node, apply_rows
 from ..graph.nonlinear import Activation, NonLinear
 from ..perturbation.sets import InputSet
-from .eigenvalues import eigenvalue_bound
+from .eigenvalues import spectral_norm
 
 LEVELS = 10  # multipliers that are tried at once, twice
 LOWEST_LEVEL = -7.0  # log of the least of them, over the greatest that can be best
@@ -113,7 +113,7 @@ class Balls:
     # --- norms ---
 
     def norm(self, weight: Tensor) -> Tensor:
-        return self.bounds.graph.once(("spectral norm",), (weight,), lambda: spectral_norm(weight))
+        return self.bounds.graph.once(("norm", 2.0), (weight,), lambda: spectral_norm(weight))
 
     def _row_norms(self, weight: Tensor) -> Tensor:
         return self.bounds.graph.once(("rows",), (weight,), lambda: torch.linalg.vector_norm(weight, dim=-1))
@@ -221,26 +221,6 @@ class Balls:
             level, step = levels.gather(0, best).squeeze(0), (high - low) / (LEVELS - 1)
             low, high = level - step, level + step
         return most * level.exp()
-
-
-def spectral_norm(weight: Tensor) -> Tensor:
-    """Upper bound, a little above it, of a matrix's spectral norm, with the norm's gradient if the matrix has one.
-
-    ||W||^2 is the greatest eigenvalue of W W^T. In double precision, that product of n terms errs by no more than n
-    units of ||W||_F^2 in the Frobenius norm.
-    """
-    with torch.no_grad():
-        unit = weight.abs().amax().double() if weight.numel() else weight.new_zeros((), dtype=torch.float64)
-        scaled = weight.double() / torch.where(unit > 0, unit, 1.0)
-        scaled = scaled if scaled.shape[0] <= scaled.shape[1] else scaled.T
-        squares = scaled @ scaled.T
-        rounding = 2.0 * (scaled.shape[1] + 4) * torch.finfo(torch.float64).eps
-        bound = eigenvalue_bound(squares[None])[0] + rounding * torch.linalg.matrix_norm(scaled) ** 2
-        bound = (unit * bound.clamp(min=0.0).sqrt()).to(weight) * (1.0 + 4.0 * torch.finfo(weight.dtype).eps)
-    if not weight.requires_grad or not torch.is_grad_enabled():
-        return bound
-    estimate = torch.linalg.matrix_norm(weight, 2)
-    return bound + (estimate - estimate.detach())
 
 
 def squares_in_ball(weights: Tensor, reach: Tensor, radius: Tensor) -> Tensor:

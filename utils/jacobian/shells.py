@@ -119,10 +119,7 @@ class ShellPass:
     """Margins by integrated gradients over one perturbation set; made and asked like a ``BoundPass``."""
 
     def __init__(self, graph: Graph, perturbation: Perturbation, sound: bool = True, shells: int = SHELLS, **how):
-        """``how``: ``chain``, how gradients are bounded; ``layers``, the pass over the network; ``direct``: the shell
-
-        rule.
-        """
+        """``how`` has ``chain``, how gradients are bounded; ``layers``, the pass over the network; ``direct``."""
         self.graph, self.perturbation, self.sound, self.how = graph, perturbation, sound, how
         shares = torch.arange(1, shells + 1, device=perturbation.x.device) / shells
         self.shares = shares.to(perturbation.x.dtype)
