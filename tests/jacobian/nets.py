@@ -27,7 +27,7 @@ from utils.network.models import SequenceClassifier
 from utils.network.unroll import CELLS, ResetFirstGRUCell, unroll
 
 FRAMES, SIZE, CLASSES = 3, 3, 3
-ACTIVATIONS = ("tanh", "sigmoid", "relu", "leaky_relu(0.2)", "hardtanh(-0.7, 0.9)")
+ACTIVATIONS = ("tanh", "sigmoid", "relu", "leaky_relu(0.2)", "hardtanh(-0.7, 0.9)", "arctan", "softplus", "elu")
 
 
 def gated(kind: type[nn.RNNBase], seed: int = 0, **options) -> SequenceClassifier:

@@ -33,6 +33,9 @@ def gate_slope(y):
 EXACT = {
     "tanh": (tanh_slope,),
     "sigmoid": (gate_slope,),
+    "arctan": (lambda y: 1 / (1 + y**2),),
+    "softplus": (gate,),
+    "elu": (lambda y: min(mpmath.mpf(1), mpmath.exp(y)),),
     "x*sigmoid(y)": (lambda x, y: gate(y), lambda x, y: x * gate_slope(y)),
     "tanh(x)*sigmoid(y)": (lambda x, y: tanh_slope(x) * gate(y), lambda x, y: mpmath.tanh(x) * gate_slope(y)),
 }
