@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..graph.graph import Graph
+from ..graph.mix import weighted_sum
 from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum
 from ..graph.nonlinear import Activation, Product
 from ..graph.picks import Negative, Slice
@@ -268,7 +269,7 @@ class Builder:
         distinct = len({node for node, _ in terms}) == len(terms)
         if not linear and distinct and all(self._is_run(node, part) for node, part in terms):
             parents = [self._vector(_plain(part)) for _, part in terms]
-            total = self.graph.add(WeightedSum(tuple(parents), tuple(_factor(part.scale) for _, part in terms)))
+            total = self.graph.add(weighted_sum(tuple(parents), tuple(_factor(part.scale) for _, part in terms)))
             return Symbol(*_parts(self._local(total), shift))
         size = len(shift)
         shift_size = sum(part.shift.detach().abs() for part in parts)
@@ -312,7 +313,7 @@ class Builder:
                 continue
             gates = [(b, self._once("negative", (y,), None, lambda y=y: Negative(y))), *([] if a is None else [(a, y)])]
             gated = tuple(self._gated(*pair) for pair in gates)
-            total = gated[0] if a is None else self.graph.add(WeightedSum(gated))
+            total = gated[0] if a is None else self.graph.add(weighted_sum(gated))
             return self._local(total).view(lambda values, offsets=offsets: values[offsets])
         return None
 

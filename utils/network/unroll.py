@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.graph import Graph
+from ..graph.mix import weighted_sum
 from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum
 from ..graph.nonlinear import Activation, Product
 from ..graph.picks import LastState, Negative, Slice
@@ -89,7 +90,7 @@ class GRUCell(Cell):
         n = self.new_state(inputs, tuple(w[new] for w in weights), h, r)
         n = self.graph.add(Product(n, self.graph.add(Negative(z)), "tanh(x)*sigmoid(y)", self.relaxation))
         kept = self.graph.add(Product(h, z, "x*sigmoid(y)", self.relaxation))
-        return (self.graph.add(WeightedSum((n, kept))),)
+        return (self.graph.add(weighted_sum((n, kept))),)
 
     def new_state(self, inputs: tuple[Node, ...], weights: tuple[Tensor, ...], h: Node, r: Node) -> Node:
         """What n is the tanh of."""
