@@ -11,7 +11,7 @@ are the rows [I; -I] of one backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..graph.graph import Graph
 from ..graph.nodes import Frame, Interval, Linear, Node
 from ..graph.nonlinear import NonLinear
+from ..perturbation.lp_ball import dual_norm
 from ..perturbation.sets import Perturbation
 from ..relaxation.lines import Plane, Relaxation
 from .balls import Balls
@@ -61,6 +62,7 @@ class BoundPass:
         self._target: Node | None = None  # of the backward pass at work
         self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
+        self._weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._intervals: dict[Node, Interval] = dict(intervals or {})
         self._known = frozenset(self._intervals)
         self._relaxations: dict[Node, Relaxation] = {}
@@ -166,6 +168,24 @@ class BoundPass:
     def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor:
         """``Perturbation.frame_deviation`` for the samples of the node at work."""
         return self._narrowed().frame_deviation(frame.frame, coefficients)
+
+    def weight_deviation(self, frame: Frame, weight: Tensor) -> Tensor:
+        """``deviation`` for a Linear child's weight, (size, frame size); frames that share it share the work."""
+        perturbation = self._narrowed()
+        if perturbation.norms_weights:
+            norms = self._of_weight("norm", weight, lambda: dual_norm(weight, perturbation.norm))
+            return perturbation.eps[:, frame.frame, None] * norms
+        return perturbation.frame_deviation(frame.frame, weight[None])
+
+    def absolute(self, weight: Tensor) -> Tensor:
+        """The absolute values of a weight, made once for the nodes that share it."""
+        return self._of_weight("absolute", weight, weight.abs)
+
+    def _of_weight(self, what: str, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        key = (what, id(weight))
+        if key not in self._weights:
+            self._weights[key] = (weight, make())  # the weight is kept, so that its id stays its own
+        return self._weights[key][1]
 
     def _narrowed(self) -> Perturbation:
         if self._samples is None:

@@ -39,6 +39,10 @@ class Bounds(Protocol):
 
     def offset(self, node: Linear) -> Tensor: ...
 
+    def absolute(self, weight: Tensor) -> Tensor: ...
+
+    def weight_deviation(self, frame: Frame, weight: Tensor) -> Tensor: ...
+
     def relaxation(self, node: Node) -> Relaxation: ...
 
     def signed_parts(self, coefficients: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -232,11 +236,13 @@ class Linear(Node):
         for parent, weight in self.inexact_parents(bounds):
             folded = weight[None] if rows is None else rows @ weight
             if isinstance(parent, Frame):
-                radius = radius + bounds.deviation(parent, folded)
+                own = bounds.weight_deviation(parent, weight) if rows is None else bounds.deviation(parent, folded)
+                radius = radius + own
                 continue
             low, high = bounds.interval(parent)
+            sizes = bounds.absolute(weight)[None] if rows is None else folded.abs()
             center = center + apply_rows(folded, 0.5 * (low + high))
-            radius = radius + apply_rows(folded.abs(), 0.5 * (high - low))
+            radius = radius + apply_rows(sizes, 0.5 * (high - low))
         return center, radius
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor:

@@ -37,6 +37,11 @@ class InputSet:
         """Whether balls look the same in any orthonormal coordinates."""
         return self.norm == 2.0
 
+    @property
+    def norms_weights(self) -> bool:
+        """Whether a frame's deviation is its eps times a norm of the coefficients."""
+        return False
+
     def half_widths(self, frame: int) -> Tensor:
         """Half the sides of the frame's box, (batch, n)."""
         raise NotImplementedError
@@ -140,6 +145,10 @@ class Perturbation(InputSet):
         if self._box is not None:
             return self._box[1][:, frame]
         return self.eps[:, frame, None].expand_as(self.x[:, frame])
+
+    @property
+    def norms_weights(self) -> bool:
+        return self._box is None
 
     def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
         """Most that A_t x'_t can deviate from A_t center_t, (batch, rows), for A_t (batch or 1, rows, n).

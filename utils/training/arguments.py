@@ -80,6 +80,9 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("stack")
     group.add_argument("--num-layers", type=positive_int, default=1, help="recurrent layers on top of each other")
     group.add_argument("--bidirectional", action="store_true", help="read the frames in both directions")
+    group.add_argument(
+        "--pooling", choices=("last", "mean"), default="last", help="state that the classes are read off"
+    )
 
 
 def add_text_training_arguments(parser: argparse.ArgumentParser, task: TextTask) -> None:
