@@ -50,6 +50,7 @@ def main() -> None:
         # Build.
         config = make_config(args, "gru", None, data, recipe)
         model = build_model(config).to(device)
+        objective.prepare(model)
         path = args.save_dir / model_name(config) / "gru"
         if args.dry_run:
             return rehearse(model, frames[0], labels[0], args, path, objective)

@@ -50,6 +50,7 @@ def main() -> None:
         # Build.
         config = make_config(args, "lstm", None, data, recipe)
         model = build_model(config).to(device)
+        objective.prepare(model)
         path = args.save_dir / model_name(config) / "lstm"
         if args.dry_run:
             return rehearse(model, frames[0], labels[0], args, path, objective)

@@ -51,6 +51,7 @@ def main() -> None:
         # Build.
         config = make_config(args, "rnn", args.activation, data, recipe)
         model = build_model(config).to(device)
+        objective.prepare(model)
         path = args.save_dir / model_name(config) / "rnn"
         if args.dry_run:
             return rehearse(model, frames[0], labels[0], args, path, objective)

@@ -44,6 +44,9 @@ class History:
 class Objective:
     """What a training minimises, how its rate goes and what is watched; plain training. Others override."""
 
+    def prepare(self, model: nn.Module) -> None:
+        """Change an untrained model's weights to what the training had better begin with."""
+
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
         """Mean over the batch x, (batch, T, n), with labels y, (batch,), after a share ``progress`` of all steps."""
         return nn.functional.cross_entropy(model(x), y)

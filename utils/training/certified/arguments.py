@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 
 from ...choices.tables import BALLS
 from ...runs.cli import non_negative_float, non_negative_int, norm_value, positive_float, positive_int
-from ..arguments import probability
+from ..arguments import PLAIN_DECAY, probability
 from .recipe import LOSSES, Recipe
 
 # Flags, by field of a recipe, that have an effect with some losses only.
@@ -50,8 +50,13 @@ def add_certified_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--small-box", type=positive_float, help="radius of sabr's boxes, as a share of the ball's")
     group.add_argument("--mtl-alpha", type=positive_float, help="share of the interval loss in mtl-ibp")
     group.add_argument("--attack-steps", type=positive_int, help="gradient steps to the points of sabr and mtl-ibp")
-    group.add_argument("--l1", type=non_negative_float, help="weight of the sum of all |weights| that meet the input")
+    group.add_argument(
+        "--input-penalty",
+        type=non_negative_float,
+        help="weight of the sum of the dual norms of all rows of weights that meet the input",
+    )
     group.add_argument("--tightness", type=non_negative_float, help="weight of a penalty on boxes that grow")
+    group.add_argument("--hidden-scale", type=non_negative_float, help="factor of the initial W_hh of recurrent layers")
     group.add_argument(
         "--held-back",
         type=positive_int,
@@ -68,6 +73,8 @@ def recipe_of(args: argparse.Namespace, frames: int) -> Recipe | None:
     given = {field.name: getattr(args, _dest(field.name), None) for field in fields(Recipe) if field.name != "loss"}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     told = {name: value for name, value in given.items() if value is not None}
+    if args.weight_decay is None:
+        args.weight_decay = PLAIN_DECAY if args.certified is None else 0.0
     if args.certified is None:
         wanted = [*told, *(["held_back"] if args.held_back else [])]
         if wanted:

@@ -21,6 +21,13 @@ class Certified(Objective):
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
+    @torch.no_grad()
+    def prepare(self, model: nn.Module) -> None:
+        """Scale hidden-to-hidden weights: boxes grow by them from step to step."""
+        for name, weight in model.named_parameters():
+            if "weight_hh" in name:
+                weight *= self.recipe.hidden_scale
+
     def rate(self, step: int, total_steps: int) -> float:
         return rate_factor(self.recipe, step / total_steps)
 
@@ -36,8 +43,8 @@ class Certified(Objective):
 
     def _penalties(self, batch: Batch) -> Tensor | float:
         recipe, total = self.recipe, 0.0
-        if recipe.l1 > 0.0:
-            total = recipe.l1 * input_weights(batch.graph)
+        if recipe.input_penalty > 0.0:
+            total = recipe.input_penalty * input_weights(batch.graph, recipe.p)
         if recipe.tightness > 0.0 and batch.moment.ramp < 1.0:
             total = total + recipe.tightness * (1.0 - batch.moment.ramp) * tightness(batch.bounds("ibp"))
         return total

@@ -10,20 +10,21 @@ from torch import Tensor
 from ...bounds.passes import BoundPass
 from ...graph.graph import Graph
 from ...graph.nonlinear import NonLinear
+from ...perturbation.lp_ball import dual_norm
 
 SHRUNK = 0.5  # of the input's relative radius: what a layer may shrink or grow to without a penalty
 
 
-def input_weights(graph: Graph) -> Tensor:
-    """Sum of the absolute values of the weights that meet a frame: the mean of all frames', which mostly share them.
+def input_weights(graph: Graph, norm: float) -> Tensor:
+    """Sum of the dual norms of the rows of weights that meet a frame: the mean of all frames', which mostly share them.
 
-    An l_inf ball of radius eps reaches a neuron as eps times the sum of its own.
+    A ball of radius eps reaches a neuron as eps times the norm of its row, the l_1 norm for boxes.
     """
     frames = graph.frames
     weights = [weight for frame in frames for weight in frame.child_weights]
     shared = {id(weight): weight for weight in weights}
     uses = Counter(map(id, weights))
-    return sum(uses[key] * weight.abs().sum() for key, weight in shared.items()) / len(frames)
+    return sum(uses[key] * dual_norm(weight, norm).sum() for key, weight in shared.items()) / len(frames)
 
 
 def tightness(bounds: BoundPass) -> Tensor:

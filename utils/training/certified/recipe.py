@@ -25,8 +25,9 @@ class Recipe:
         fusion: one row bounds the whole loss in place of a row for each margin (crown-ibp and crown).
         box: share of the radius that SABR's small balls have; ``alpha`` that of the interval loss in MTL-IBP.
         attack_steps: of gradient descent, to the points of SABR and MTL-IBP.
-        l1: weight of the sum of the absolute values of all weights that meet the perturbed input.
+        input_penalty: weight of the sum of the dual norms of all rows of weights that meet the input.
         tightness: weight of a penalty on how fast boxes grow through the network, during the ramp.
+        hidden_scale: factor of a recurrent layer's initial hidden-to-hidden weights, by which boxes grow every step.
     """
 
     loss: str = "ibp"
@@ -45,8 +46,9 @@ class Recipe:
     box: float = 0.4
     alpha: float = 0.5
     attack_steps: int = 1
-    l1: float = 0.0
+    input_penalty: float = 1e-4
     tightness: float = 0.0
+    hidden_scale: float = 0.2
 
     def __post_init__(self):
         if self.loss not in LOSSES:
