@@ -75,3 +75,12 @@ def test_splits_beside_bab(tmp_path):
     assert_one_line_error(
         run_script("benchmarks/compare_splits.py", *flags, "0.05", "0.1", cwd=tmp_path), "--eps takes"
     )
+
+
+def test_training_steps_are_timed():
+    tiny = ("--cells", "rnn", "--hidden-size", 3, "--time-step", 2, "--batch-size", 4, "--repetitions", 1)
+    done = call("benchmarks/time_training_step.py", *tiny)
+    assert done.code == 0, done.err
+    assert [line.split()[:2] for line in done.out.splitlines()[2:]] == [
+        ["rnn", name] for name in ("plain", "ibp", "crown-ibp", "sabr")
+    ]

@@ -163,7 +163,9 @@ def test_schedules():
     recipe = Recipe(eps=0.1, clean=0.1, ramp=0.6, overshoot=2.0, kappa=(1.0, 0.5), beta=(1.0, 0.0))
     assert moment_of(recipe, 0.05) == Moment(0.0, 1.0, 1.0, 0.0)
     middle, end = moment_of(recipe, 0.35), moment_of(recipe, 0.8)
-    assert middle.eps == pytest.approx(0.1) and middle.kappa == pytest.approx(0.75) and middle.beta == pytest.approx(0.5)
+    assert (
+        middle.eps == pytest.approx(0.1) and middle.kappa == pytest.approx(0.75) and middle.beta == pytest.approx(0.5)
+    )
     assert (end.eps, end.kappa, end.beta) == (0.2, 0.5, 0.0)
     assert [rate_factor(recipe, at) for at in (0.0, 0.6, 0.8, 1.0)] == pytest.approx([1.0, 1.0, 0.5, 0.02])
 
