@@ -99,6 +99,6 @@ def accuracies(config: Config) -> str:
         return text
     recipe = config["certified"]
     ball = (
-        f"l_{recipe['p']:g} {recipe['train_eps']:g} around {'the sequence' if recipe['ball'] != 'frame' else 'frames'}"
+        f"l_{recipe['p']} {recipe['train_eps']:g} around {'the sequence' if recipe['ball'] != 'frame' else 'frames'}"
     )
     return f"verified test accuracy {config['test_verified']:.4f} ({ball}), {text}"

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, fields
 
 from ...choices.tables import BALLS
-from ...runs.cli import non_negative_float, non_negative_int, norm_value, positive_float, positive_int
+from ...runs.cli import json_value, non_negative_float, non_negative_int, norm_value, positive_float, positive_int
 from ..arguments import PLAIN_DECAY, probability
 from .recipe import LOSSES, Recipe
 
@@ -96,7 +96,7 @@ def recipe_of(args: argparse.Namespace, frames: int) -> Recipe | None:
 
 def recipe_facts(recipe: Recipe) -> dict[str, object]:
     """What a checkpoint's config says of a recipe: its name in folders, and all of it."""
-    facts = asdict(recipe)
+    facts = {name: json_value(value) for name, value in asdict(recipe).items()}
     facts["train_eps"] = facts.pop("eps")
     return {"recipe": recipe_name(recipe), "certified": facts}
 
