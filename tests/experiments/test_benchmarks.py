@@ -84,3 +84,11 @@ def test_training_steps_are_timed():
     assert [line.split()[:2] for line in done.out.splitlines()[2:]] == [
         ["rnn", name] for name in ("plain", "ibp", "crown-ibp", "sabr")
     ]
+
+
+def test_training_for_a_time(tmp_path):
+    write_mnist_folder(tmp_path)
+    tiny = ("--hidden-size", 4, "--N", 5, "--data-dir", tmp_path, "--dry-run", "--threads", 1)
+    done = call("benchmarks/train_for_a_time.py", *tiny)
+    assert done.code == 0, done.err
+    assert "steps in 1 s; 5 images of mnist: clean" in done.out and "up to crown" in done.out
