@@ -131,14 +131,32 @@ def test_a_stage_gives_up_after_so_many_in_vain(monkeypatch):
 
 
 def test_tuned_stages_keep_their_limits(monkeypatch):
-    asked = []
-    bound = run.certify_until
+    asked, tuned = [], []
+    bound, tune = run.certify_until, MarginProblem.tune
     monkeypatch.setattr(run, "certify_until", lambda *args: asked.append(args[2] - run.now()) or bound(*args))
+
+    def watched(problem, *args, pace, **how):
+        tuned.append(pace.deadline - run.now())
+        return tune(problem, *args, pace=pace, **how)
+
     model, x, labels = question(batch=30)
-    how = Effort(stages=("alpha", "bab"), time_limit=0.05, total_limit=0.2, patience=None)
-    result = cascade(model, x, labels, 0.12, norm=INF, effort=how)
-    assert asked and max(asked) <= 0.05 and sum(cost.tried for cost in result.costs[1:]) == len(asked)
-    assert all(cost.seconds < 1.0 for cost in result.costs) and result.count("") > 0
+    limits = {"time_limit": 0.05, "total_limit": 0.3, "patience": None}
+    with monkeypatch.context() as patched:
+        patched.setattr(MarginProblem, "tune", watched)
+        alpha = cascade(model, x, labels, 0.12, norm=INF, effort=Effort(stages=("alpha",), **limits))
+    assert tuned and max(tuned) <= 0.3 and alpha.costs[-1].seconds < 2.0
+    result = cascade(model, x, labels, 0.12, norm=INF, effort=Effort(stages=("bab",), **limits))
+    assert asked and max(asked) <= 0.05 and result.costs[-1].tried == len(asked) < 26
+    assert result.costs[-1].seconds < 2.0 and result.count("") > 0
+
+
+def test_tuned_slopes_settle_some_and_truly():
+    model, x, labels = question()
+    threat, eps = THREATS["inf"]
+    effort = Effort(stages=("runner-up", "crown", "alpha"), patience=None)
+    result = cascade(model, x, labels, eps, effort=effort, **threat)
+    assert result.count("alpha") > 0
+    check(result, model, x, labels, eps, **threat)
 
 
 def test_an_eps_below_the_floats_of_x_verifies_nothing():

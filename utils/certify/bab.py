@@ -107,7 +107,7 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
     """One sample's margins, (n_specs,), bounded ever more tightly until all are above ``enough`` or time is up.
 
     Layers as balls, where they are, and planes come first, with no look at the clock, then tuned slopes, curved bounds
-    of all targets together, and of each by itself, as far as the problem's method goes.
+    of all targets together, and of each by itself, unless the problem's method is "curve".
     """
     problem.slopes, dtype, bounds = None, eps.dtype, Pace(deadline)
     best = _margins_by_balls(problem, eps, deadline, enough)
@@ -115,14 +115,13 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
         return best
     with bounds.work():
         best = torch.maximum(best, problem.margins(eps, dtype)[0])
-    share = ALPHA_SHARE if problem.method.curved else TUNED_SHARE
-    tuning = Pace(share_of(deadline, share), bounds.longest * STEP_BOUNDS)
+    tuning = Pace(share_of(deadline, ALPHA_SHARE), bounds.longest * STEP_BOUNDS)
     if float(best.min()) <= enough and tuning.allows():
         problem.tune(eps, TUNING, problem.method.alpha_steps, pace=tuning)
         if bounds.allows():
             best = torch.maximum(best, problem.margins(eps, dtype)[0])
     steps = Pace(deadline, CURVED_STEP * bounds.longest)
-    if problem.method.curved and float(best.min()) <= enough and steps.allows(1.0 + VERDICT_STEPS):
+    if float(best.min()) <= enough and steps.allows(1.0 + VERDICT_STEPS):
         aim = enough * SLACK[TUNING] / SLACK[dtype]  # above what rounding in the precision of tuning may hide
         problem.tune_curves(eps, TUNING, problem.method.curve_steps, aim=aim, pace=steps)
         if steps.allows(VERDICT_STEPS):
@@ -268,8 +267,8 @@ def decide(
 def certify_until(problem: MarginProblem, eps: Tensor, deadline: float) -> tuple[bool, Tensor]:
     """Whether a problem's only sample is certified at eps, (1,) or (1, T), before the deadline, and its margins.
 
-    Bounds of the problem's method come after cheaper ones, each only where those before it did not suffice. Nothing is
-    certified at an eps, other than 0, that the floats of x do not resolve.
+    Its method is "curve" or "bab"; cheaper bounds come first. Nothing is certified at an eps, other than 0, that the
+    floats of x do not resolve.
     """
     dtype = eps.dtype
     if now() > deadline:

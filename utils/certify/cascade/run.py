@@ -19,20 +19,21 @@ from tqdm import tqdm
 
 from ...attack.pgd import pgd
 from ...choices.method import Method
-from ...clock import now
+from ...clock import Pace, now, share_of
 from ...graph.graph import Graph
 from ...network.state import plain_state
 from ...question.arguments import as_inputs
 from ...question.question import Question
 from ...question.threat import threat_of
-from ..bab import certify_until
+from ..bab import TUNED_SHARE, TUNING, certify_until
 from ..problem import MarginProblem
 from .settings import ATTACK_STAGES, CLEAN, TUNED_STAGES, CascadeResult, Effort, StageCost
 
 DTYPE = torch.float64  # of every verdict
 QUICK_STEPS = 10  # of the attack against the runner-up: it finds nine of ten that "pgd" does in a thirtieth of the time
-# Samples that a stage takes before it looks whether it should give up; of tuned ones, one.
+# Samples that a stage takes before it looks whether it should give up.
 AT_ONCE = {CLEAN: 1000, "ibp": 1000, "runner-up": 1000, "pgd": 100, "crown-ibp": 200, "crown": 50}
+AT_ONCE |= {"alpha": 10, "curve": 1, "bab": 1}
 
 
 @plain_state()
@@ -115,7 +116,7 @@ class _Cascade:
         """Take the samples in turn, the most promising first, until as many in a row as patience allows are left."""
         order = self.promise[left].argsort(descending=stage not in ATTACK_STAGES, stable=True)
         in_vain, bounds = 0, torch.full_like(self.promise, -torch.inf)
-        for chosen in left[order].split(AT_ONCE.get(stage, 1)):
+        for chosen in left[order].split(AT_ONCE[stage]):
             if self._gives_up(stage, in_vain):
                 break
             bounds[chosen], settled = self._settle(stage, chosen)
@@ -143,7 +144,7 @@ class _Cascade:
             return self._misclassified(chosen)
         if stage in ATTACK_STAGES:
             return self._attacked(stage, chosen)
-        return self._bounded_in_time(stage, chosen) if stage in TUNED_STAGES else self._bounded(stage, chosen)
+        return self._bounded_in_time(stage, chosen) if stage in ("curve", "bab") else self._bounded(stage, chosen)
 
     def _misclassified(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         margins = self.problem.clean_margins(DTYPE, chosen)
@@ -167,18 +168,25 @@ class _Cascade:
         return found.margin, broken
 
     def _bounded(self, method: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        problem, eps = self.problem.by(method), self.eps[chosen]
-        margins = problem.margins(eps, DTYPE, chosen)
-        resolution = problem.resolution(DTYPE, chosen)
+        """By one bound; slopes are tuned to samples together, which costs less than one after the other."""
+        problem, eps = self.problem.by(method).part(chosen), self.eps[chosen]
+        if method == "alpha":
+            deadline = share_of(self._end(len(chosen)), TUNED_SHARE)
+            problem.tune(eps, TUNING, self.effort.alpha_steps, pace=Pace(deadline))
+        margins, resolution = problem.margins(eps, DTYPE), problem.resolution(DTYPE)
         resolution = resolution if eps.dim() == 1 else resolution[:, None]
         resolved = ((eps == 0) | (eps >= resolution)).reshape(len(chosen), -1).all(dim=1)
-        certified = resolved & (margins > problem.slack(DTYPE, chosen)).all(dim=1)
+        certified = resolved & (margins > problem.slack(DTYPE)).all(dim=1)
         return self._keep_bounds(method, chosen, margins.amin(dim=1), certified)
 
     def _bounded_in_time(self, method: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        deadline = min(now() + self.effort.time_limit, self.deadline)
-        certified, margins = certify_until(self.problem.by(method).part(chosen), self.eps[chosen], deadline)
+        """One sample, by bounds that take longer and longer."""
+        certified, margins = certify_until(self.problem.by(method).part(chosen), self.eps[chosen], self._end(1))
         return self._keep_bounds(method, chosen, margins.amin()[None], torch.tensor([certified], device=margins.device))
+
+    def _end(self, samples: int) -> float:
+        """When a tuned stage must be done with so many samples."""
+        return min(now() + samples * self.effort.time_limit, self.deadline)
 
     def _keep_bounds(self, stage: str, chosen: Tensor, worst: Tensor, certified: Tensor) -> tuple[Tensor, Tensor]:
         known = self.result.margins[chosen.cpu()].to(worst.device)
