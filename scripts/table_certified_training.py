@@ -116,27 +116,40 @@ class CascadeKey:
 
 @dataclass(frozen=True)
 class CascadeRow(CascadeKey, KeyedRow):
-    """The outcomes of a batch, a letter of ``LETTERS`` an image, and the processor's seconds of each stage."""
+    """The outcomes of a batch, a letter of ``LETTERS`` an image, and what each stage took.
+
+    That is: how many images it tried, and the processor's seconds.
+    """
 
     KEY: ClassVar[type] = CascadeKey
 
     outcomes: str
+    clean_tried: int
     clean_seconds: float
+    ibp_tried: int
     ibp_seconds: float
+    runner_up_tried: int
     runner_up_seconds: float
+    pgd_tried: int
     pgd_seconds: float
+    crown_ibp_tried: int
     crown_ibp_seconds: float
+    crown_tried: int
     crown_seconds: float
+    alpha_tried: int
     alpha_seconds: float
+    curve_tried: int
     curve_seconds: float
+    bab_tried: int
     bab_seconds: float
 
-    def seconds_of(self, stage: str) -> float:
-        return getattr(self, column(stage))
+    def cost(self, stage: str, kind: str) -> float:
+        return getattr(self, column(stage, kind))
 
 
-def column(stage: str) -> str:
-    return f"{stage.replace('-', '_')}_seconds"
+def column(stage: str, kind: str) -> str:
+    """Where a row has what a stage took; ``kind`` is "tried" or "seconds"."""
+    return f"{stage.replace('-', '_')}_{kind}"
 
 
 def recipe_of(config: Config) -> dict[str, Any] | None:
@@ -144,19 +157,19 @@ def recipe_of(config: Config) -> dict[str, Any] | None:
     return config.get("certified") or None
 
 
-def ordinary_name(config: Config) -> str:
-    """The name of the model of the same architecture, trained without a recipe."""
-    return model_name({key: value for key, value in config.items() if key != "certified"})
+def architecture_of(config: Config) -> str:
+    """The name of a model of this cell, with these sizes, trained without a recipe; its head may read other states."""
+    return model_name({key: value for key, value in config.items() if key != "certified"} | {"pooling": "last"})
 
 
 def default_models() -> list[str]:
-    """Folders of all models that were trained to be verified, and of the ordinary ones like them."""
+    """Folders of all models that were trained to be verified, and of the ordinary ones of their architectures."""
     configs = {name: load_checkpoint(case_path(name))[1] for name in committed_models()}
-    trained = [name for name, config in configs.items() if recipe_of(config)]
+    trained = {name: architecture_of(config) for name, config in configs.items() if recipe_of(config)}
     if not trained:
         raise ValueError(f"no model in {MODELS_DIR} was trained to be verified: name models by --models")
-    ordinary = dict.fromkeys(ordinary_name(configs[name]) for name in trained)
-    return [*(name for name in ordinary if name in configs), *trained]
+    ordinary = [name for name in configs if name not in trained]
+    return [*(name for name in ordinary if architecture_of(configs[name]) in trained.values()), *trained]
 
 
 def load(name: str, data: ImageData, args: argparse.Namespace, device: torch.device) -> Case:
@@ -178,7 +191,7 @@ def threats_of(case: Case, cases: Sequence[Case], args: argparse.Namespace) -> l
 
 
 def base(case: Case) -> str:
-    return ordinary_name(case.config)
+    return architecture_of(case.config)
 
 
 def eps_of(threat: tuple[float, str], case: Case, cases: Sequence[Case], args: argparse.Namespace) -> list[float]:
@@ -218,10 +231,12 @@ def measure(case: Case, key: CascadeKey, args: argparse.Namespace) -> list[Casca
     effort["total_limit"] = args.total_limit * key.images / len(case)
     inputs = (case.model, case.x[own], case.labels[own], key.eps)
     result = cascade(*inputs, effort=Effort(**effort), **threat_words(key, args))
-    seconds = {column(stage): 0.0 for stage in STAGES}
-    seconds |= {column(cost.stage): cost.processor_seconds for cost in result.costs if cost.tried}
+    costs: dict[str, float] = dict.fromkeys((column(stage, "tried") for stage in (CLEAN, *STAGES)), 0)
+    costs |= dict.fromkeys((column(stage, "seconds") for stage in (CLEAN, *STAGES)), 0.0)
+    for cost in (cost for cost in result.costs if cost.tried):
+        costs |= {column(cost.stage, "tried"): cost.tried, column(cost.stage, "seconds"): cost.processor_seconds}
     letters = "".join(LETTERS[stage] for stage in result.settled_by)
-    return [CascadeRow(**vars(key), outcomes=letters, **seconds)]
+    return [CascadeRow(**vars(key), outcomes=letters, **costs)]
 
 
 Group = list[CascadeRow]  # all batches of a model and an eps
@@ -246,7 +261,8 @@ def report(rows: list[CascadeRow], cases: list[Case], args: argparse.Namespace) 
     for threat in dict.fromkeys(row.threat for group in groups.values() for row in group):
         own = [record for record in summary if (float(record["norm"]), record["ball"]) == threat]
         lines += ["", f"## {norm_text(threat[0])}, {BALL_WORDS[threat[1]]}", "", *accuracy_table(own)]
-        lines += ["", "Settled by each stage, in per cent of all images, and its seconds:", "", *stage_table(own)]
+        lines += ["", "Settled by each stage, in per cent of all images (images that it tried, its seconds):", ""]
+        lines += stage_table(own)
     return Report(summary, [*lines, "", *effort_lines(args)], plot(summary, args))
 
 
@@ -281,15 +297,16 @@ def summarize(group: Group, case: Case) -> dict[str, Any]:
     total = len(letters)
     wrong, broken, verified = (sum(letter in kind for letter in letters) for kind in (WRONG, BROKEN, VERIFIED))
     unbroken = total - wrong - broken
-    record = {"model": first.model, "ordinary": base(case), "recipe": recipe_text(case.config)}
+    record = {"model": first.model, "architecture": base(case), "recipe": recipe_text(case.config)}
     record |= {"norm": f"{first.norm:g}", "ball": first.ball, "eps": first.eps, "images": total}
     record |= {"clean": 1 - wrong / total, "pgd": unbroken / total, "verified": verified / total}
     record["verified_of_unbroken"] = verified / unbroken if unbroken else 1.0
     record["undecided"] = letters.count(UNDECIDED) / total
-    record["processor_seconds"] = sum(row.seconds_of(stage) for row in group for stage in (CLEAN, *STAGES))
+    record["processor_seconds"] = sum(row.cost(stage, "seconds") for row in group for stage in (CLEAN, *STAGES))
     for stage in (CLEAN, *STAGES):
         record[f"settled_by_{stage}"] = letters.count(LETTERS[stage]) / total
-        record[f"processor_seconds_of_{stage}"] = sum(row.seconds_of(stage) for row in group)
+        record[f"tried_by_{stage}"] = sum(row.cost(stage, "tried") for row in group)
+        record[f"{stage}_processor_seconds"] = sum(row.cost(stage, "seconds") for row in group)
     return record
 
 
@@ -324,7 +341,7 @@ def accuracy_table(records: list[dict]) -> list[str]:
 
 
 def stage_table(records: list[dict]) -> list[str]:
-    used = [stage for stage in (CLEAN, *STAGES) if any(r[f"processor_seconds_of_{stage}"] > 0 for r in records)]
+    used = [stage for stage in (CLEAN, *STAGES) if any(r[f"tried_by_{stage}"] for r in records)]
     cells = []
     for record in records:
         shares = [stage_cell(record, stage) for stage in used]
@@ -333,9 +350,9 @@ def stage_table(records: list[dict]) -> list[str]:
 
 
 def stage_cell(record: dict, stage: str) -> str:
-    """What a stage settled, in per cent, and its seconds; a dash where nothing was left for it."""
-    seconds = record[f"processor_seconds_of_{stage}"]
-    return f"{100 * record[f'settled_by_{stage}']:.2f} ({seconds:.2g} s)" if seconds else "–"
+    """The share that a stage settled, in per cent, what it tried, and its seconds; a dash where nothing was left."""
+    tried, seconds = record[f"tried_by_{stage}"], record[f"{stage}_processor_seconds"]
+    return f"{100 * record[f'settled_by_{stage}']:.2f} ({tried}, {seconds:.2g} s)" if tried else "–"
 
 
 def effort_lines(args: argparse.Namespace) -> list[str]:
@@ -353,7 +370,7 @@ def plot(summary: list[dict], args: argparse.Namespace) -> Figure:
     """Accuracies over eps, a panel for each architecture and threat, a colour for each of its models."""
     panels: dict[tuple, list[dict]] = {}
     for record in summary:
-        panels.setdefault((record["ordinary"], record["norm"], record["ball"]), []).append(record)
+        panels.setdefault((record["architecture"], record["norm"], record["ball"]), []).append(record)
     columns = columns_of_panels(len(panels))
     count = -(-len(panels) // columns)
     figure = Figure(figsize=(max(5.0, 0.8 + 3.1 * columns), 1.2 + 2.8 * count), layout="constrained")

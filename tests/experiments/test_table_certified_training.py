@@ -84,6 +84,7 @@ def test_a_table_is_written_and_resumed(place, tmp_path):
         ratio = shares(letters, "imcakb") / unbroken if unbroken > 1e-9 else 1.0
         assert float(record["verified_of_unbroken"]) == pytest.approx(ratio)
         assert float(record["settled_by_ibp"]) == pytest.approx(shares(letters, "i"))
+        assert int(record["tried_by_clean"]) == 20 and int(record["tried_by_ibp"]) == round(20 * clean)
         check_letters(place, record, letters)
     at_eps = {record["recipe"]: float(record["verified"]) for record in summary if float(record["eps"]) == EPS}
     assert at_eps["ibp, l_∞ 0.02"] > at_eps["ordinary"]
@@ -127,7 +128,7 @@ def test_models_are_found_by_their_recipe_and_verified_as_they_were_trained(plac
     assert done.code == 0, done.err
     summary = rows_of(tmp_path / "certified_training" / "summary.csv")
     assert {record["model"] for record in summary} == {NAME, f"{NAME}_ibp_inf_{EPS}"}
-    assert {record["ordinary"] for record in summary} == {NAME}
+    assert {record["architecture"] for record in summary} == {NAME}
     assert {(record["norm"], record["ball"]) for record in summary} == {("inf", "frame")}
     assert EPS in {float(record["eps"]) for record in summary} and len(summary) >= 10
     monkeypatch.setattr(table_arguments, "MODELS_DIR", folder.parent)
