@@ -159,16 +159,20 @@ def recipe_of(config: Config) -> dict[str, Any] | None:
 
 def architecture_of(config: Config) -> str:
     """The name of a model of this cell, with these sizes, trained without a recipe; its head may read other states."""
-    return model_name({key: value for key, value in config.items() if key != "certified"} | {"pooling": "last"})
+    return model_name({key: value for key, value in config.items() if key != "recipe"} | {"pooling": "last"})
 
 
 def default_models() -> list[str]:
-    """Folders of all models that were trained to be verified, and of the ordinary ones of their architectures."""
+    """Folders of all models that were trained to be verified, and of the ordinary ones of their architectures.
+
+    Those that were trained for chosen frames only are left out: they are verified where all frames move.
+    """
     configs = {name: load_checkpoint(case_path(name))[1] for name in committed_models()}
-    trained = {name: architecture_of(config) for name, config in configs.items() if recipe_of(config)}
+    recipes = {name: recipe for name, recipe in ((n, recipe_of(config)) for n, config in configs.items()) if recipe}
+    trained = {name: architecture_of(configs[name]) for name, recipe in recipes.items() if not recipe.get("frames")}
     if not trained:
         raise ValueError(f"no model in {MODELS_DIR} was trained to be verified: name models by --models")
-    ordinary = [name for name in configs if name not in trained]
+    ordinary = [name for name in configs if name not in recipes]
     return [*(name for name in ordinary if architecture_of(configs[name]) in trained.values()), *trained]
 
 
@@ -314,7 +318,7 @@ def recipe_text(config: Config) -> str:
     recipe = recipe_of(config)
     if recipe is None:
         return ORDINARY
-    ball = ", one ball" * (recipe.get("ball", "frame") == "sequence")
+    ball = ", one ball" * (recipe.get("ball", "frame") == "sequence") + ", cut boxes" * bool(recipe.get("clip"))
     return f"{recipe['loss']}, {norm_text(float(recipe['p']))} {float(recipe['train_eps']):g}{ball}"
 
 

@@ -19,10 +19,12 @@ from utils.attack.pgd import pgd
 from utils.certify import cascade, certified_margin
 from utils.experiments import table_arguments, tables
 from utils.network.checkpoint import load_checkpoint, save_checkpoint
+from utils.training.certified.arguments import recipe_facts
+from utils.training.certified.recipe import Recipe
 
 SCRIPT = str(ROOT / "scripts" / "table_certified_training.py")
 EPS = 0.02
-RECIPE = {"loss": "ibp", "p": "inf", "train_eps": EPS, "ball": "frame"}
+RECIPE = recipe_facts(Recipe("ibp", eps=EPS))
 NAME = "rnn_4_16_relu"
 EFFORT = ("--steps", 10, "--time-limit", 0.05, "--total-limit", 1e-9)  # none of what depends on time
 
@@ -37,7 +39,7 @@ def place(tmp_path_factory):
     path = folder / "models" / f"{NAME}_ibp_inf_{EPS}" / "rnn"
     path.parent.mkdir()
     model, config = load_checkpoint(ordinary)
-    save_checkpoint(path, model, config | {"certified": RECIPE})
+    save_checkpoint(path, model, config | RECIPE)
     return [ordinary, train(path, images, 1.5 * EPS)], data
 
 
