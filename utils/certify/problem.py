@@ -132,8 +132,9 @@ class MarginProblem:
             nodes = self.graph(dtype, slice(0, 1)).nodes
             operands = [operand.bounded_through.size for node in nodes for operand in node.relaxed_operands]
             self._widest = max(operands, default=1)
-        # An operand of n neurons has 2 n rows of coefficients, of about n columns.
-        return max(4, CACHE_BYTES // (2 * self._widest**2 * dtype.itemsize))
+        # An operand of n neurons has 2 n rows of coefficients, of about n columns; intervals have none of them.
+        rows = {"ibp": 1, "crown-ibp": self.rows.shape[1]}.get(self.method.name, 2 * self._widest)
+        return max(4, CACHE_BYTES // (rows * self._widest * dtype.itemsize))
 
     def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool) -> Tensor:
         return self.bounds(eps, chosen, dtype, sound).margin(self.rows[chosen].to(dtype))
