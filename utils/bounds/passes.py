@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..graph.convolution import Convolution
 from ..graph.graph import Graph
 from ..graph.nodes import Frame, Interval, Linear, Node
 from ..graph.nonlinear import NonLinear
@@ -120,7 +121,7 @@ class BoundPass:
             return self.fit(self.perturbation.center(node.frame))
         return self.exact_value(node) if self.is_exact(node) else None
 
-    def offset(self, node: Linear) -> Tensor:
+    def offset(self, node: Node) -> Tensor:
         """``node.offset``, made once."""
         if node not in self._offsets:
             with self.at(node):
@@ -166,6 +167,16 @@ class BoundPass:
     def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor:
         """``Perturbation.frame_deviation`` for the samples of the node at work."""
         return self._narrowed().frame_deviation(frame.frame, coefficients)
+
+    def map_deviation(self, frame: Frame, node: Convolution) -> Tensor:
+        """Most that each element of a convolution of the frame can deviate, (batch, size)."""
+        made_of = (node.weight,)
+
+        def norms(norm: float) -> Tensor:
+            what = ("rows", norm, node.windows, node.transposed)
+            return self.graph.once(what, made_of, lambda: node.row_norms(norm))
+
+        return self._narrowed().map_deviation(frame.frame, node.absolute, norms)
 
     def _narrowed(self) -> Perturbation:
         if self._samples is None:

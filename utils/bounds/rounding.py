@@ -37,7 +37,7 @@ class Rounding:
     def __init__(self, bounds: Bounds):
         self.bounds = weakref.proxy(bounds)  # nothing outlives a pass, not even until garbage is collected
         graph, precision = bounds.graph, torch.finfo(bounds.perturbation.x.dtype)
-        longest = max(node.size for node in graph.nodes) + len(graph.nodes)
+        longest = max(node.longest_sum for node in graph.nodes) + len(graph.nodes)
         self.gamma, self.tiny = (longest + 16) * precision.eps, precision.tiny
         self.ulp = GUARD_ULPS * precision.eps
         self._known: dict[Node, tuple[Tensor, Tensor]] = {}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..bounds.passes import BoundPass
 from ..clock import now
+from ..graph.convolution import Convolution
 from ..graph.graph import Graph
 from ..graph.nodes import Linear, Node
 from ..perturbation.lp_ball import INF
@@ -27,7 +28,8 @@ def check_clock(deadline: float) -> None:
 def work_per_row(graph: Graph, node: Node | None = None) -> int:
     """About the multiplications and additions that one row of a backward pass from a node takes, or one evaluation."""
     nodes = graph.nodes if node is None else graph.nodes[: node.index + 1]
-    return 1 + 2 * sum(weight.numel() for part in nodes if isinstance(part, Linear) for weight in part.weights)
+    linear = sum(weight.numel() for part in nodes if isinstance(part, Linear) for weight in part.weights)
+    return 1 + 2 * (linear + sum(part.work for part in nodes if isinstance(part, Convolution)))
 
 
 class BoxSet(InputSet):

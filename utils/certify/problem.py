@@ -45,7 +45,7 @@ class MarginProblem:
     def __init__(self, question: Question, method: Method | None = None):
         self.question, self.method = question, method or Method()
         self.slopes = self.curves = None
-        self._graphs: dict[tuple[torch.dtype, bool], Graph] = {}
+        self._graphs: dict[tuple[torch.dtype, bool, bool], Graph] = {}
         self._widest: int | None = None
         self._parts = Parts()
         self.threat.around(self.x, torch.ones_like(self.x[:, 0, 0]))  # raises what is wrong with the threat model
@@ -72,14 +72,15 @@ class MarginProblem:
         """The model unrolled, over the chosen samples' own lengths if these differ."""
         if self.threat.lengths is not None:
             return self._unroll(dtype, self.threat.lengths[chosen])
-        key = (dtype, torch.is_grad_enabled())
+        key = (dtype, torch.is_grad_enabled(), self.method.takes_convolutions)
         if key not in self._graphs:
             self._graphs[key] = self._unroll(dtype, None)
         return self._graphs[key]
 
     def _unroll(self, dtype: torch.dtype, lengths: Tensor | None) -> Graph:
         graph = graph_of(self.model, self.x.shape[1], dtype, self.method.relaxation, lengths)
-        return graph if torch.is_grad_enabled() else graph.detach()
+        graph = graph if torch.is_grad_enabled() else graph.detach()
+        return graph if self.method.takes_convolutions else graph.dense()
 
     def clean_margins(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """Margins of the chosen samples' unperturbed input, (m, n_specs)."""

@@ -37,7 +37,9 @@ class Bounds(Protocol):
 
     def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor: ...
 
-    def offset(self, node: Linear) -> Tensor: ...
+    def map_deviation(self, frame: Frame, node: Node) -> Tensor: ...
+
+    def offset(self, node: Node) -> Tensor: ...
 
     def relaxation(self, node: Node) -> Relaxation: ...
 
@@ -77,11 +79,13 @@ class Node:
         index: its place in the graph.
         samples: how many samples have it, the first ones of the batch; None for all. It is bounded for these alone.
         rounds: whether it computes with its parents' elements, or only picks some.
+        meets_frames: whether input frames may be its parents.
     """
 
     index: int = -1
     samples: int | None = None
     rounds: bool = True
+    meets_frames: bool = False
 
     def __init__(self, size: int, parents: tuple[Node, ...]):
         self.size, self.parents = size, parents
@@ -113,6 +117,11 @@ class Node:
         """
         return None
 
+    @property
+    def longest_sum(self) -> int:
+        """Terms of the longest sum that it takes of its parents' elements, or its coefficients' sums over its own."""
+        return self.size
+
     def detach(self) -> None:
         """Let the node's own tensors carry no gradients."""
 
@@ -136,13 +145,17 @@ class Node:
 
 
 class Frame(Node):
-    """The input of time step ``frame``. Its children are Linear nodes only, which account for the ball's centre."""
+    """The input of time step ``frame``.
+
+    Its children are Linear nodes and convolutions only, which account for the ball's centre. ``whole`` is set where one
+    of them has no matrix, ``child_weights`` are the others'.
+    """
 
     rounds = False
 
     def __init__(self, size: int, frame: int):
         super().__init__(size, ())
-        self.frame = frame
+        self.frame, self.whole = frame, False
         self.child_weights: list[Tensor] = []
 
     def detach(self) -> None:
@@ -173,6 +186,8 @@ class Linear(Node):
 
     ``bias_size``, (size,), is the sum of the absolute values of the terms that made the bias, if several did.
     """
+
+    meets_frames = True
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,15 @@ class InputSet:
     def half_widths(self, frame: int) -> Tensor:
         """Half the sides of the frame's box, (batch, n)."""
         raise NotImplementedError
+
+    def map_deviation(
+        self, frame: int, absolute: Callable[[Tensor], Tensor], norms: Callable[[float], Tensor]
+    ) -> Tensor:
+        """Most that elements of W x'_t can deviate from those of W center_t, (batch, size), by a W without a matrix.
+
+        ``absolute`` gives |W| times vectors, ``norms`` the dual l_p norms of the rows, (size,).
+        """
+        return absolute(self.half_widths(frame))
 
     # --- for squares of linear functions: ``utils.bounds.curve`` ---
 
@@ -149,6 +159,13 @@ class Perturbation(InputSet):
         if self._box is not None:
             return (coefficients.abs() @ self._box[1][:, frame, :, None]).squeeze(-1)
         return self.eps[:, frame, None] * dual_norm(coefficients, self.norm)
+
+    def map_deviation(
+        self, frame: int, absolute: Callable[[Tensor], Tensor], norms: Callable[[float], Tensor]
+    ) -> Tensor:
+        if self._box is not None:
+            return absolute(self._box[1][:, frame])
+        return self.eps[:, frame, None] * norms(self.norm)
 
     # --- for gradients: ``utils.jacobian`` ---
 
