@@ -68,6 +68,8 @@ class Operand(NamedTuple):
 class CurvedPass(BoundPass):
     """A "crown" pass whose nodes have curved bounds, with given curves or those that tuning starts from."""
 
+    chooses = False
+
     def __init__(
         self,
         graph: Graph,

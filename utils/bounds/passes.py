@@ -24,10 +24,14 @@ from ..graph.nonlinear import NonLinear
 from ..perturbation.sets import Perturbation
 from ..relaxation.lines import Plane, Relaxation
 from .balls import Balls
+from .neurons import is_exact_image, readers, undecided
 from .rounding import Rounding
+from .windows import WindowPass, fits
 
 # Coefficients handed to a node: for its elements and its samples from these on; None for all elements.
 _Contribution = tuple[int | None, int, Tensor]
+
+ROW_BYTES = 2**25  # of a node's coefficients that are worked on at once, where not all of its neurons have rows
 
 METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify.interface`` adds those that take several
 
@@ -37,6 +41,8 @@ class BoundPass:
 
     Nothing outlives the object: intervals, values and relaxations are made once, when they are first asked for.
     """
+
+    chooses = True  # the neurons that get rows
 
     def __init__(
         self,
@@ -187,10 +193,50 @@ class BoundPass:
 
     def _tighten_operands(self) -> None:
         """Bound, by backward passes, every node that some relaxation needs bounds of."""
-        needed = {operand.bounded_through for node in self.graph.nodes for operand in node.relaxed_operands}
-        for node in sorted(needed - self._known, key=lambda operand: operand.index):
-            if not self.is_exact(node):
-                self._intervals[node] = intersect(self.interval(node), self._bound_by_rows(node))
+        needed = readers(self.graph)
+        for node in sorted(needed.keys() - self._known, key=lambda operand: operand.index):
+            if not self.is_exact(node) and not (self.chooses and is_exact_image(self, node)):
+                self._intervals[node] = self._tightened(node, needed[node])
+
+    def _tightened(self, node: Node, read_by: list[NonLinear]) -> Interval:
+        """The node's interval cut to what backward passes give, from all neurons or from those that matter."""
+        interval = self.interval(node)
+        chosen = undecided(node, interval, read_by) if self._may_choose(node) else None
+        if self.chooses and fits(self, node):
+            chosen = torch.ones_like(interval[0], dtype=torch.bool) if chosen is None else chosen
+            samples, neurons = chosen.expand(len(self.perturbation.x), -1).nonzero(as_tuple=True)
+            if not len(samples):
+                return interval
+            found = WindowPass(self, node).bound(samples, neurons)
+            interval = tuple(end.expand(len(self.perturbation.x), -1) for end in interval)
+            rows = (end.index_put((samples, neurons), own) for end, own in zip(interval, found, strict=True))
+            return intersect(interval, tuple(rows))
+        if chosen is None or bool(chosen.any(dim=0).all()):
+            return intersect(interval, self._bound_by_rows(node))
+        neurons = chosen.any(dim=0).nonzero().squeeze(-1)
+        if not len(neurons):
+            return interval
+        found = self._bound_neurons(node, neurons)
+        interval = tuple(end.expand(found[0].shape[0], -1) for end in interval)
+        return intersect(interval, tuple(map(lambda end, own: end.index_copy(1, neurons, own), interval, found)))
+
+    def _may_choose(self, node: Node) -> bool:
+        """Boxes of layers narrow their balls, too: of those that are cheap, all neurons count."""
+        return self.chooses and (self.balls is None or isinstance(node, Convolution))
+
+    def _bound_neurons(self, node: Node, neurons: Tensor) -> Interval:
+        """Bounds of some of a node's elements as those of rows e_k and -e_k, in parts that take ``ROW_BYTES``."""
+        like = self.interval(node)[0]
+        widest = max(part.size for part in self.graph.nodes[: node.index + 1])
+        size = max(1, ROW_BYTES // (2 * like.element_size() * widest * len(self.perturbation.x)))
+        parts = []
+        for part in neurons.split(size):
+            rows = torch.zeros(len(part), node.size, dtype=like.dtype, device=like.device)
+            rows[torch.arange(len(part)), part] = 1.0
+            lower, minus_upper = self.lower_bound(node, torch.cat((rows, -rows))[None]).split(len(part), dim=-1)
+            parts.append((lower, -minus_upper))
+        lower, upper = zip(*parts, strict=True)
+        return torch.cat(lower, dim=-1), torch.cat(upper, dim=-1)
 
     def _bound_by_rows(self, node: Node) -> Interval:
         """Bounds of a node's elements as those of the rows [I; -I]."""

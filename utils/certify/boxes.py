@@ -60,6 +60,10 @@ class BoxSet(InputSet):
         check_clock(self.deadline)
         return (coefficients.abs() @ self._radius[:, frame, :, None]).squeeze(-1)
 
+    def map_deviation(self, frame: int, absolute, norms, samples=slice(None)) -> Tensor:
+        check_clock(self.deadline)
+        return super().map_deviation(frame, absolute, norms, samples)
+
     def total_deviation(self, deviations: list[Tensor]) -> Tensor:
         return torch.stack(torch.broadcast_tensors(*deviations), dim=-1).sum(dim=-1)
 

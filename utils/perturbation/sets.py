@@ -43,11 +43,16 @@ class InputSet:
         raise NotImplementedError
 
     def map_deviation(
-        self, frame: int, absolute: Callable[[Tensor], Tensor], norms: Callable[[float], Tensor]
+        self,
+        frame: int,
+        absolute: Callable[[Tensor], Tensor],
+        norms: Callable[[float], Tensor],
+        samples: Tensor | slice = slice(None),
     ) -> Tensor:
         """Most that elements of W x'_t can deviate from those of W center_t, (batch, size), by a W without a matrix.
 
-        ``absolute`` gives |W| times vectors, ``norms`` the dual l_p norms of the rows, (size,).
+        ``absolute`` gives |W| times vectors, ``norms`` the dual l_p norms of the rows, (size,). Where rows are those of
+        some samples each, ``samples`` are their numbers, and both give a number a row.
         """
         return absolute(self.half_widths(frame))
 
@@ -161,11 +166,16 @@ class Perturbation(InputSet):
         return self.eps[:, frame, None] * dual_norm(coefficients, self.norm)
 
     def map_deviation(
-        self, frame: int, absolute: Callable[[Tensor], Tensor], norms: Callable[[float], Tensor]
+        self,
+        frame: int,
+        absolute: Callable[[Tensor], Tensor],
+        norms: Callable[[float], Tensor],
+        samples: Tensor | slice = slice(None),
     ) -> Tensor:
         if self._box is not None:
             return absolute(self._box[1][:, frame])
-        return self.eps[:, frame, None] * norms(self.norm)
+        eps = self.eps[samples, frame]
+        return (eps[:, None] if isinstance(samples, slice) else eps) * norms(self.norm)
 
     # --- for gradients: ``utils.jacobian`` ---
 
