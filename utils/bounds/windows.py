@@ -23,6 +23,8 @@ from ..graph.nonlinear import Activation
 from ..graph.picks import Concat
 from ..perturbation.lp_ball import dual_norm
 
+MOSTLY_ZEROS = 10.0  # entries of a matrix for every one that is not zero, from which on convolutions are faster
+MATRIX_ENTRIES = 2**22
 BYTES = 2**22  # of the largest windows that are worked on at once; a dozen such blocks exist for a moment
 
 
@@ -30,8 +32,8 @@ BYTES = 2**22  # of the largest windows that are worked on at once; a dozen such
 class Windows:
     """Coefficients of the rows of P neurons and of minus these, (2, P, channels, height, width), over a node's image.
 
-    ``top`` and ``left``, (P,), are where windows begin in the image, perhaps before it; None if each is the image.
-    ``inside`` says that what stands outside of the image is zero.
+    ``top`` and ``left``, (places,), are where the windows of all neurons at a place of a sample begin in the image,
+    perhaps before it; None if each window is the image. ``inside`` says that what stands outside of it is zero.
     """
 
     values: Tensor
@@ -98,9 +100,8 @@ class WindowPass:
         return sorted(self.shapes, key=lambda node: -node.index)
 
     def _bound(self, samples: Tensor, neurons: Tensor) -> tuple[Tensor, Tensor]:
-        self._samples, self._total = samples, 0.0
-        self._pending: dict[Node, list[Windows]] = {}
-        self._begin(neurons)
+        self._total, self._pending = 0.0, {}
+        self._begin(samples, neurons)
         for node in self._downwards():
             if node in self._pending:
                 self._step(node, self._joined(self._pending.pop(node), self.shapes[node]))
@@ -114,15 +115,17 @@ class WindowPass:
 
     # --- steps ---
 
-    def _begin(self, neurons: Tensor) -> None:
+    def _begin(self, samples: Tensor, neurons: Tensor) -> None:
         """The kernels, where the neurons have them: their own convolution needs no step."""
         node, windows = self.node, self.node.windows
         _, height, width = windows.small
-        channel, row, column = neurons // (height * width), neurons // width % height, neurons % width
+        places, self._place = torch.unique(samples * (height * width) + neurons % (height * width), return_inverse=True)
+        self._samples, self._place_samples = samples, places // (height * width)
+        row, column = places // width % height, places % width
         offset = self.bounds.offset(node)
-        offset = offset.expand(len(self.bounds.perturbation.x), -1)[self._samples, neurons]
+        offset = offset.expand(len(self.bounds.perturbation.x), -1)[samples, neurons]
         self._total = torch.stack((offset, -offset))
-        kernel = _whole_kernel(node)[channel]
+        kernel = _whole_kernel(node).index_select(0, neurons // (height * width))
         top, left = row * windows.stride[0] - windows.pads[2], column * windows.stride[1] - windows.pads[0]
         self._pass_to(node.parents[0], Windows(torch.stack((kernel, -kernel)), top, left))
 
@@ -156,13 +159,13 @@ class WindowPass:
             self._pending.setdefault(parent, []).append(given)
 
     def _gain(self, products: Tensor) -> None:
-        self._total = self._total + products.sum(dim=-1).sum(dim=-1).sum(dim=-1)
+        self._total = self._total + _summed(products)
 
     def _meet_frame(self, frame: Frame, given: Windows) -> None:
         values = self._inside(frame, given).values
 
         def absolute(sizes: Tensor) -> Tensor:
-            return (values.abs() * self._gather(sizes, frame, given)).sum(dim=-1).sum(dim=-1).sum(dim=-1)
+            return _summed(values.abs() * self._gather(sizes, frame, given))
 
         def norms(norm: float) -> Tensor:
             return dual_norm(dual_norm(values.flatten(3), norm), norm)
@@ -196,11 +199,26 @@ class WindowPass:
             found = node.adjoint(given.values.flatten(0, 1)).reshape(2, -1, *windows.large)
             self._pass_to(node.parents[0], Windows(found, None, None, True))
             return
-        found = F.conv_transpose2d(
-            given.values.flatten(0, 1), node.weight, None, windows.stride, 0, 0, windows.groups, windows.dilation
-        )
+        found = self._spread(given.values.flatten(0, 1), node, sides)
         top, left = given.top * windows.stride[0] - windows.pads[2], given.left * windows.stride[1] - windows.pads[0]
         self._pass_to(node.parents[0], Windows(found.unflatten(0, (2, -1)), top, left))
+
+    def _spread(self, values: Tensor, node: Convolution, sides: list[int]) -> Tensor:
+        """The transposed convolution of many small windows: as a product by its matrix, unless that is mostly zeros."""
+        windows, shape = node.windows, (node.weight.shape[1] * node.windows.groups, *sides)
+
+        def through(images: Tensor) -> Tensor:
+            options = (windows.stride, 0, 0, windows.groups, windows.dilation)
+            return F.conv_transpose2d(images, node.weight, None, *options)
+
+        size = values[0].numel()
+        zeros = windows.groups * sides[0] * sides[1] / (node.weight.shape[2] * node.weight.shape[3])
+        if zeros > MOSTLY_ZEROS or size * shape[0] * sides[0] * sides[1] > MATRIX_ENTRIES:
+            return through(values)
+        what = ("windows", windows, values.shape[1:])
+        units = torch.eye(size, dtype=values.dtype, device=values.device).reshape(size, *values.shape[1:])
+        matrix = self.bounds.graph.once(what, (node.weight,), lambda: through(units).flatten(1))
+        return (values.flatten(1) @ matrix).reshape(-1, *shape)
 
     # --- windows and images ---
 
@@ -211,8 +229,12 @@ class WindowPass:
         """
         _, height, width = self.shapes[node]
         images = vectors.reshape(vectors.shape[0], -1, height, width)
-        samples = self._samples if images.shape[0] > 1 else torch.zeros_like(self._samples)
-        found = images[samples] if given.top is None else _cut(images, samples, given)
+        several = images.shape[0] > 1
+        if given.top is None:
+            found = images.index_select(0, self._samples) if several else images
+        else:
+            samples = self._place_samples if several else torch.zeros_like(self._place_samples)
+            found = _cut(images, samples, given).index_select(0, self._place)
         return found.unflatten(1, (stacked, -1)) if stacked else found
 
     def _inside(self, node: Node, given: Windows) -> Windows:
@@ -220,7 +242,7 @@ class WindowPass:
             return given
         _, height, width = self.shapes[node]
         ones = given.values.new_ones(1, 1, height, width)
-        mask = _cut(ones, torch.zeros_like(self._samples), given)
+        mask = _cut(ones, torch.zeros_like(self._place_samples), given).index_select(0, self._place)
         return replace(given, values=given.values * mask, inside=True)
 
     def _joined(self, parts: list[Windows], shape: Shape) -> Windows:
@@ -252,8 +274,8 @@ class WindowPass:
         columns = given.left[:, None] + torch.arange(given.values.shape[4], device=given.top.device)
         held = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
         places = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None]
-        values = (given.values * held[:, None]).flatten(3)
-        places = places.flatten(1)[:, None].expand(values.shape)
+        values = (given.values * held[self._place, None]).flatten(3)
+        places = places.flatten(1)[self._place, None].expand(values.shape)
         images = values.new_zeros(*values.shape[:2], channels, height * width).scatter_add(-1, places, values)
         return Windows(images.unflatten(-1, (height, width)), None, None, True)
 
@@ -284,6 +306,11 @@ def _cut(images: Tensor, samples: Tensor, given: Windows) -> Tensor:
     padded = F.pad(images, (left, right, top, bottom))
     views = padded.unfold(2, height, 1).unfold(3, width, 1)
     return views[samples, :, given.top + top, given.left + left]
+
+
+def _summed(products: Tensor) -> Tensor:
+    """Over channels, height and width."""
+    return products.flatten(-2).sum(dim=-1).sum(dim=-1)
 
 
 def _whole_kernel(node: Convolution) -> Tensor:

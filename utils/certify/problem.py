@@ -17,6 +17,7 @@ from ..bounds.passes import BoundPass
 from ..choices.method import Method
 from ..choices.tables import METHODS
 from ..clock import Pace
+from ..graph.convolution import Convolution
 from ..graph.graph import Graph
 from ..jacobian.shells import SHELLS, ShellPass
 from ..network.reading import Network, graph_of
@@ -129,12 +130,16 @@ class MarginProblem:
         if self.x.device.type != "cpu":
             graph = self.graph(dtype, slice(0, 1))
             return samples_at_once(graph, self.rows.shape[1], dtype, self.x.device) or len(self.x)
+        if self.method.name == "ibp":
+            return len(self.x)
         if self._widest is None:
             nodes = self.graph(dtype, slice(0, 1)).nodes
-            operands = [operand.bounded_through.size for node in nodes for operand in node.relaxed_operands]
-            self._widest = max(operands, default=1)
-        # An operand of n neurons has 2 n rows of coefficients, of about n columns.
-        return max(4, CACHE_BYTES // (2 * self._widest**2 * dtype.itemsize))
+            operands = {operand.bounded_through for node in nodes for operand in node.relaxed_operands}
+            # Windows of convolutions are worked on in parts of their own.
+            rows = max((one.size for one in operands if not isinstance(one, Convolution)), default=1)
+            self._widest = rows * max(rows, *(one.size for one in operands), 1)
+        # An operand of n neurons has 2 n rows of coefficients, of about n columns, or of those of the widest layer.
+        return max(4, CACHE_BYTES // (2 * self._widest * dtype.itemsize))
 
     def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool) -> Tensor:
         return self.bounds(eps, chosen, dtype, sound).margin(self.rows[chosen].to(dtype))

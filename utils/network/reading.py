@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..graph.graph import Graph
 from .models import SequenceClassifier
 from .modules import usable_model
+from .readings import read_module
 from .symbolic import as_graph
 from .trace import TracedModule
 from .unroll import unroll
@@ -25,7 +26,7 @@ def read_network(model: nn.Module | Graph, x: Tensor) -> tuple[Network, Tensor]:
     if isinstance(model, Graph):
         return model, x if x.dim() == 3 or x.dim() < 2 else x.flatten(1)[:, None]
     if not isinstance(model, SequenceClassifier):
-        traced = TracedModule(model, x)
+        traced = read_module(model, x)
         return traced, traced.frames
     return model, x
 

@@ -9,6 +9,7 @@ the values of the input, is refused with the line of the forward that does it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import linecache
 import math
@@ -804,17 +805,46 @@ class TracedModule:
         like = next((value for value in module.parameters() if value.is_floating_point()), x)
         self.like = torch.empty(0, dtype=like.dtype, device=like.device)
         self.frames = x
-        self._graph: dict[str, Graph] = {}
-        graph = self._trace("plane")
+        self.is_pure = True
+        self._graphs: dict[tuple, Graph] | None = None
+        self._plain = graph = self._trace("plane")
         self.num_classes = graph.output.size
         if not x.is_floating_point():
             self.frames = self._table.detach()[x]
-        elif x.dim() != 3:
-            self.frames = x.flatten(1)[:, None]
+        else:
+            self.frames = _frames(x)
         self._check(graph)
 
     def graph(self, dtype: torch.dtype, relaxation: str) -> Graph:
-        return as_graph(self._trace(relaxation), dtype, self.frames.device)
+        if self._graphs is None:
+            return as_graph(self._trace(relaxation), dtype, self.frames.device)
+        key = (dtype, relaxation, self.frames.device)
+        if key not in self._graphs:
+            traced = self._plain if relaxation == "plane" else self._trace(relaxation)
+            self._graphs[key] = as_graph(traced, dtype, self.frames.device)
+        return self._graphs[key]
+
+    # --- readings that are kept: ``readings`` ---
+
+    def keep_graphs(self) -> None:
+        """From now on the module counts as it is, and graphs are made of it once."""
+        self._graphs = {}
+
+    def without_module(self) -> TracedModule:
+        twin = copy.copy(self)
+        twin.module = twin.x = twin.frames = None
+        return twin
+
+    @torch.no_grad()
+    def for_input(self, module: nn.Module, x: Tensor) -> TracedModule | None:
+        """The same reading for another input of the same shape; None if it does not hold at the first sample."""
+        if not bool(x.isfinite().all()):
+            raise ValueError("x must be finite floating-point numbers")
+        twin = copy.copy(self)
+        twin.module, twin.x, twin.frames = module, x, _frames(x)
+        with user_defaults():
+            expected = module(x[:1].to(self.like))
+        return twin if self._agrees(self._plain, twin.frames[:1], expected) else None
 
     def _trace(self, relaxation: str) -> Graph:
         builder = Builder(relaxation)
@@ -860,16 +890,25 @@ class TracedModule:
                 f"the forward carries a state from call to call, in {', '.join(changed)}: "
                 "it must begin from the same state each time"
             )
-        expected = expected.to("cpu", torch.float64)
-        found = graph.evaluate(self.frames[:4].to("cpu", torch.float64))
-        if self.softmax:
-            found = getattr(torch, self.softmax)(found, dim=-1)
-        room = SAME.get(self.like.dtype, SAME[torch.float32]) * (1.0 + expected.abs().amax())
-        if expected.shape != found.shape or not bool(((expected - found).abs() <= room).all()):
+        self.is_pure = not changed
+        if not self._agrees(graph, self.frames[:4], expected):
             raise UnsupportedError(
                 "the forward computes something else than what was read of it: it must not be random, "
                 "depend on the input's values or on the size of the batch"
             )
+
+    def _agrees(self, graph: Graph, frames: Tensor, expected: Tensor) -> bool:
+        expected = expected.to("cpu", torch.float64)
+        found = graph.evaluate(frames.to("cpu", torch.float64))
+        if self.softmax:
+            found = getattr(torch, self.softmax)(found, dim=-1)
+        room = SAME.get(self.like.dtype, SAME[torch.float32]) * (1.0 + expected.abs().amax())
+        return expected.shape == found.shape and bool(((expected - found).abs() <= room).all())
+
+
+def _frames(x: Tensor) -> Tensor:
+    """The sequence itself, or all values as one frame, (batch, T, n)."""
+    return x if x.dim() == 3 else x.flatten(1)[:, None]
 
 
 @plain_state()
