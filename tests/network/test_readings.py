@@ -11,8 +11,8 @@ from helpers import normal
 from torch import Tensor, nn
 
 from utils.certify import certified_margin
-from utils.network import readings
-from utils.network.readings import read_module
+from utils.network import reading as readings
+from utils.network.reading import read_module
 from utils.network.trace import TracedModule
 
 SCALE = 1.0

@@ -19,19 +19,16 @@ from torch import Tensor
 
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Interval, Linear, Node
+from ..graph.nodes import Frame, Interval, Linear, Node, apply_rows
 from ..graph.nonlinear import NonLinear
 from ..perturbation.sets import Perturbation
 from ..relaxation.lines import Plane, Relaxation
 from .balls import Balls
-from .neurons import is_exact_image, readers, undecided
+from .neurons import is_exact_image, readers, tightened
 from .rounding import Rounding
-from .windows import WindowPass, fits
 
 # Coefficients handed to a node: for its elements and its samples from these on; None for all elements.
 _Contribution = tuple[int | None, int, Tensor]
-
-ROW_BYTES = 2**25  # of a node's coefficients that are worked on at once, where not all of its neurons have rows
 
 METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify.interface`` adds those that take several
 
@@ -66,6 +63,7 @@ class BoundPass:
         self.rounding = Rounding(self) if sound else None
         self.balls = Balls(self) if Balls.fit(graph, perturbation) else None
         self._target: Node | None = None  # of the backward pass at work
+        self.has_images = any(isinstance(node, Convolution) for node in graph.nodes)
         self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
         self._intervals: dict[Node, Interval] = dict(intervals or {})
@@ -196,49 +194,9 @@ class BoundPass:
         needed = readers(self.graph)
         for node in sorted(needed.keys() - self._known, key=lambda operand: operand.index):
             if not self.is_exact(node) and not (self.chooses and is_exact_image(self, node)):
-                self._intervals[node] = self._tightened(node, needed[node])
+                self._intervals[node] = intersect(self.interval(node), tightened(self, node, needed[node]))
 
-    def _tightened(self, node: Node, read_by: list[NonLinear]) -> Interval:
-        """The node's interval cut to what backward passes give, from all neurons or from those that matter."""
-        interval = self.interval(node)
-        chosen = undecided(node, interval, read_by) if self._may_choose(node) else None
-        if self.chooses and fits(self, node):
-            chosen = torch.ones_like(interval[0], dtype=torch.bool) if chosen is None else chosen
-            samples, neurons = chosen.expand(len(self.perturbation.x), -1).nonzero(as_tuple=True)
-            if not len(samples):
-                return interval
-            found = WindowPass(self, node).bound(samples, neurons)
-            interval = tuple(end.expand(len(self.perturbation.x), -1) for end in interval)
-            rows = (end.index_put((samples, neurons), own) for end, own in zip(interval, found, strict=True))
-            return intersect(interval, tuple(rows))
-        if chosen is None or bool(chosen.any(dim=0).all()):
-            return intersect(interval, self._bound_by_rows(node))
-        neurons = chosen.any(dim=0).nonzero().squeeze(-1)
-        if not len(neurons):
-            return interval
-        found = self._bound_neurons(node, neurons)
-        interval = tuple(end.expand(found[0].shape[0], -1) for end in interval)
-        return intersect(interval, tuple(map(lambda end, own: end.index_copy(1, neurons, own), interval, found)))
-
-    def _may_choose(self, node: Node) -> bool:
-        """Boxes of layers narrow their balls, too: of those that are cheap, all neurons count."""
-        return self.chooses and (self.balls is None or isinstance(node, Convolution))
-
-    def _bound_neurons(self, node: Node, neurons: Tensor) -> Interval:
-        """Bounds of some of a node's elements as those of rows e_k and -e_k, in parts that take ``ROW_BYTES``."""
-        like = self.interval(node)[0]
-        widest = max(part.size for part in self.graph.nodes[: node.index + 1])
-        size = max(1, ROW_BYTES // (2 * like.element_size() * widest * len(self.perturbation.x)))
-        parts = []
-        for part in neurons.split(size):
-            rows = torch.zeros(len(part), node.size, dtype=like.dtype, device=like.device)
-            rows[torch.arange(len(part)), part] = 1.0
-            lower, minus_upper = self.lower_bound(node, torch.cat((rows, -rows))[None]).split(len(part), dim=-1)
-            parts.append((lower, -minus_upper))
-        lower, upper = zip(*parts, strict=True)
-        return torch.cat(lower, dim=-1), torch.cat(upper, dim=-1)
-
-    def _bound_by_rows(self, node: Node) -> Interval:
+    def bound_by_rows(self, node: Node) -> Interval:
         """Bounds of a node's elements as those of the rows [I; -I]."""
         low, _ = self.interval(node)
         rows = torch.eye(node.size, dtype=low.dtype, device=low.device)
@@ -294,7 +252,7 @@ class BoundPass:
             center, radius = node.center_radius(self, rows)
             return self._lowered(center - radius, node, rows)
         low, high = self.interval(node)
-        lowest = (rows.clamp(min=0.0) @ low[..., None] + rows.clamp(max=0.0) @ high[..., None]).squeeze(-1)
+        lowest = apply_rows(rows.clamp(min=0.0), low) + apply_rows(rows.clamp(max=0.0), high)
         return self._lowered(lowest, node, rows)
 
     def _lowered(self, bound: Tensor, node: Node, rows: Tensor) -> Tensor:
@@ -303,10 +261,7 @@ class BoundPass:
     def lower_bound(self, node: Node, rows: Tensor) -> Tensor:
         """Lower bound of ``rows @ node`` over the perturbation set, (batch, n_rows), by a backward pass."""
         with self.at(node):
-            if self.is_exact(node):
-                lowest = (rows @ self.exact_value(node)[..., None]).squeeze(-1)
-            else:
-                lowest = self._pass_back(node, rows)
+            lowest = apply_rows(rows, self.exact_value(node)) if self.is_exact(node) else self._pass_back(node, rows)
             return self._lowered(lowest, node, rows)
 
     def _pass_back(self, node: Node, rows: Tensor) -> Tensor:

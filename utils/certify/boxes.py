@@ -11,7 +11,7 @@ from ..bounds.passes import BoundPass
 from ..clock import now
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Linear, Node
+from ..graph.nodes import Linear, Node, apply_rows
 from ..perturbation.lp_ball import INF
 from ..perturbation.sets import InputSet
 
@@ -58,7 +58,7 @@ class BoxSet(InputSet):
 
     def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
         check_clock(self.deadline)
-        return (coefficients.abs() @ self._radius[:, frame, :, None]).squeeze(-1)
+        return apply_rows(coefficients.abs(), self._radius[:, frame])
 
     def map_deviation(self, frame: int, absolute, norms, samples=slice(None)) -> Tensor:
         check_clock(self.deadline)

@@ -132,6 +132,9 @@ class MarginProblem:
             return samples_at_once(graph, self.rows.shape[1], dtype, self.x.device) or len(self.x)
         if self.method.name == "ibp":
             return len(self.x)
+        if self.method.name == "crown-ibp":
+            widest = max(node.size for node in self.graph(dtype, slice(0, 1)).nodes)
+            return max(4, CACHE_BYTES // (self.rows.shape[1] * widest * dtype.itemsize))
         if self._widest is None:
             nodes = self.graph(dtype, slice(0, 1)).nodes
             operands = {operand.bounded_through for node in nodes for operand in node.relaxed_operands}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .nodes import Bounds, Chain, Frame, Interval, Linear, Node, apply_rows
+from .nodes import Bounds, Chain, Frame, Interval, Linear, Node, apply_rows, sum_length
 
 MAX_MATRIX = 1 << 27  # entries of one weight matrix, where something needs it
 SMALL_MATRIX = 1 << 20  # entries of a matrix whose spectral norm is bounded as such
@@ -133,8 +133,10 @@ class Convolution(Node):
     @property
     def longest_sum(self) -> int:
         """Terms of the longest sum of either direction."""
-        taps = self.weight.shape[2] * self.weight.shape[3] / self.windows.groups
-        return int(taps * max(self.windows.large[0], self.windows.small[0])) + 1
+        taps = self.weight.shape[2] * self.weight.shape[3]
+        terms = taps * max(self.windows.large[0], self.windows.small[0]) // self.windows.groups + 1
+        sides = max(sum(self.windows.large), sum(self.windows.small))  # of sums over windows, axis by axis
+        return max(terms, sides, sum_length(self.size), sum_length(self.parents[0].size))
 
     @property
     def work(self) -> int:

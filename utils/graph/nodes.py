@@ -11,6 +11,7 @@ lower plane where a coefficient is positive and by its upper plane where it is n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -62,8 +63,29 @@ class Chain(Protocol):
     def derivatives(self, node: Node, adjoint: Node) -> None: ...
 
 
+BLOCK = 256  # terms that are added at once, at least: sums of sums round less than one long sum
+
+
+def block_of(terms: int) -> int:
+    return max(BLOCK, math.isqrt(terms))
+
+
+def sum_length(terms: int) -> int:
+    """Terms of the longest sum in a sum of blocks."""
+    block = block_of(terms)
+    return terms if terms <= block else block - (-terms // block)
+
+
 def apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
     """A v for every row: (batch or 1, rows, n) and (batch or 1, n) to (batch, rows)."""
+    block = block_of(values.shape[-1])
+    if values.shape[-1] <= block:
+        return _apply_rows(coefficients, values)
+    parts = zip(coefficients.split(block, dim=-1), values.split(block, dim=-1), strict=True)
+    return sum(_apply_rows(*part) for part in parts)
+
+
+def _apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
     if coefficients.shape[0] == 1:
         return values @ coefficients[0].T
     if values.shape[0] == 1:
@@ -119,8 +141,8 @@ class Node:
 
     @property
     def longest_sum(self) -> int:
-        """Terms of the longest sum that it takes of its parents' elements, or its coefficients' sums over its own."""
-        return self.size
+        """Terms of the longest sum of its parents' elements, of coefficients of its own, or over its elements."""
+        return sum_length(self.size)
 
     def detach(self) -> None:
         """Let the node's own tensors carry no gradients."""
@@ -188,6 +210,10 @@ class Linear(Node):
     """
 
     meets_frames = True
+
+    @property
+    def longest_sum(self) -> int:
+        return max(self.size, sum(parent.size for parent in self.parents))
 
     def __init__(
         self,
@@ -273,6 +299,10 @@ class WeightedSum(Node):
     def __init__(self, parents: tuple[Node, ...], factors: tuple[float | Tensor, ...] | None = None):
         super().__init__(parents[0].size, tuple(parents))
         self.factors = (1.0,) * len(parents) if factors is None else tuple(factors)
+
+    @property
+    def longest_sum(self) -> int:
+        return sum_length(self.size) + len(self.parents)
 
     def value(self, *parents: Tensor) -> Tensor:
         return sum(f * v for f, v in zip(self.factors, parents, strict=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..choices.tables import BALLS
+from ..graph.nodes import apply_rows, block_of
 from .balls import floored
 from .lp_ball import INF, NORMS, dual_norm
 
@@ -162,8 +163,11 @@ class Perturbation(InputSet):
         For a ball around the sequence that is the deviation if the frame has the ball to itself.
         """
         if self._box is not None:
-            return (coefficients.abs() @ self._box[1][:, frame, :, None]).squeeze(-1)
-        return self.eps[:, frame, None] * dual_norm(coefficients, self.norm)
+            return apply_rows(coefficients.abs(), self._box[1][:, frame])
+        parts = coefficients.split(block_of(coefficients.shape[-1]), dim=-1)
+        sizes = [dual_norm(part, self.norm) for part in parts]
+        size = sizes[0] if len(parts) == 1 else dual_norm(torch.stack(sizes, dim=-1), self.norm)
+        return self.eps[:, frame, None] * size
 
     def map_deviation(
         self,

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..graph.convolution import Convolution, Shape
-from ..graph.nodes import Bounds, Frame, Node, WeightedSum
-from ..graph.nonlinear import Activation
-from ..graph.picks import Concat
-from ..perturbation.lp_ball import dual_norm
+from ...graph.convolution import Convolution, Shape
+from ...graph.nodes import BLOCK, Bounds, Frame, Node, WeightedSum
+from ...graph.nonlinear import Activation
+from ...graph.picks import Concat
+from ...perturbation.lp_ball import dual_norm
 
 MOSTLY_ZEROS = 10.0  # entries of a matrix for every one that is not zero, from which on convolutions are faster
 MATRIX_ENTRIES = 2**22
@@ -44,7 +44,7 @@ class Windows:
 
 def fits(bounds: Bounds, node: Node) -> bool:
     """Whether ``WindowPass`` bounds the node: convolutions, activations, sums and one perturbed frame are below it."""
-    if not isinstance(node, Convolution) or node.transposed:
+    if not isinstance(node, (Convolution, WeightedSum, Concat)) or image_shape(node) is None:
         return False
     open_nodes, seen, frames = [node], set(), 0
     while open_nodes:
@@ -61,12 +61,26 @@ def fits(bounds: Bounds, node: Node) -> bool:
     return frames == 1
 
 
-class WindowPass:
-    """Backward passes from the neurons of one convolution."""
+def image_shape(node: Node) -> Shape | None:
+    """Shape of the node's images, of those of the convolutions that it is made of; None if it is made of others."""
+    open_nodes, seen = [node], set()
+    while open_nodes:
+        current = open_nodes.pop()
+        if isinstance(current, Convolution):
+            _, height, width = current.out_shape
+            return None if node.size % (height * width) else (node.size // (height * width), height, width)
+        if current not in seen:
+            seen.add(current)
+            open_nodes += current.parents
+    return None
 
-    def __init__(self, bounds: Bounds, node: Convolution):
+
+class WindowPass:
+    """Backward passes from the neurons of one image."""
+
+    def __init__(self, bounds: Bounds, node: Node):
         self.bounds, self.node = bounds, node
-        self.shapes = _shapes(bounds, node)
+        self.shapes = _shapes(bounds, node, image_shape(node))
 
     def bound(self, samples: Tensor, neurons: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds, (P,) each, of some neurons of some samples, (P,) each."""
@@ -108,7 +122,7 @@ class WindowPass:
         lower, minus_upper = self._total
         if self.bounds.rounding:
             size, error = self.bounds.rounding.of(self.node)
-            lost = (error + self.bounds.rounding.gamma * size).expand(len(self.bounds.perturbation.x), -1)
+            lost = (error + self.bounds.rounding.gamma_of(self.node) * size).expand(len(self.bounds.perturbation.x), -1)
             lost = lost[samples, neurons]
             lower, minus_upper = lower - lost, minus_upper - lost
         return lower, -minus_upper
@@ -116,16 +130,23 @@ class WindowPass:
     # --- steps ---
 
     def _begin(self, samples: Tensor, neurons: Tensor) -> None:
-        """The kernels, where the neurons have them: their own convolution needs no step."""
-        node, windows = self.node, self.node.windows
-        _, height, width = windows.small
+        """Of a convolution the kernels, where the neurons have them: it needs no step itself. Else ones."""
+        node = self.node
+        channels, height, width = self.shapes[node]
         places, self._place = torch.unique(samples * (height * width) + neurons % (height * width), return_inverse=True)
         self._samples, self._place_samples = samples, places // (height * width)
         row, column = places // width % height, places % width
+        channel = neurons // (height * width)
+        if not isinstance(node, Convolution):
+            units = torch.eye(channels, dtype=self.bounds.perturbation.x.dtype, device=samples.device)
+            values = units.index_select(0, channel)[:, :, None, None]
+            self._pending[node] = [Windows(torch.stack((values, -values)), row, column, True)]
+            return
+        windows = node.windows
         offset = self.bounds.offset(node)
         offset = offset.expand(len(self.bounds.perturbation.x), -1)[samples, neurons]
         self._total = torch.stack((offset, -offset))
-        kernel = _whole_kernel(node).index_select(0, neurons // (height * width))
+        kernel = _whole_kernel(node).index_select(0, channel)
         top, left = row * windows.stride[0] - windows.pads[2], column * windows.stride[1] - windows.pads[0]
         self._pass_to(node.parents[0], Windows(torch.stack((kernel, -kernel)), top, left))
 
@@ -168,7 +189,7 @@ class WindowPass:
             return _summed(values.abs() * self._gather(sizes, frame, given))
 
         def norms(norm: float) -> Tensor:
-            return dual_norm(dual_norm(values.flatten(3), norm), norm)
+            return dual_norm(dual_norm(dual_norm(values, norm), norm), norm)
 
         deviation = self.bounds.perturbation.map_deviation(frame.frame, absolute, norms, self._samples)
         self._total = self._total - deviation
@@ -280,9 +301,9 @@ class WindowPass:
         return Windows(images.unflatten(-1, (height, width)), None, None, True)
 
 
-def _shapes(bounds: Bounds, node: Convolution) -> dict[Node, Shape]:
+def _shapes(bounds: Bounds, node: Node, shape: Shape) -> dict[Node, Shape]:
     """Shapes of the images of all nodes that coefficients come to."""
-    shapes, open_nodes = {node: node.out_shape}, [node]
+    shapes, open_nodes = {node: shape}, [node]
     while open_nodes:
         current = open_nodes.pop()
         _, height, width = shapes[current]
@@ -309,7 +330,9 @@ def _cut(images: Tensor, samples: Tensor, given: Windows) -> Tensor:
 
 
 def _summed(products: Tensor) -> Tensor:
-    """Over channels, height and width."""
+    """Over channels, height and width, in short sums."""
+    if products.shape[-1] * products.shape[-2] > BLOCK:
+        products = products.sum(dim=-1, keepdim=True)
     return products.flatten(-2).sum(dim=-1).sum(dim=-1)
 
 

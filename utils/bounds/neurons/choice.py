@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..graph.convolution import Convolution
-from ..graph.graph import Graph
-from ..graph.nodes import Bounds, Frame, Interval, Linear, Node
-from ..graph.nonlinear import Activation, NonLinear
-from ..graph.pooling import Maximum
-from ..relaxation.lines import pieces_of
+from ...graph.convolution import Convolution
+from ...graph.graph import Graph
+from ...graph.nodes import Bounds, Frame, Interval, Linear, Node
+from ...graph.nonlinear import Activation, NonLinear
+from ...graph.pooling import Maximum
+from ...relaxation.lines import pieces_of
 
 
 def readers(graph: Graph) -> dict[Node, list[NonLinear]]:
