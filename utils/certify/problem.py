@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..bounds.alpha import select, store, tune_slopes
 from ..bounds.balls import Balls
 from ..bounds.curve import CurvedPass, CurveTable, tune_curves
-from ..bounds.memory import Parts, samples_at_once
+from ..bounds.memory import PER_NEURON, Parts, samples_at_once
 from ..bounds.passes import BoundPass
 from ..choices.method import Method
 from ..choices.tables import METHODS
@@ -130,11 +130,11 @@ class MarginProblem:
         if self.x.device.type != "cpu":
             graph = self.graph(dtype, slice(0, 1))
             return samples_at_once(graph, self.rows.shape[1], dtype, self.x.device) or len(self.x)
-        if self.method.name == "ibp":
-            return len(self.x)
-        if self.method.name == "crown-ibp":
-            widest = max(node.size for node in self.graph(dtype, slice(0, 1)).nodes)
-            return max(4, CACHE_BYTES // (self.rows.shape[1] * widest * dtype.itemsize))
+        if self.method.name in ("ibp", "crown-ibp"):
+            # Intervals are read once, whatever a cache holds; coefficients are those of the specification alone.
+            sizes = [node.size for node in self.graph(dtype, slice(0, 1)).nodes]
+            numbers = max(PER_NEURON * sum(sizes) // 8, self.method.name != "ibp" and self.rows.shape[1] * max(sizes))
+            return max(4, CACHE_BYTES // (numbers * dtype.itemsize))
         if self._widest is None:
             nodes = self.graph(dtype, slice(0, 1)).nodes
             operands = {operand.bounded_through for node in nodes for operand in node.relaxed_operands}
