@@ -11,6 +11,7 @@ passes it on, and before it meets a ball.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,12 +45,17 @@ class Windows:
 
 def fits(bounds: Bounds, node: Node) -> bool:
     """Whether ``WindowPass`` bounds the node: convolutions, activations, sums and one perturbed frame are below it."""
+    return follows(node, bounds.is_exact)
+
+
+def follows(node: Node, is_exact: Callable[[Node], bool] = lambda node: False) -> bool:
+    """``fits``, of a graph that no perturbation is known of."""
     if not isinstance(node, (Convolution, WeightedSum, Concat)) or image_shape(node) is None:
         return False
     open_nodes, seen, frames = [node], set(), 0
     while open_nodes:
         current = open_nodes.pop()
-        if current in seen or bounds.is_exact(current):
+        if current in seen or is_exact(current):
             continue
         seen.add(current)
         frames += isinstance(current, Frame)
