@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..graph.graph import Graph
+from .neurons.windows import follows
 
 SHARE = 0.6  # of the free memory that a batch may take
 # Blocks of coefficients that exist for a moment beside those that wait: parts of either sign, products, sums.
@@ -53,7 +54,8 @@ def bytes_per_sample(graph: Graph, num_rows: int, dtype: torch.dtype) -> int:
     rows = {graph.output.index: num_rows}
     for node in graph.nodes:
         for operand in node.relaxed_operands:
-            rows[operand.bounded_through.index] = 2 * operand.bounded_through.size
+            if not follows(operand.bounded_through):  # whose windows are worked on in parts, however many they are
+                rows[operand.bounded_through.index] = 2 * operand.bounded_through.size
     widest = max(node.size for node in graph.nodes)
     blocks = max(count * (waiting_columns(graph, index) + TEMPORARY * widest) for index, count in rows.items())
     return dtype.itemsize * (blocks + PER_NEURON * sum(node.size for node in graph.nodes))

@@ -98,7 +98,5 @@ def accuracies(config: Config) -> str:
     if "certified" not in config:
         return text
     recipe = config["certified"]
-    ball = (
-        f"l_{recipe['p']} {recipe['train_eps']:g} around {'the sequence' if recipe['ball'] != 'frame' else 'frames'}"
-    )
+    ball = f"l_{recipe['p']} {recipe['train_eps']:g} around {'the sequence' if recipe['ball'] != 'frame' else 'frames'}"
     return f"verified test accuracy {config['test_verified']:.4f} ({ball}), {text}"
