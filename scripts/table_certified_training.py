@@ -54,7 +54,7 @@ def get_args() -> argparse.Namespace:
         "--total-limit",
         type=positive_float,
         default=300.0,
-        help="seconds of these for all images of a model at an eps; 1e-9 leaves them out",
+        help="seconds of these for all images of a model at an eps, shared evenly among batches; 1e-9 leaves them out",
     )
     parser.set_defaults(N=10000, p=None)
     args = parser.parse_args()

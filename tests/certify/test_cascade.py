@@ -14,6 +14,7 @@ from utils.attack.pgd import AttackProblem, pgd
 from utils.certify import Effort, cascade, certified_margin, margin_problem
 from utils.certify.cascade import CLEAN, DEFAULT_STAGES, OUTCOMES, STAGES, CascadeResult, run
 from utils.certify.problem import MarginProblem
+from utils.network.models import SequenceClassifier
 
 INF = math.inf
 DTYPE = torch.float64
@@ -104,6 +105,15 @@ def test_outcomes_are_those_of_samples_by_themselves():
         own = slice(sample, sample + 1)
         alone = cascade(model, x[own], labels[own], 0.1, norm=INF, effort=how)
         assert (alone.outcomes[0], alone.settled_by[0]) == (whole.outcomes[sample], whole.settled_by[sample])
+
+
+def test_cheap_passes_take_more_samples_at_once():
+    """No coefficients, or those of the margins only, have to fit into a processor's cache."""
+    torch.manual_seed(0)
+    model = SequenceClassifier(nn.LSTM(4, 64, batch_first=True), nn.Linear(64, 10))
+    problem = margin_problem(model, torch.rand(2, 3, 4), [0, 1])
+    sizes = [problem.by(name).at_once(DTYPE) for name in ("crown", "crown-ibp", "ibp")]
+    assert sizes == sorted(sizes) and sizes[0] < 20 < 100 < sizes[1] and sizes[2] > 500
 
 
 def test_more_stages_decide_no_less_and_curve_can_be_asked_for():
