@@ -167,7 +167,7 @@ def default_models() -> list[str]:
 
     Those that were trained for chosen frames only are left out: they are verified where all frames move.
     """
-    configs = {name: load_checkpoint(case_path(name))[1] for name in committed_models()}
+    configs = {name: load_checkpoint(case_path(name))[1] for name in committed_models(certified=True)}
     recipes = {name: recipe for name, recipe in ((n, recipe_of(config)) for n, config in configs.items()) if recipe}
     trained = {name: architecture_of(configs[name]) for name, recipe in recipes.items() if not recipe.get("frames")}
     if not trained:

@@ -15,7 +15,6 @@ from utils.training.certified import losses
 from utils.training.certified.losses import Batch, fused_loss, of_margins, robust_loss, rows_of
 from utils.training.certified.objective import Certified
 from utils.training.certified.penalties import input_weights, tightness
-from utils.training.certified.points import worst_points
 from utils.training.certified.recipe import LOSSES, Moment, Recipe, moment_of, rate_factor, smoothed
 
 FRAMES, SIZE, CLASSES, BATCH = 3, 4, 4, 6
@@ -49,7 +48,7 @@ def greatest_loss(batch: Batch, count: int = 300) -> Tensor:
     recipe = batch.recipe
     threat = next(t for t in THREATS if (t.norm, t.ball, t.clip is not None) == (recipe.p, recipe.ball, recipe.clip))
     points = random_points(batch.x, eps, threat, count, seed=2)  # (count, batch, T, n)
-    found = worst_points(batch, 1.0)[None]
+    found = batch.attacked()[None]
     with torch.no_grad():
         logits = batch.model(torch.cat((points, found)).flatten(0, 1))
     values = nn.functional.cross_entropy(logits, batch.y.repeat(count + 1), reduction="none")
@@ -127,16 +126,14 @@ def test_a_mean_of_bounds_lies_between_them():
 def test_points_lie_in_their_balls(ball):
     batch = batch_of("gru", attack_steps=3, **ball)
     for share in (1.0, 0.6):
-        delta = worst_points(batch, share) - batch.x
+        delta = batch.attacked(share) - batch.x
         whole = delta.flatten(1)[:, None] if batch.recipe.ball == "sequence" else delta
         assert (lp_norm(whole, batch.recipe.p) <= share * EPS * (1 + 1e-9)).all()
 
 
 def test_attacks_raise_the_loss():
     batch = batch_of("lstm", attack_steps=5)
-    clean, attacked = (
-        nn.functional.cross_entropy(batch.model(x), batch.y) for x in (batch.x, worst_points(batch, 1.0))
-    )
+    clean, attacked = (nn.functional.cross_entropy(batch.model(x), batch.y) for x in (batch.x, batch.attacked()))
     assert attacked > clean + 0.01
 
 

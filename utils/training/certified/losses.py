@@ -61,6 +61,11 @@ class Batch:
         eps = centers.new_full((len(centers),), share * self.moment.eps)
         return BoundPass(self.graph, self.threat.around(centers, eps), method, sound=sound)
 
+    def attacked(self, share: float = 1.0) -> Tensor:
+        """Points, (batch, T, n), of balls of a share of the moment's eps where the loss is high."""
+        balls, steps = self.threat.moves(self.frames), self.recipe.attack_steps
+        return worst_points(self.model, balls, self.y, share * self.moment.eps, steps)
+
 
 def robust_loss(batch: Batch) -> Tensor:
     """The recipe's loss of each sample, (batch,), nats."""
@@ -118,12 +123,12 @@ def fused_loss(bounds: BoundPass, rows: Tensor, beta: float = 1.0) -> Tensor:
 def small_box_loss(batch: Batch) -> Tensor:
     """SABR: by intervals over a small ball inside of the ball, around a point that an attack found."""
     share = batch.recipe.box
-    return interval_loss(batch, worst_points(batch, 1.0 - share), share)
+    return interval_loss(batch, batch.attacked(1.0 - share), share)
 
 
 def mixed_loss(batch: Batch) -> Tensor:
     """MTL-IBP: the loss where an attack ends, and that by intervals over the ball."""
-    alpha, points = batch.recipe.alpha, worst_points(batch, 1.0)
+    alpha, points = batch.recipe.alpha, batch.attacked()
     attacked = nn.functional.cross_entropy(batch.model(points), batch.y, reduction="none")
     return (1.0 - alpha) * attacked + alpha * interval_loss(batch)
 
