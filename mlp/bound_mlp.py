@@ -6,7 +6,7 @@
     python mlp/bound_mlp.py --method shell                         # both in turn; curve, bab ... as for the others
 
 Reads WORK_DIR/mlp_20_20_relu/mlp (after the flags --layers and --activation); writes certified_bound.csv, run.json and
-figures to 2_norm_bound/ (after the norm and whatever else is not as usual) beside it.
+figures to 2_norm_bound_crown/ (after norm, method and whatever is not as usual) beside it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from utils.experiments.arguments import (
     add_method_arguments,
     add_search_arguments,
     method_of,
+    result_folder,
     result_folder_name,
 )
 from utils.runs.cli import ArgumentParser, add_common_arguments, answer_early, run_main
@@ -131,7 +132,7 @@ def main() -> None:
         if args.dry_run:
             run.rehearse()
         else:
-            run.write(args.out_dir or path.parent / result_folder_name(args), record, ranks)
+            run.write(result_folder(args, path.parent, result_folder_name(args)), record, ranks)
 
 
 if __name__ == "__main__":

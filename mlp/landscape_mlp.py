@@ -94,7 +94,7 @@ def main() -> None:
         record = make_record(args, samples, path, config, data, device) | words
         print_introduction(record)
         name = f"{args.p:g}_norm_landscape_class_{args.logit_class}" + "_entries" * args.entries
-        name += f"_{args.chain}" * (args.chain != "chord")
+        name += f"_{args.chain}_{args.layer_method}"
         if args.dry_run:
             run.rehearse()
         else:

@@ -94,7 +94,9 @@ def draw_section(axes: Axes, name: str, along: str, choices: dict[str, Relaxatio
 
 
 def draw() -> Figure:
-    figure = Figure(figsize=(12.5, 8.0), layout="constrained")
+    figure = Figure(figsize=(12.5, 8.4), layout="constrained")
+    box = f"x from {X[0]:g} to {X[1]:g}, y from {Y[0]:g} to {Y[1]:g}"
+    figure.suptitle(f"Products of a state and a gate over the box {box}; light grey: all values there", fontsize=11)
     for row, name in enumerate(PRODUCTS):
         choices = relaxations(name)
         draw_surface(figure.add_subplot(2, 3, 3 * row + 1, projection="3d"), name, choices["plane"])
