@@ -60,6 +60,7 @@ def draw_surface(axes, name: str, planes: Relaxation) -> None:
         axes.plot_surface(x, y, heights(plane, x, y), color="tab:blue", alpha=0.28, linewidth=0, shade=False)
     axes.plot_surface(x, y, function(name, x, y), cmap="Greys", alpha=0.9, vmin=-3, vmax=3, linewidth=0)
     axes.view_init(elev=16, azim=-62)
+    axes.locator_params(nbins=4)
     axes.set_xlabel("state x")
     axes.set_ylabel("gate y")
     axes.set_title(f"{TITLES[name]} between its contracting planes", fontsize=10)
