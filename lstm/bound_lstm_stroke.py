@@ -4,7 +4,7 @@
     python lstm/bound_lstm_stroke.py --p inf
 
 Reads WORK_DIR/lstm_32/lstm (after --hidden-size); writes a row for every point (certified_bound.csv), run.json and
-figures to 2_norm_bound/ (after the norm) beside it. The strokes are made by scripts/make_strokes.py.
+figures to 2_norm_bound_crown_plane/ (after norm and relaxation) beside it. scripts/make_strokes.py makes the strokes.
 """
 
 from __future__ import annotations

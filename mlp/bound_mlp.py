@@ -1,12 +1,13 @@
-"""Certified radii of a multi-layer perceptron on MNIST: within them, no perturbation changes the classification.
+"""Certified radii of a multi-layer perceptron on images: within them, no perturbation changes the classification.
 
     python mlp/bound_mlp.py                                        # 100 images, random targets, l_2, CROWN
     python mlp/bound_mlp.py --p inf --target runnerup --layer-bound fastlin
     python mlp/bound_mlp.py --layer-bound crown-adaptive --jacobian-bound chord   # integrated bounds of gradients
     python mlp/bound_mlp.py --method shell                         # both in turn; curve, bab ... as for the others
+    python mlp/bound_mlp.py --dataset cifar10 --data-dir FOLDER
 
 Reads WORK_DIR/mlp_20_20_relu/mlp (after the flags --layers and --activation); writes certified_bound.csv, run.json and
-figures to 2_norm_bound/ (after the norm and whatever else is not as usual) beside it.
+figures to 2_norm_bound_crown/ (after norm, method and whatever is not as usual) beside it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from utils.experiments.arguments import (
     add_method_arguments,
     add_search_arguments,
     method_of,
+    result_folder,
     result_folder_name,
 )
 from utils.runs.cli import ArgumentParser, add_common_arguments, answer_early, run_main
 from utils.training.arguments import add_mlp_model_arguments, add_recipe_argument
+from utils.training.datasets import add_dataset_argument
 
 # RecurJac's names of what is set by --method, --layer-method and --chain.
 LAYER_BOUNDS = {
@@ -45,6 +48,7 @@ def get_args() -> argparse.Namespace:
     add_folder_arguments(group, "mlp")
     add_mlp_model_arguments(group)
     add_recipe_argument(group)
+    add_dataset_argument(group)
     add_goal_arguments(parser.add_argument_group("what is certified (eps and radii are in pixel values, in [0, 1])"))
     group = parser.add_argument_group("how")
     add_method_arguments(group)
@@ -90,12 +94,12 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from data.mnist import load_mnist
 from utils.certify import MarginProblem, search_radius
 from utils.experiments.mlp import load_mlp
 from utils.experiments.mnist import Run, largest_eps, make_record, print_introduction, started
 from utils.experiments.samples import draw_samples
 from utils.question import Question, Threat
+from utils.training.datasets import load_images
 
 
 def main() -> None:
@@ -103,7 +107,7 @@ def main() -> None:
     with started(args) as (device, ranks):
         # Load.
         model, config, path = load_mlp(args, device)
-        data = load_mnist(args.data_dir)
+        data = load_images(args, train=False)
 
         # Draw --N test images by the seed; those that are misclassified, or of the target's class, are left out.
         samples = draw_samples(data, model, args)
@@ -119,7 +123,7 @@ def main() -> None:
             return MarginProblem(Question(model, images[chosen], labels[chosen], goal, threat), method)
 
         def columns_of(problem: MarginProblem) -> dict[str, Tensor]:
-            how = {"tol": args.tol, "eps0": args.eps0, "max_eps": largest_eps(args)}
+            how = {"tol": args.tol, "eps0": args.eps0, "max_eps": largest_eps(args, config["input_size"])}
             found = search_radius(problem, batch_size=len(problem.x), dtype=getattr(torch, args.dtype), **how)
             columns = {"radius": found.radius, "failed_eps": found.failed}
             return columns | {"margin": found.margin, "evaluations": found.evaluations}
@@ -131,7 +135,7 @@ def main() -> None:
         if args.dry_run:
             run.rehearse()
         else:
-            run.write(args.out_dir or path.parent / result_folder_name(args), record, ranks)
+            run.write(result_folder(args, path.parent, result_folder_name(args)), record, ranks)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from utils.choices.method import CHAINS, DIRECT_METHODS
 from utils.experiments.arguments import add_folder_arguments, add_search_arguments
 from utils.runs.cli import ArgumentParser, add_common_arguments, answer_early, norm_value, positive_int, run_main
 from utils.training.arguments import add_mlp_model_arguments, add_recipe_argument
+from utils.training.datasets import add_dataset_argument
 
 
 def get_args() -> argparse.Namespace:
@@ -24,6 +25,7 @@ def get_args() -> argparse.Namespace:
     add_folder_arguments(group, "mlp")
     add_mlp_model_arguments(group)
     add_recipe_argument(group)
+    add_dataset_argument(group)
     group = parser.add_argument_group("of what (radii are in pixel values, which lie in [0, 1])")
     group.add_argument("--N", type=positive_int, default=20, help="test images drawn; the misclassified get no radius")
     group.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball: 1, 2 or inf")
@@ -57,12 +59,12 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from data.mnist import load_mnist
 from utils.certify import MarginProblem, search_without_stationary_point
 from utils.experiments.mlp import load_mlp
 from utils.experiments.mnist import Run, largest_eps, make_record, print_introduction, started
 from utils.experiments.samples import draw_samples
 from utils.question import Question, Threat
+from utils.training.datasets import load_images
 
 
 def main() -> None:
@@ -70,12 +72,13 @@ def main() -> None:
     with started(args) as (device, ranks):
         # Load and draw --N test images; those that are misclassified are left out.
         model, config, path = load_mlp(args, device)
-        data = load_mnist(args.data_dir)
+        data = load_images(args, train=False)
         samples = draw_samples(data, model, args)
         images, labels = samples.frames(1).to(device), samples.labels.to(device)
         logit = torch.eye(config["num_classes"])[args.logit_class][None]
         how = {"norm": args.p, "chain": args.chain, "layers": args.layer_method, "directions": not args.entries}
-        how |= {"tol": args.tol, "max_eps": largest_eps(args), "dtype": getattr(torch, args.dtype)}
+        largest = largest_eps(args, config["input_size"])
+        how |= {"tol": args.tol, "max_eps": largest, "dtype": getattr(torch, args.dtype)}
 
         def problem_of(chosen: list[int], frame: int | None) -> MarginProblem:
             return MarginProblem(Question(model, images[chosen], labels[chosen], None, Threat(args.p)))
@@ -94,7 +97,7 @@ def main() -> None:
         record = make_record(args, samples, path, config, data, device) | words
         print_introduction(record)
         name = f"{args.p:g}_norm_landscape_class_{args.logit_class}" + "_entries" * args.entries
-        name += f"_{args.chain}" * (args.chain != "chord")
+        name += f"_{args.chain}_{args.layer_method}"
         if args.dry_run:
             run.rehearse()
         else:

@@ -1,4 +1,4 @@
-"""Local Lipschitz constants of a multi-layer perceptron on MNIST over balls of growing size, beside sampled ones.
+"""Local Lipschitz constants of a multi-layer perceptron on images over balls of growing size, beside sampled ones.
 
 python mlp/lipschitz_mlp.py --p inf --log-start -3 --log-end 0
 python mlp/lipschitz_mlp.py --layers 20 20 20 20 --activation leaky --logit --chains chord recurjac interval
@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.experiments.lipschitz_arguments import add_lipschitz_arguments, lipschitz_folder_name
 from utils.runs.cli import ArgumentParser, answer_early, run_main
 from utils.training.arguments import add_mlp_model_arguments, add_recipe_argument
+from utils.training.datasets import add_dataset_argument
 
 
 def get_args() -> argparse.Namespace:
@@ -22,6 +23,7 @@ def get_args() -> argparse.Namespace:
     group = parser.add_argument_group("model (the checkpoint must agree)")
     add_mlp_model_arguments(group)
     add_recipe_argument(group)
+    add_dataset_argument(group)
     add_lipschitz_arguments(parser, group, "mlp")
     args = parser.parse_args()
     args.time_step = 1
@@ -31,17 +33,17 @@ def get_args() -> argparse.Namespace:
 if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
-from data.mnist import load_mnist
 from utils.experiments.lipschitz import LipschitzRun, introduce, make_lipschitz_record, started
 from utils.experiments.mlp import load_mlp
 from utils.experiments.samples import draw_samples
+from utils.training.datasets import load_images
 
 
 def main() -> None:
     args = get_args()
     with started(args) as (device, ranks):
         model, config, path = load_mlp(args, device)
-        data = load_mnist(args.data_dir)
+        data = load_images(args, train=False)
         samples = draw_samples(data, model, args)
         run = LipschitzRun(args, model, samples, device)
         record = make_lipschitz_record(args, samples, path, config, data, device)

@@ -1,4 +1,4 @@
-"""Train a multi-layer perceptron on MNIST and save it with its training curve."""
+"""Train a multi-layer perceptron on MNIST or CIFAR-10 and save it with its training curve."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.runs.cli import ArgumentParser, answer_early, run_main
 from utils.training.arguments import add_mlp_training_arguments
+from utils.training.datasets import add_dataset_argument, settle_folder
 
 
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add_mlp_training_arguments(parser)
-    return parser.parse_args()
+    add_dataset_argument(parser.add_argument_group("data"))
+    args = parser.parse_args()
+    settle_folder(args, "save_dir")
+    return args
 
 
 if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
-from data.mnist import load_mnist
 from utils.network.checkpoint import build_model, model_name, save_checkpoint
 from utils.runs.cli import apply_common_arguments
 from utils.runs.results import check_writable
+from utils.training.datasets import load_images
 from utils.training.lipschitz import objective_of
 from utils.training.loop import accuracy, plot_history, rehearse, train
 from utils.training.mnist import make_mlp_config
@@ -35,8 +39,8 @@ def main() -> None:
     args = get_args()
     device = apply_common_arguments(args)
 
-    # Load: images as vectors of pixels, (N, 784), for training and test.
-    data = load_mnist(args.data_dir)
+    # Load: images as vectors of pixels, (N, 784) or (N, 3072), for training and test.
+    data = load_images(args)
     pixels = [images.flatten(1).to(device) for images in (data.train_x, data.test_x)]
     labels = [classes.to(device) for classes in (data.train_y, data.test_y)]
 

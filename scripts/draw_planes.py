@@ -60,6 +60,7 @@ def draw_surface(axes, name: str, planes: Relaxation) -> None:
         axes.plot_surface(x, y, heights(plane, x, y), color="tab:blue", alpha=0.28, linewidth=0, shade=False)
     axes.plot_surface(x, y, function(name, x, y), cmap="Greys", alpha=0.9, vmin=-3, vmax=3, linewidth=0)
     axes.view_init(elev=16, azim=-62)
+    axes.locator_params(nbins=4)
     axes.set_xlabel("state x")
     axes.set_ylabel("gate y")
     axes.set_title(f"{TITLES[name]} between its contracting planes", fontsize=10)
@@ -94,7 +95,9 @@ def draw_section(axes: Axes, name: str, along: str, choices: dict[str, Relaxatio
 
 
 def draw() -> Figure:
-    figure = Figure(figsize=(12.5, 8.0), layout="constrained")
+    figure = Figure(figsize=(12.5, 8.4), layout="constrained")
+    box = f"x from {X[0]:g} to {X[1]:g}, y from {Y[0]:g} to {Y[1]:g}"
+    figure.suptitle(f"Products of a state and a gate over the box {box}; light grey: all values there", fontsize=11)
     for row, name in enumerate(PRODUCTS):
         choices = relaxations(name)
         draw_surface(figure.add_subplot(2, 3, 3 * row + 1, projection="3d"), name, choices["plane"])

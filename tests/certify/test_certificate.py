@@ -618,7 +618,7 @@ def test_error_terms_pay_for_all_rounding(kind, tmp_path, monkeypatch):
 def test_bound_script_writes_certificates(architecture, tmp_path):
     place = make_place(tmp_path, architecture)
     assert place.bound("--save-certificate", "--p", "inf", "--clip", "--untargeted").code == 0
-    folder = place.folder("inf_norm_bound_untargeted_clip")
+    folder = place.folder("inf_norm_bound_untargeted_clip_crown")
     rows = place.rows(folder.name)
     names = {f"sample_{row.index:05d}.npz" for row in rows if row.radius > 0}
     assert {path.name for path in (folder / "certificates").glob("sample_*")} == names and len(names) > 1
@@ -634,7 +634,7 @@ def test_bound_script_per_frame_and_resumed(tmp_path):
     place = make_place(tmp_path)
     flags = ("--save-certificate", "--per-frame")
     assert place.bound(*flags).code == 0
-    folder = place.folder("2_norm_bound_per_frame")
+    folder = place.folder("2_norm_bound_per_frame_crown")
     certificates = {path.name: path.read_bytes() for path in (folder / "certificates").iterdir()}
     lines = (folder / "certified_bound.csv").read_text().splitlines(keepends=True)
     (folder / "certified_bound.csv").write_text("".join(lines[:7]))

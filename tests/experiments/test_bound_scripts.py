@@ -110,10 +110,10 @@ class Place:
         flags = ("--work-dir", self.work, "--data-dir", self.data, "--N", IMAGES, "--batch-size", 4, "--threads", 1)
         return call(self.script, *SIZES, *flags, *arguments)
 
-    def folder(self, name: str = "2_norm_bound") -> Path:
+    def folder(self, name: str = "2_norm_bound_crown") -> Path:
         return self.checkpoint.parent / name
 
-    def rows(self, name: str = "2_norm_bound"):
+    def rows(self, name: str = "2_norm_bound_crown"):
         return read_bound_rows(self.folder(name) / "certified_bound.csv")
 
     def samples(self, rows):
@@ -182,7 +182,7 @@ def test_default_run_from_another_folder(place, tmp_path):
         "s per image",
     ):
         assert words in result.stdout
-    folder = tmp_path / "models" / "rnn_4_4_tanh" / "2_norm_bound"
+    folder = tmp_path / "models" / "rnn_4_4_tanh" / "2_norm_bound_crown"
     names = {"certified_bound.csv", "run.json", "radius_histogram.png", "certified_fraction.png"}
     assert {path.name for path in folder.iterdir()} == names
     record = read_record(folder)
@@ -197,14 +197,14 @@ def test_default_run_from_another_folder(place, tmp_path):
 
 
 CASES = {
-    "2_norm_bound": (),
-    "1_norm_bound": ("--p", 1),
-    "inf_norm_bound": ("--p", "inf"),
-    "2_norm_bound_untargeted": ("--untargeted",),
-    "2_norm_bound_target_runnerup": ("--target", "runnerup"),
-    "2_norm_bound_target_least": ("--target", "least"),
-    "1_norm_bound_frames_1_3": ("--p", 1, "--frames", 3, 1),
-    "2_norm_bound_untargeted_sequence": ("--untargeted", "--ball", "sequence"),
+    "2_norm_bound_crown": (),
+    "1_norm_bound_crown": ("--p", 1),
+    "inf_norm_bound_crown": ("--p", "inf"),
+    "2_norm_bound_untargeted_crown": ("--untargeted",),
+    "2_norm_bound_target_runnerup_crown": ("--target", "runnerup"),
+    "2_norm_bound_target_least_crown": ("--target", "least"),
+    "1_norm_bound_frames_1_3_crown": ("--p", 1, "--frames", 3, 1),
+    "2_norm_bound_untargeted_sequence_crown": ("--untargeted", "--ball", "sequence"),
     "inf_norm_bound_clip_ibp": ("--p", "inf", "--clip", "--method", "ibp"),
     "2_norm_bound_crown-ibp": ("--method", "crown-ibp"),
 }
@@ -248,7 +248,7 @@ def test_radii_are_those_of_the_python_interface(finished, name):
 
 
 def test_per_frame_radii_and_heatmap(finished):
-    name = "2_norm_bound_per_frame"
+    name = "2_norm_bound_per_frame_crown"
     rows = finished.rows(name)
     assert [row.frame for row in rows] == list(range(FRAMES)) * (IMAGES - 2)
     assert (finished.folder(name) / "frame_heatmap.png").stat().st_size > 5000
@@ -283,16 +283,16 @@ def test_samples_of_the_target_class_are_left_out_and_counted(copied):
     outcome = copied.bound("--target", target)
     assert outcome.code == 0
     labels = load_mnist(copied.data).test_y.tolist()
-    counts = read_record(copied.folder(f"2_norm_bound_target_{target}"))["counts"]
+    counts = read_record(copied.folder(f"2_norm_bound_target_{target}_crown"))["counts"]
     assert counts["left_out"] == labels.count(target) > 0
     assert sum(counts[name] for name in ("left_out", "misclassified", "kept")) == IMAGES
     assert f"{counts['left_out']} drawn images of class {target} are left out" in outcome.out
-    assert all(row.label != target == row.target for row in copied.rows(f"2_norm_bound_target_{target}"))
+    assert all(row.label != target == row.target for row in copied.rows(f"2_norm_bound_target_{target}_crown"))
 
 
 @pytest.mark.parametrize("flags", [(), ("--per-frame",)], ids=["sample", "per-frame"])
 def test_resumed_after_an_end_anywhere_the_rows_are_the_same(copied, flags):
-    folder = copied.folder("2_norm_bound" + "_per_frame" * bool(flags))
+    folder = copied.folder("2_norm_bound" + "_per_frame" * bool(flags) + "_crown")
     path, record = folder / "certified_bound.csv", read_record(folder)
     whole, reference = path.read_bytes(), without_seconds(path)
     header = whole.index(b"\n") + 1
@@ -413,7 +413,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(copied):
     shutil.rmtree(copied.folder())
     copied.folder().write_text("in the way")
     before = snapshot(copied.work)
-    assert_one_line(copied.bound(), "2_norm_bound")
+    assert_one_line(copied.bound(), "2_norm_bound_crown")
     assert snapshot(copied.work) == before
 
 
@@ -431,7 +431,7 @@ def test_dry_run_writes_nothing(copied):
     before = snapshot(copied.work)
     outcome = copied.bound("--dry-run", "--target", "least", "--p", 1)
     assert outcome.code == 0 and "dry run" in outcome.out
-    assert snapshot(copied.work) == before and not copied.folder("1_norm_bound_target_least").exists()
+    assert snapshot(copied.work) == before and not copied.folder("1_norm_bound_target_least_crown").exists()
 
 
 def test_no_perturbation_of_a_constant_model_is_too_large(tmp_path):
@@ -442,10 +442,10 @@ def test_no_perturbation_of_a_constant_model_is_too_large(tmp_path):
     make_labels = torch.full((IMAGES,), int(model(torch.zeros(1, FRAMES, 784 // FRAMES)).argmax()))
     write_idx(place.data / "MNIST" / "raw" / "t10k-labels-idx1-ubyte", make_labels.numpy())
     for flags, name, largest in (
-        ((), "2_norm_bound", 14.0),
-        (("--p", "inf"), "inf_norm_bound", 1.0),
-        (("--ball", "sequence"), "2_norm_bound_sequence", 28.0),
-        (("--p", 1, "--per-frame"), "1_norm_bound_per_frame", 196.0),
+        ((), "2_norm_bound_crown", 14.0),
+        (("--p", "inf"), "inf_norm_bound_crown", 1.0),
+        (("--ball", "sequence"), "2_norm_bound_sequence_crown", 28.0),
+        (("--p", 1, "--per-frame"), "1_norm_bound_per_frame_crown", 196.0),
     ):
         assert place.bound(*flags).code == 0
         assert all((row.radius, row.failed_eps) == (largest, INF) for row in place.rows(name))
@@ -463,12 +463,27 @@ def test_every_kind_of_run_has_its_own_folder():
         "method": ("crown", "ibp", "crown-ibp"),
         "relaxation": ("plane", "line", "constant"),
     }
-    names = []
+    names = {}  # the relaxation has no effect on intervals
     for values in itertools.product(*choices.values()):
         arguments = dict(zip(choices, values, strict=True))
         arguments["untargeted"], arguments["target"] = arguments.pop("goal")
-        names.append(result_folder_name(Namespace(**arguments)))
-    assert len(set(names)) == len(names)
+        kind = str(values if arguments["method"] != "ibp" else values[:-1])
+        names.setdefault(kind, set()).add(result_folder_name(Namespace(**arguments)))
+    assert all(len(own) == 1 for own in names.values())
+    assert len(set.union(*names.values())) == len(names)
+    assert all({"crown", "ibp", "crown-ibp"} & set(own.split("_")) for own in set.union(*names.values()))
+
+
+def test_runs_of_a_folder_without_the_defaults_names_are_resumed_there(copied):
+    new, former = copied.folder(), copied.folder("2_norm_bound")
+    rows = without_seconds(new / "certified_bound.csv")
+    new.rename(former)
+    outcome = copied.bound("--resume")
+    assert outcome.code == 0 and str(former) in outcome.out and not new.exists()
+    assert without_seconds(former / "certified_bound.csv") == rows
+    assert copied.bound().code == 0 and without_seconds(new / "certified_bound.csv") == rows
+    outcome = copied.bound("--resume")
+    assert outcome.code == 0 and str(new) in outcome.out
 
 
 def test_balls_are_refused(place):
@@ -489,11 +504,13 @@ def test_cells_with_gates(tmp_path, architecture):
         outcome = place.bound("--relaxation", relaxation, "--N", 4, "--tol", 0.05)
         assert outcome.code == 0 and outcome.err == "", outcome.err
     mean = {
-        name: np.mean([row.radius for row in place.rows("2_norm_bound" + name)]) for name in ("", "_line", "_constant")
+        name: np.mean([row.radius for row in place.rows(f"2_norm_bound_crown_{name}")])
+        for name in ("plane", "line", "constant")
     }
-    assert mean[""] > mean["_line"] > mean["_constant"] > 0
+    assert mean["plane"] > mean["line"] > mean["constant"] > 0
     assert place.bound("--per-frame", "--p", "inf", "--clip", "--untargeted", "--N", 4).code == 0
-    assert len(place.rows("inf_norm_bound_untargeted_per_frame_clip")) == FRAMES * len(place.rows())
+    frames = place.rows("inf_norm_bound_untargeted_per_frame_clip_crown_plane")
+    assert len(frames) == FRAMES * len(place.rows("2_norm_bound_crown_plane"))
     assert_one_line(place.bound("--relaxation", "cube"), "--relaxation")
     for relaxation in ("volume", "plane"):
         flags = ("--method", "ibp", "--relaxation", relaxation)

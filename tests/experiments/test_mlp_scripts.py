@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 from mnist_files import write_mnist_folder
+from PIL import Image
 from test_bound_scripts import call
 
+from data.cifar10 import CLASS_NAMES, load_cifar10
 from data.mnist import as_frames, load_mnist
 from utils.certify import certified_radius, local_lipschitz, margin_rows, sampled_lipschitz
 from utils.network.checkpoint import CheckpointError, build_model, load_checkpoint, model_name, save_checkpoint
@@ -201,3 +204,33 @@ def test_decide_takes_perceptrons_and_export_says_that_it_does_not(folder, tmp_p
     assert outcome.code == 0 and " of 3 test images" in outcome.out, outcome.err
     outcome = call("scripts/export_model.py", *given, "--out-dir", tmp_path)
     assert outcome.code == 2 and "torch.onnx.export" in outcome.err and len(outcome.err.splitlines()) == 1
+
+
+def test_colour_images(tmp_path):
+    """Classes that their colours tell apart, as folders of images: trained and certified."""
+    numbers = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label, name in enumerate(CLASS_NAMES):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for n in range(3):
+                color = 25 * np.array([label, 9 - label, label % 2]) + numbers.integers(-9, 10, (32, 32, 3))
+                Image.fromarray(color.clip(0, 255).astype(np.uint8)).save(folder / f"{n}.png")
+    data = ("--dataset", "cifar10", "--data-dir", tmp_path, "--layers", 8)
+    outcome = call("mlp/train_mlp_mnist_classifier.py", *data, "--epochs", 30, "--save-dir", tmp_path / "models")
+    assert outcome.code == 0 and "cifar10 as images" in outcome.out, outcome.err
+    where = ("--work-dir", tmp_path / "models", "--N", 12, "--untargeted")
+    outcome = call("mlp/bound_mlp.py", *data, *where, "--out-dir", tmp_path / "bound")
+    assert outcome.code == 0, outcome.err
+    model, config = load_checkpoint(tmp_path / "models" / "mlp_8_relu" / "mlp")
+    assert config["input_size"] == 3 * 32 * 32 and config["dataset"] == "cifar10"
+    test = load_cifar10(tmp_path, train=False)
+    rows = read_bound_rows(tmp_path / "bound" / "certified_bound.csv")
+    index = [row.index for row in rows]
+    radii = torch.tensor([row.radius for row in rows], dtype=torch.float64)
+    expected = certified_radius(model, test.test_x[index].flatten(1)[:, None], test.test_y[index])
+    torch.testing.assert_close(radii, expected, rtol=1e-3, atol=0.0)
+    outcome = call("mlp/bound_mlp.py", *data[2:], *where, "--out-dir", tmp_path / "none")
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and "no classifier of mnist" in outcome.err
+    outcome = call("mlp/bound_mlp.py", *data, *where[2:], "--work-dir", tmp_path / "cifar10_classifier")
+    assert outcome.code == 2 and "--dataset cifar10" in outcome.err

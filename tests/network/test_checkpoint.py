@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -261,8 +263,16 @@ def test_safetensors_or_how_to_get_them(trained, tmp_path):
         with pytest.raises(CheckpointError, match="install safetensors"):
             load_weights(trained, path)
         return
-    save_file(prefixed(trained.state_dict(), "module."), path)
-    load_weights(trained, path)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_weights(trained, path)
+    state = {name: value.half() for name, value in trained.state_dict().items()}
+    save_file(prefixed(state, "module."), path)
+    other = copy.deepcopy(trained)
+    torch.nn.init.zeros_(other.head.weight)
+    load_weights(other, path)
+    for name, value in other.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, trained.state_dict()[name], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])

@@ -69,7 +69,7 @@ def test_what_a_killed_process_finished_is_kept_by_any_number_of_processes(finis
     place = copy_without_results(finished, tmp_path)
     flags = ("--batch-size", "1", "--tol", "1e-6", "--per-frame")
     run = start_torchrun(2, place, *flags)
-    folder = place.folder("2_norm_bound_per_frame")
+    folder = place.folder("2_norm_bound_per_frame_crown")
     parts = [part_path(folder / CSV_NAME, rank) for rank in range(2)]
     try:
         wait_for(lambda: all(path.exists() and path.read_bytes().count(b"\n") > 1 for path in parts), run)

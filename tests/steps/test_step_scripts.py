@@ -76,7 +76,8 @@ class Place:
 
     @property
     def folder(self) -> Path:
-        return self.checkpoint.parent / ("2_norm_bound_text" if "--text" in self.flags else "2_norm_bound")
+        text = "_text" * ("--text" in self.flags)
+        return self.checkpoint.parent / f"2_norm_bound{text}_crown_plane"
 
     @property
     def arguments(self) -> list[str]:

@@ -78,7 +78,7 @@ def test_questions_are_bounded(models, tmp_path):
     out = succeed(
         "gru/bound_gru_question.py", *BOUND, "--work-dir", models, "--sample", "--N", 3, "--compare", cwd=tmp_path
     )
-    folder = models / "gru_3_d4" / "2_norm_bound"
+    folder = models / "gru_3_d4" / "2_norm_bound_crown_plane"
     words, sentences = read_results(folder)
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert len(words) == sum(sentence.words for sentence in sentences) == record["summary"]["words"]
@@ -107,17 +107,17 @@ def test_texts_given_on_the_spot(models, tmp_path):
     texts = ["--text", "What is <b>Zq\u2603</b> ?", "--text", "Who ?", "--no-attack", "--p", "inf"]
     out = succeed("gru/bound_gru_question.py", *BOUND, "--work-dir", models, *texts, cwd=tmp_path)
     assert "zq*" in out
-    words, sentences = read_results(models / "gru_3_d4" / "inf_norm_bound_text")
+    words, sentences = read_results(models / "gru_3_d4" / "inf_norm_bound_text_crown_plane")
     assert [sentence.text for sentence in sentences] == ["What is <b>Zq\u2603</b> ?", "Who ?"]
     assert [word.known for word in words if word.word in ("what", "zq", "\u2603")] == [1, 0, 0]
-    page = (models / "gru_3_d4" / "inf_norm_bound_text" / "words.html").read_text(encoding="utf-8")
+    page = (models / "gru_3_d4" / "inf_norm_bound_text_crown_plane" / "words.html").read_text(encoding="utf-8")
     assert "zq" in page and "<script" not in page
 
 
 def test_texts_of_one_word(models, tmp_path):
     texts = ["--text", "what", "--text", "who", "--p", "1", "--compare"]
     succeed("gru/bound_gru_question.py", *BOUND, "--work-dir", models, *texts, cwd=tmp_path)
-    words, sentences = read_results(models / "gru_3_d4" / "1_norm_bound_text")
+    words, sentences = read_results(models / "gru_3_d4" / "1_norm_bound_text_crown_plane")
     assert [word.word for word in words] == ["what", "who"]
     assert all(word.radius == pytest.approx(word.text_radius, rel=0.2) and word.radius > 0 for word in words)
 
@@ -161,7 +161,7 @@ def test_strokes(tmp_path, kind):
     assert "20 digits" in succeed(f"{kind}/train_{kind}_stroke_classifier.py", *train, cwd=tmp_path)
     bound = [*flags, "--work-dir", tmp_path, "--N", 6, "--tol", "0.1"]
     assert "points" in succeed(f"{kind}/bound_{kind}_stroke.py", *bound, cwd=tmp_path)
-    folder = tmp_path / f"{kind}_3" / "2_norm_bound"
+    folder = tmp_path / f"{kind}_3" / "2_norm_bound_crown_plane"
     assert {path.name for path in folder.iterdir()} == {"certified_bound.csv", "run.json", "strokes.png", "summary.png"}
     assert "no strokes" in fail(f"{kind}/bound_{kind}_stroke.py", *bound, "--data-dir", tmp_path / "x", cwd=tmp_path)
 

@@ -240,12 +240,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def result_folder_name(args: argparse.Namespace) -> str:
-    """Name of the result folder: 2_norm_bound for p = 2 and all defaults, and a word for everything that differs.
+    """Name of the result folder: 2_norm_bound_crown for p = 2 and all defaults, and a word for all that differs.
 
     In this order: untargeted, or target_runnerup, target_least, target_K; per_frame, or frames_0_3; sequence (the
-    ball); clip; the method (ibp, alpha, jacobian, ...) and, of gradients, what bounds them and the layers; the
-    relaxation (line, constant). Number of images, seed, tolerance, steps, time and precision have no word: a new run
-    with others replaces the earlier one.
+    ball); clip; always the method (crown, ibp, jacobian, ...) and, of gradients, what bounds them and the layers; the
+    relaxation (plane, line, constant) of cells with gates. Number of images, seed, tolerance, steps, time and
+    precision have no word: a new run with others replaces the earlier one.
     """
     words = [f"{args.p:g}_norm_bound"]
     words += ["untargeted"] * args.untargeted
@@ -254,13 +254,28 @@ def result_folder_name(args: argparse.Namespace) -> str:
     words += ["_".join(map(str, ["frames", *args.frames]))] if args.frames else []
     words += [args.ball] * (args.ball != "frame")
     words += ["clip"] * args.clip
-    words += [args.method] * (args.method != "crown")
-    words += [word for word in (getattr(args, "chain", None), getattr(args, "layer_method", None)) if word in NAMED]
-    words += [relaxation_of(args)] * (relaxation_of(args) != "plane")
+    words += [args.method]
+    words += [args.chain, args.layer_method] if args.method in GRADIENT_METHODS else []
+    words += [relaxation_of(args)] if relaxes_products(args) else []
     return "_".join(words)
 
 
-NAMED = {"recurjac", "interval", "fastlin", "ibp", "crown-ibp"}  # chains and layers' methods besides the defaults
+def result_folder(args: argparse.Namespace, beside: Path, name: str) -> Path:
+    """--out-dir, or the folder of that name beside a checkpoint.
+
+    Folders had no words for the defaults once: --resume goes on in such a one if there is none of the new name.
+    """
+    former = beside / "_".join(word for word in name.split("_") if word not in FORMERLY_UNNAMED)
+    is_former = args.resume and former.exists() and not (beside / name).exists()
+    return args.out_dir or (former if is_former else beside / name)
+
+
+FORMERLY_UNNAMED = {"crown", "plane", "chord"}
+
+
+def relaxes_products(args: argparse.Namespace) -> bool:
+    """Whether there are products of gates, and the method bounds them by planes, lines or constants."""
+    return hasattr(args, "relaxation") and args.method in OF_METHODS["relaxation"][1]
 
 
 def relaxation_of(args: argparse.Namespace) -> str:

@@ -28,14 +28,14 @@ from ..runs.rows import KeyedRow
 from ..runs.work import Job, batches, explained, find_rows
 from ..training.mnist import check_slices
 from .lipschitz_arguments import describe_function, radii
-from .plots import DPI, norm_symbol, tidy
+from .plots import DPI, headline, norm_symbol, tidy
 from .samples import Samples
 from .wording import UNIT, describe_threat
 
 SAMPLED = "sampled"
 ALL_FRAMES = "all"
 STYLES = {"chord": "-", "recurjac": "--", "interval": ":", SAMPLED: "-"}
-TITLES = ("changes in all frames", "changes in one frame, by {}")
+TITLES = ("all frames change, each by at most eps", "one frame changes, by {}")
 FIGURE_NAME, CLASSES = "lipschitz.png", 10
 
 
@@ -227,7 +227,11 @@ def plot(rows: Sequence[LipschitzRow], record: Record) -> Figure:
     figure = Figure(figsize=(6.0 + 5.0 * bool(frames), 4.0), layout="constrained")
     panels = figure.subplots(1, 1 + bool(frames), squeeze=False)[0]
     symbol = norm_symbol(record["arguments"]["p"])
-    figure.suptitle(f"{record['model']['name']}, {entries[0]['images']} images: {record['goal']}", fontsize=10)
+    headline(
+        figure,
+        f"{record['model']['name']}, {entries[0]['images']} images: {record['goal']}",
+        f"layers bounded by {record['arguments']['layer_method']}; {record['arguments']['samples']} gradients sampled",
+    )
     for bound in dict.fromkeys(entry["bound"] for entry in entries):
         own = [entry for entry in entries if (entry["bound"], entry["frame"]) == (bound, ALL_FRAMES)]
         color = "black" if bound == SAMPLED else None

@@ -86,13 +86,13 @@ def check_config(
         raise CheckpointError(f"{path} is no MNIST classifier: it takes {size}")
 
 
-def largest_eps(args: argparse.Namespace) -> float:
-    """A ball of this radius around an image holds all images, so a larger radius says nothing more."""
+def largest_eps(args: argparse.Namespace, values: int = SIDE * SIDE) -> float:
+    """A ball of this radius around an image, of so many values, holds all images: a larger one says nothing more."""
     if args.p == math.inf:
         return 1.0
     moved = args.time_step if args.frames is None else len(args.frames)
     frames = moved if args.ball == "sequence" and not args.per_frame else 1
-    return (SIDE * SIDE // args.time_step * frames) ** (1 / args.p)
+    return (values // args.time_step * frames) ** (1 / args.p)
 
 
 class Run:

@@ -21,7 +21,7 @@ class Samples:
 
     Attributes:
         index: their numbers in the test set.
-        images: (n, 28, 28) pixels in [0, 1].
+        images: (n, 28, 28) or (n, 3, 32, 32) pixels in [0, 1].
         labels: their classes, which the model predicts.
         targets: classes to keep away from, or None for all others.
         counts: images drawn, left out because their label is the target, misclassified, and kept.

@@ -7,9 +7,10 @@ import argparse
 from data.mnist import SIDE
 
 from ..choices.method import GRADIENT_METHODS
-from .arguments import relaxation_of
+from .arguments import relaxation_of, relaxes_products
 
 UNIT = "pixel values, which lie in [0, 1]"
+RELAXED = {"plane": "planes", "volume": "planes of least volume", "line": "lines", "constant": "constants"}
 
 
 def describe_threat(args: argparse.Namespace) -> str:
@@ -44,13 +45,13 @@ def describe_goal(args: argparse.Namespace) -> str:
 
 def describe_method(args: argparse.Namespace) -> str:
     """How it is bounded, in words: the method and the relaxation of gate products, where there are any."""
-    steps = {"alpha": f"{args.alpha_steps} steps", "curve": f"{args.curve_steps} steps"}
+    planes = f", {RELAXED[relaxation_of(args)]}" if relaxes_products(args) else ""
     if args.method in GRADIENT_METHODS:
         kind = "bounds of gradients, integrated" if args.method == "jacobian" else "the shell rule"
-        return f"{kind}: {args.chain} over {args.layer_method}, {args.lipsteps} shells"
+        return f"{args.method}, {kind}: {args.chain} over {args.layer_method}, {args.lipsteps} shells{planes}"
+    steps = {"alpha": f"{args.alpha_steps} steps", "curve": f"{args.curve_steps} steps"}
     steps["bab"] = f"up to {args.time_limit:g} s an image"
     effort = f" ({steps[args.method]})" if args.method in steps else ""
-    planes = "" if args.method in ("ibp", "ball", "fastlin", "parabola", "spectral") else f", {relaxation_of(args)}s"
     return f"{args.method}{effort}{planes}"
 
 

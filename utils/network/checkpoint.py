@@ -318,6 +318,7 @@ def train_command(path: Path) -> str:
     if of_mlp:
         sizes = of_mlp["layers"].replace("_", " ")
         command = f"python mlp/train_mlp_mnist_classifier.py --layers {sizes} --activation {of_mlp['kind']}"
+        command += " --dataset cifar10" * (path.parent.parent.name == "cifar10_classifier")
         return f"train it by {command}" + " --lipschitz-weight 0.3" * bool(of_mlp["lipschitz"])
     if known is None:
         return "train one by one of the train_*_classifier.py scripts, or check the path"

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from data.strokes import POINT_SIZE, StrokeData, load_strokes, sequence_lengths
 
+from ..experiments.arguments import result_folder
+from ..experiments.wording import RELAXED
 from ..network.checkpoint import CheckpointError, Config, load_checkpoint, missing
 from ..network.models import SequenceClassifier
 from ..runs.cli import (
@@ -36,7 +38,7 @@ from ..training.strokes import predict_strokes
 from .step_bounds import check_steps
 from .step_runs import Steps, find_steps
 from .word_report import figure_title
-from .word_summary import mean_and_error, rank_correlation
+from .word_summary import counted, mean_and_error, rank_correlation
 
 DIGITS_FIGURE, SUMMARY_FIGURE = "strokes.png", "summary.png"
 DRAWN, DPI, BINS = 15, 150, 5
@@ -110,13 +112,15 @@ def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ra
         raise ValueError(f"nothing to certify: none of the {args.N} digits is classified correctly")
     counts = {"drawn": args.N, "misclassified": args.N - len(kept), "kept": len(kept)}
     print(f"{path.parent.name} on digits of {data.source}: {args.N} drawn, {len(kept)} to certify. ", end="")
-    print(f"One point at a time moves by at most eps in the l_{args.p:g} norm; bounds: crown, {args.relaxation}s")
+    print(
+        f"One point at a time moves by at most eps in the l_{args.p:g} norm; bounds: crown, {RELAXED[args.relaxation]}"
+    )
     run = StrokeRun(args, classifier, data, kept)
     if args.dry_run:
         rows = run.search([0])
         print(f"dry run: the first point of digit {rows[0].index} has radius {rows[0].radius:.4g}, nothing written")
         return
-    folder = args.out_dir or path.parent / result_folder_name(args)
+    folder = result_folder(args, path.parent, result_folder_name(args))
     check_writable(folder)
     with exclusive(folder, ranks):
         run_and_write(run, folder, make_record(run, path, config, counts), ranks)
@@ -136,8 +140,8 @@ def run_and_write(run: StrokeRun, folder: Path, record: Record, ranks: Ranks) ->
 
 
 def result_folder_name(args: argparse.Namespace) -> str:
-    """2_norm_bound for p = 2, with the relaxation if it is not planes."""
-    return "_".join([f"{args.p:g}_norm_bound", *[args.relaxation] * (args.relaxation != "plane")])
+    """2_norm_bound_crown_plane for p = 2 and planes."""
+    return f"{args.p:g}_norm_bound_crown_{args.relaxation}"
 
 
 class StrokeRun:
@@ -224,9 +228,10 @@ def summarize(rows: list[PointRow]) -> Record:
 
 def make_record(run: StrokeRun, path: Path, config: Config, counts: dict[str, int]) -> Record:
     """What run.json says about the run; paths inside the repository are relative to it."""
+    method = f"crown, {RELAXED[run.args.relaxation]}"
     return {
-        "title": f"{len(run.index)} digits, one point at a time, crown, {run.args.relaxation}s, l_{run.args.p:g}",
-        "method": f"crown, {run.args.relaxation}s",
+        "title": f"{len(run.index)} digits, one point at a time, {method}, l_{run.args.p:g}",
+        "method": method,
         "unit": "pixels of dx and dy, units of the flags",
         "model": checkpoint_facts(path, path.parent.name, config),
         "data": {"source": run.data.source, "drawn_sha256": digest(run.drawn)},
@@ -269,7 +274,9 @@ def plot_digits(rows: list[PointRow], record: Record) -> Figure:
     columns = 5
     lines = math.ceil(len(digits) / columns)
     figure = Figure(figsize=(2.1 * columns + 1.2, 2.1 * lines + 0.6), layout="constrained")
-    figure.suptitle(figure_title(record), fontsize=11)
+    legend = "in brackets: the class, which holds while one point moves by its radius; ring: first point; grey: the pen"
+    title = f"{figure_title(record)}; {len(digits)} of them drawn"
+    figure.suptitle(f"{title}\n{legend}", fontsize=10)
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in panels:
         axes.set(xlim=(1, 27), ylim=(27, 1), aspect="equal", xticks=[], yticks=[])
@@ -295,8 +302,8 @@ def plot_places(record: Record) -> Figure:
     """Relative radii over the position of a point, certified and attacked."""
     summary = record["summary"]
     figure = Figure(figsize=(6, 3.8), layout="constrained")
-    counts = f"{summary['points']} points of {summary['digits']} digits; bars: 2 standard errors"
-    figure.suptitle(f"{figure_title(record)}\n({counts})", fontsize=11)
+    counts = f"{counted(summary['points'], 'point')} of {summary['digits']} digits; bars: 2 standard errors"
+    figure.suptitle(f"{figure_title(record)}\n({counts})", fontsize=10)
     axes = figure.add_subplot()
     for key, label, color in (
         ("relative_radius", "certified", "tab:blue"),

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from data.text import MAX_WORDS, PADDING, UNKNOWN, TextData, tokenize
 
+from ..experiments.arguments import result_folder
+from ..experiments.wording import RELAXED
 from ..network.checkpoint import CheckpointError, missing
 from ..perturbation.lp_ball import INF
 from ..runs.cli import (
@@ -107,7 +109,7 @@ def _bound(args: argparse.Namespace, architecture: str, task: TextTask, device: 
         words = run.search([0])
         print(f"dry run: {words[0].word!r} has radius {words[0].radius:.4g}, nothing written")
         return
-    folder = args.out_dir or path.parent / result_folder_name(args)
+    folder = result_folder(args, path.parent, result_folder_name(args))
     check_writable(folder)
     with exclusive(folder, ranks):
         run_and_write(run, folder, record, ranks)
@@ -145,9 +147,8 @@ def check_model(model: TextModel, architecture: str, args: argparse.Namespace, p
 
 
 def result_folder_name(args: argparse.Namespace) -> str:
-    """2_norm_bound for p = 2, with _text for texts that were given and the relaxation if it is not planes."""
-    words = [f"{args.p:g}_norm_bound", *["text"] * bool(args.text)]
-    return "_".join(words + [args.relaxation] * (args.relaxation != "plane"))
+    """2_norm_bound_crown_plane for p = 2 and planes, with _text_ for texts that were given."""
+    return "_".join([f"{args.p:g}_norm_bound", *["text"] * bool(args.text), "crown", args.relaxation])
 
 
 def given_texts(model: TextModel, texts: list[str], token_lists: list[list[str]]) -> list[Text]:
@@ -304,9 +305,10 @@ def make_record(run: WordRun, name: str, path: Path, source: str, counts: dict, 
     """What run.json says about the run; paths inside the repository are relative to it."""
     args, model = run.args, run.model
     config = {key: value for key, value in model.config.items() if key not in ("vocabulary", "embeddings")}
+    method = f"crown, {RELAXED[args.relaxation]}"
     return {
-        "title": f"{counted(len(run.texts), task.item)}, one word at a time, crown, {args.relaxation}s, l_{args.p:g}",
-        "method": f"crown, {args.relaxation}s",
+        "title": f"{counted(len(run.texts), task.item)}, one word at a time, {method}, l_{args.p:g}",
+        "method": method,
         "unit": "word vectors",
         "class_names": list(model.config["class_names"]),
         "model": checkpoint_facts(path, name, config) | {"words": len(model.vocabulary)},

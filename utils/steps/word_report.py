@@ -241,7 +241,9 @@ def plot_sentences(words: list[WordRow], sentences: list[SentenceRow], record: R
     axes = figure.add_subplot()
     axes.set(xlim=(-10, widest), ylim=(len(lines) - 0.4, -0.6))
     axes.axis("off")
-    axes.set_title(figure_title(record), fontsize=11)
+    shown = f"the first {len(chosen)} drawn; " * (len(chosen) < len(sentences))
+    legend = "below each word its radius, darker the nearer to the least of its text; dashed: not in the vocabulary"
+    axes.set_title(f"{figure_title(record)}\n{shown}{legend}", fontsize=9)
     for y, (label, line, rows) in enumerate(lines):
         axes.text(-0.8, y, label, ha="right", va="center", fontsize=8.5, fontweight="bold", parse_math=False)
         x = 0.0
