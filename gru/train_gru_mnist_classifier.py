@@ -63,7 +63,7 @@ def main() -> None:
 
         # Evaluate, save and draw.
         if ranks.first:
-            config |= evaluate(model, frames, labels, objective)
+            config |= evaluate(model, frames, labels, objective, history)
             save_checkpoint(path, model, config)
             state.discard()
             watched = "test" if args.held_back is None else "held-back"

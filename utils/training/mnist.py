@@ -12,7 +12,7 @@ from data.mnist import SIDE, ImageData, as_frames
 from ..network.checkpoint import Config
 from .certified.arguments import recipe_facts
 from .certified.recipe import Recipe
-from .loop import Objective, accuracy, training_facts
+from .loop import History, Objective, accuracy, training_facts
 
 
 def check_slices(time_step: int) -> None:
@@ -72,12 +72,17 @@ def hold_back(frames: list[Tensor], labels: list[Tensor], count: int | None) -> 
     return [frames[0][part] for part in parts], [labels[0][part] for part in parts]
 
 
-def evaluate(model: nn.Module, frames: list[Tensor], labels: list[Tensor], objective: Objective) -> dict[str, float]:
-    """Accuracies, 0 to 1, of [training, test] sequences; of the test set also what the objective watches."""
-    measured = objective.measure(model, frames[1], labels[1])
-    return {"train_accuracy": accuracy(model, frames[0], labels[0])} | {
-        f"test_{name}": value for name, value in measured.items()
-    }
+def evaluate(
+    model: nn.Module, frames: list[Tensor], labels: list[Tensor], objective: Objective, history: History
+) -> dict[str, float]:
+    """Accuracies, 0 to 1, of [training, test] sequences; of the test set also what the objective watches.
+
+    Of certified training also the last ones of the images held back.
+    """
+    measured = {f"test_{name}": value for name, value in objective.measure(model, frames[1], labels[1]).items()}
+    if history.verified:
+        measured |= {"held_back_accuracy": history.accuracy[-1], "held_back_verified": history.verified[-1]}
+    return {"train_accuracy": accuracy(model, frames[0], labels[0])} | measured
 
 
 def _data_facts(args: argparse.Namespace, data: ImageData) -> Config:
@@ -99,4 +104,5 @@ def accuracies(config: Config) -> str:
         return text
     recipe = config["certified"]
     ball = f"l_{recipe['p']} {recipe['train_eps']:g} around {'the sequence' if recipe['ball'] != 'frame' else 'frames'}"
-    return f"verified test accuracy {config['test_verified']:.4f} ({ball}), {text}"
+    kept = f"held back: {config['held_back_verified']:.4f} verified, {config['held_back_accuracy']:.4f} clean"
+    return f"verified test accuracy {config['test_verified']:.4f} ({ball}), {text}; {kept}"
