@@ -1,7 +1,7 @@
 """What can be certified: sequence classifiers, any other module that can be read, and graphs, behind one interface.
 
 What was read of a module is kept between calls as long as nothing of it has changed: for the same module with the same
-submodules, attributes and code (``utils.network.fingerprint``), and parameters and buffers that are equal bit by bit,
+submodules, attributes and code (``utils.network.kept``), and parameters and buffers that are equal bit by bit,
 since they can be written to without any trace. It is not kept where gradients in the module's tensors may be asked for,
 of modules that change in their own forward, or use objects that nobody looks into. And at the first sample of a new
 input the graph must still compute what the module does.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.graph import Graph
-from .fingerprint import Unknown, fingerprint
+from .kept import Unknown, fingerprint
 from .models import SequenceClassifier
 from .modules import usable_model
 from .state import user_state

@@ -24,7 +24,7 @@ from torch.overrides import resolve_name
 
 from ..graph.graph import Graph
 from . import images
-from .keeping import kept
+from .kept import kept
 from .modules import usable_model
 from .state import plain_state, user_defaults
 from .symbolic import Builder, Symbol, UnsupportedError, as_graph, check_scores, constant, join
