@@ -30,7 +30,8 @@ from utils.runs.cli import (
 
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("--models", choices=committed_models(), nargs="+", required=True, help="committed models")
+    names = committed_models(certified=True)
+    parser.add_argument("--models", choices=names, nargs="+", required=True, help="committed models")
     parser.add_argument("--eps", type=positive_float, nargs="+", required=True, help="l_2 eps of every frame, a model")
     parser.add_argument("--N", type=positive_int, default=1, help="test images a model, the misclassified left out")
     parser.add_argument("--candidates", type=positive_int, default=8, help="neurons that are tried for a cut")

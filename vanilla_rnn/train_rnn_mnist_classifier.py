@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.runs.cli import ArgumentParser, answer_early, run_main
 from utils.training.arguments import add_stack_arguments, add_training_arguments
+from utils.training.certified.arguments import add_certified_arguments, recipe_of
 
 
 def get_args() -> argparse.Namespace:
@@ -17,6 +18,7 @@ def get_args() -> argparse.Namespace:
     add_training_arguments(parser, hidden_size=64, time_step=7)
     add_stack_arguments(parser)
     parser.add_argument("--activation", choices=("tanh", "relu"), default="tanh", help="activation of the cells")
+    add_certified_arguments(parser)
     return parser.parse_args()
 
 
@@ -26,9 +28,11 @@ if __name__ == "__main__":
 from data.mnist import as_frames, load_mnist
 from utils.network.checkpoint import build_model, model_name, save_checkpoint
 from utils.runs.cli import apply_common_arguments
+from utils.runs.ranks import joined
 from utils.runs.results import check_writable
-from utils.training.loop import accuracy, plot_history, rehearse, train
-from utils.training.mnist import check_slices, make_config
+from utils.training.certified.objective import Certified
+from utils.training.loop import Objective, plot_history, rehearse, train
+from utils.training.mnist import accuracies, check_slices, evaluate, hold_back, make_config
 from utils.training.state import TrainingState
 
 
@@ -36,32 +40,36 @@ def main() -> None:
     args = get_args()
     device = apply_common_arguments(args)
     check_slices(args.time_step)  # before minutes are spent on data
+    recipe = recipe_of(args, args.time_step)
+    objective = Objective() if recipe is None else Certified(recipe)
+    with joined(device) as ranks:
+        # Load: images as sequences of slices, (N, T, n), for training and test.
+        data = load_mnist(args.data_dir)
+        frames = [as_frames(images, args.time_step).to(device) for images in (data.train_x, data.test_x)]
+        labels = [classes.to(device) for classes in (data.train_y, data.test_y)]
 
-    # Load: images as sequences of slices, (N, T, n), for training and test.
-    data = load_mnist(args.data_dir)
-    frames = [as_frames(images, args.time_step).to(device) for images in (data.train_x, data.test_x)]
-    labels = [classes.to(device) for classes in (data.train_y, data.test_y)]
+        # Build.
+        config = make_config(args, "rnn", args.activation, data, recipe)
+        model = build_model(config).to(device)
+        objective.prepare(model)
+        path = args.save_dir / model_name(config) / "rnn"
+        if args.dry_run:
+            return rehearse(model, frames[0], labels[0], args, path, objective)
+        check_writable(path.parent)
 
-    # Build.
-    config = make_config(args, "rnn", args.activation, data)
-    model = build_model(config).to(device)
-    path = args.save_dir / model_name(config) / "rnn"
-    if args.dry_run:
-        return rehearse(model, frames[0], labels[0], args, path)
-    check_writable(path.parent)
+        # Train; every epoch is kept, and --resume goes on from the last one.
+        state = TrainingState(path, args, labels[0])
+        seen = hold_back(frames, labels, args.held_back)  # the training set's, and what is watched meanwhile
+        history = train(model, *seen, args, state, objective, ranks)
 
-    # Train; every epoch is kept, and --resume goes on from the last one.
-    state = TrainingState(path, args, labels[0])
-    history = train(model, frames, labels, args, state)
-
-    # Evaluate, save and draw.
-    config["train_accuracy"] = accuracy(model, frames[0], labels[0])
-    config["test_accuracy"] = accuracy(model, frames[1], labels[1])
-    save_checkpoint(path, model, config)
-    state.discard()
-    plot_history(history, path.parent / "training_curve.png", model_name(config))
-    print(f"test accuracy {config['test_accuracy']:.4f} ({len(labels[1])} images of {data.source}), ", end="")
-    print(f"training accuracy {config['train_accuracy']:.4f}; saved {path}")
+        # Evaluate, save and draw.
+        if ranks.first:
+            config |= evaluate(model, frames, labels, objective, history)
+            save_checkpoint(path, model, config)
+            state.discard()
+            watched = "test" if args.held_back is None else "held-back"
+            plot_history(history, path.parent / "training_curve.png", model_name(config), watched)
+            print(f"{accuracies(config)} ({len(labels[1])} test images of {data.source}); saved {path}")
 
 
 if __name__ == "__main__":

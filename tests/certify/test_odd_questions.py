@@ -151,8 +151,8 @@ def test_the_bounds_of_a_decision_hold_for_all_that_is_attacked(monkeypatch, eps
     """Float32 rounds 0.7 down and 0.1 up."""
     model, x = recurrent(torch.float32), torch.rand(2, 4, 3)
     asked, attacked = [], []
-    bound, attack = bab._bound, ATTACKS["pgd"]
-    monkeypatch.setattr(bab, "_bound", lambda *args: asked.append(args[1]) or bound(*args))
+    bound, attack = bab.certify_until, ATTACKS["pgd"]
+    monkeypatch.setattr(bab, "certify_until", lambda *args: asked.append(args[1]) or bound(*args))
     monkeypatch.setitem(ATTACKS, "pgd", lambda *args, **how: attacked.append(args[3]) or attack(*args, **how))
     decide(model, x, model(x).argmax(dim=1), eps, frames=3, dtype=torch.float32, time_limit=1.0)
     assert len(attacked) == 2 and all(float(radius) == eps for radius in attacked)

@@ -82,3 +82,20 @@ def test_chains_beside_samples(tmp_path):
     assert done.code == 0, done.err
     sampled, chord, recurjac = (float(cell) for cell in done.out.splitlines()[-2].split("|")[4:7])
     assert 0 < sampled <= chord <= recurjac and done.out.splitlines()[-1].endswith("0 of 1 rows")
+
+
+def test_training_steps_are_timed():
+    tiny = ("--cells", "rnn", "--hidden-size", 3, "--time-step", 2, "--batch-size", 4, "--repetitions", 1)
+    done = call("benchmarks/time_training_step.py", *tiny)
+    assert done.code == 0, done.err
+    assert [line.split()[:2] for line in done.out.splitlines()[2:]] == [
+        ["rnn", name] for name in ("plain", "ibp", "crown-ibp", "sabr")
+    ]
+
+
+def test_training_for_a_time(tmp_path):
+    write_mnist_folder(tmp_path)
+    tiny = ("--hidden-size", 4, "--N", 5, "--data-dir", tmp_path, "--dry-run", "--threads", 1)
+    done = call("benchmarks/train_for_a_time.py", *tiny)
+    assert done.code == 0, done.err
+    assert "steps in 1 s; 5 images of mnist: clean" in done.out and "up to crown" in done.out

@@ -101,6 +101,7 @@ def test_howto_runs():
     assert names["margins"].shape == (3, 2)
     for name in ("first", "some", "masked", "clipped", "l1", "together", "targeted", "padded"):
         assert bool((names[name] > 0).any()), name
+    assert names["objective"].measure(names["mlp"], names["inputs"], names["classes"])["verified"] > 0.2
 
 
 def test_pages_link_to_files_that_exist():

@@ -284,6 +284,15 @@ IMAGES = {
         ],
         {},
     ),
+    "average without padding": (
+        [node("AveragePool", "x", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 1, 1, 1])],
+        {},
+    ),
+    "max pool": (
+        [node("MaxPool", "x", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1], dilations=[1, 2])],
+        {},
+    ),
+    "max pool, ceil": ([node("MaxPool", "x", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)], {}),
 }
 
 
@@ -653,7 +662,7 @@ def test_onnxruntime_may_fail_while_it_runs(tmp_path):
 
 
 WORDS = {  # what a user reads, and the file that leads there
-    "a maximum of perturbed values has no bound here": ([node("MaxPool", "x", kernel_shape=[2])], {}, {}),
+    "a maximum of perturbed values has no bound here": ([node("GlobalMaxPool", "x")], {}, {}),
     "divides by a standard deviation": ([node("LayerNormalization", "x", "w")], {"w": normal(3, seed=1)}, {}),
     "w holds NaN or infinite numbers": ([node("Add", "x", "w")], {"w": torch.tensor([1.0, math.nan, 2.0])}, {}),
     "v holds NaN or infinite": ([node("MatMul", "x", "v")], {"v": torch.tensor([[1.0], [math.inf], [2.0]])}, {}),
@@ -765,7 +774,7 @@ def test_open_axes_are_never_taken_for_one(shape, tmp_path):
 
 REFUSED = {
     "operator Erf: it is not supported": [node("Erf", "x")],
-    "operator MaxPool": [node("MaxPool", "x", kernel_shape=[2])],
+    "operator GlobalMaxPool": [node("GlobalMaxPool", "x")],
     "product of two tensors is supported if": [node("Mul", "x", "x")],
     "division by constants": [node("Div", "x", "x")],
     "end of the network only": [node("Flatten", "x", output="f"), node("Softmax", "f", output="s"), node("Relu", "s")],

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..graph.convolution import Convolution
 from ..graph.graph import Graph
 from ..graph.nodes import Bounds, Frame, Interval, Linear, Node, apply_rows
 from ..graph.nonlinear import Activation, NonLinear
@@ -118,14 +119,22 @@ class Balls:
     def _row_norms(self, weight: Tensor) -> Tensor:
         return self.bounds.graph.once(("rows",), (weight,), lambda: torch.linalg.vector_norm(weight, dim=-1))
 
+    def _norms_of_places(self, node: Convolution) -> Tensor:
+        what = ("rows", 2.0, node.windows, node.transposed)
+        return self.bounds.graph.once(what, (node.weight,), lambda: node.row_norms(2.0))
+
     # --- what follows from them ---
 
     def box(self, node: Node) -> Interval | None:
         """Bounds of a linear node's elements, (batch, size) each."""
-        ball = self.of(node) if isinstance(node, Linear) else None
+        ball = self.of(node) if isinstance(node, (Linear, Convolution)) else None
         if ball is None or any(isinstance(parent, Frame) for parent in node.parents):  # of which intervals are exact
             return None
-        reach = (1.0 + self._gamma) * self._deviation(node, lambda weight: self._row_norms(weight)[None])
+        if isinstance(node, Convolution):
+            reach = self._norms_of_places(node) * self._within(node.parents[0], self.of(node.parents[0]))[:, None]
+        else:
+            reach = self._deviation(node, lambda weight: self._row_norms(weight)[None])
+        reach = (1.0 + self._gamma) * reach
         reach = reach + ball.error
         return ball.center - reach, ball.center + reach
 

@@ -68,6 +68,8 @@ class Operand(NamedTuple):
 class CurvedPass(BoundPass):
     """A "crown" pass whose nodes have curved bounds, with given curves or those that tuning starts from."""
 
+    chooses = False
+
     def __init__(
         self,
         graph: Graph,
@@ -137,8 +139,8 @@ class CurvedPass(BoundPass):
 
     # --- operands: linear in the perturbation, but for R ---
 
-    def _bound_by_rows(self, node: Node) -> Interval:
-        low, high = super()._bound_by_rows(node)
+    def bound_by_rows(self, node: Node) -> Interval:
+        low, high = super().bound_by_rows(node)
         parts = [part.split(node.size, dim=1) for part in self._at_input(2 * node.size)]
         below, above = [part[0] for part in parts], [-part[1] for part in parts]
         least, most = low + self._deviation(below), high - self._deviation(above)  # at delta = 0

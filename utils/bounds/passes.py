@@ -11,18 +11,21 @@ are the rows [I; -I] of one backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Interval, Linear, Node
+from ..graph.nodes import Frame, Interval, Linear, Node, apply_rows
 from ..graph.nonlinear import NonLinear
+from ..perturbation.lp_ball import dual_norm
 from ..perturbation.sets import Perturbation
 from ..relaxation.lines import Plane, Relaxation
 from .balls import Balls
+from .neurons import is_exact_image, readers, tightened
 from .rounding import Rounding
 
 # Coefficients handed to a node: for its elements and its samples from these on; None for all elements.
@@ -36,6 +39,8 @@ class BoundPass:
 
     Nothing outlives the object: intervals, values and relaxations are made once, when they are first asked for.
     """
+
+    chooses = True  # the neurons that get rows
 
     def __init__(
         self,
@@ -59,8 +64,10 @@ class BoundPass:
         self.rounding = Rounding(self) if sound else None
         self.balls = Balls(self) if Balls.fit(graph, perturbation) else None
         self._target: Node | None = None  # of the backward pass at work
+        self.has_images = any(isinstance(node, Convolution) for node in graph.nodes)
         self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
+        self._weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._intervals: dict[Node, Interval] = dict(intervals or {})
         self._known = frozenset(self._intervals)
         self._relaxations: dict[Node, Relaxation] = {}
@@ -120,7 +127,7 @@ class BoundPass:
             return self.fit(self.perturbation.center(node.frame))
         return self.exact_value(node) if self.is_exact(node) else None
 
-    def offset(self, node: Linear) -> Tensor:
+    def offset(self, node: Node) -> Tensor:
         """``node.offset``, made once."""
         if node not in self._offsets:
             with self.at(node):
@@ -167,6 +174,34 @@ class BoundPass:
         """``Perturbation.frame_deviation`` for the samples of the node at work."""
         return self._narrowed().frame_deviation(frame.frame, coefficients)
 
+    def weight_deviation(self, frame: Frame, weight: Tensor) -> Tensor:
+        """``deviation`` for a Linear child's weight, (size, frame size); frames that share it share the work."""
+        perturbation = self._narrowed()
+        if perturbation.norms_weights:
+            norms = self._of_weight("norm", weight, lambda: dual_norm(weight, perturbation.norm))
+            return perturbation.eps[:, frame.frame, None] * norms
+        return perturbation.frame_deviation(frame.frame, weight[None])
+
+    def absolute(self, weight: Tensor) -> Tensor:
+        """The absolute values of a weight, made once for the nodes that share it."""
+        return self._of_weight("absolute", weight, weight.abs)
+
+    def _of_weight(self, what: str, weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        key = (what, id(weight))
+        if key not in self._weights:
+            self._weights[key] = (weight, make())  # the weight is kept, so that its id stays its own
+        return self._weights[key][1]
+
+    def map_deviation(self, frame: Frame, node: Convolution) -> Tensor:
+        """Most that each element of a convolution of the frame can deviate, (batch, size)."""
+        made_of = (node.weight,)
+
+        def norms(norm: float) -> Tensor:
+            what = ("rows", norm, node.windows, node.transposed)
+            return self.graph.once(what, made_of, lambda: node.row_norms(norm))
+
+        return self._narrowed().map_deviation(frame.frame, node.absolute, norms)
+
     def _narrowed(self) -> Perturbation:
         if self._samples is None:
             return self.perturbation
@@ -176,12 +211,12 @@ class BoundPass:
 
     def _tighten_operands(self) -> None:
         """Bound, by backward passes, every node that some relaxation needs bounds of."""
-        needed = {operand.bounded_through for node in self.graph.nodes for operand in node.relaxed_operands}
-        for node in sorted(needed - self._known, key=lambda operand: operand.index):
-            if not self.is_exact(node):
-                self._intervals[node] = intersect(self.interval(node), self._bound_by_rows(node))
+        needed = readers(self.graph)
+        for node in sorted(needed.keys() - self._known, key=lambda operand: operand.index):
+            if not self.is_exact(node) and not (self.chooses and is_exact_image(self, node)):
+                self._intervals[node] = intersect(self.interval(node), tightened(self, node, needed[node]))
 
-    def _bound_by_rows(self, node: Node) -> Interval:
+    def bound_by_rows(self, node: Node) -> Interval:
         """Bounds of a node's elements as those of the rows [I; -I]."""
         low, _ = self.interval(node)
         rows = torch.eye(node.size, dtype=low.dtype, device=low.device)
@@ -237,7 +272,7 @@ class BoundPass:
             center, radius = node.center_radius(self, rows)
             return self._lowered(center - radius, node, rows)
         low, high = self.interval(node)
-        lowest = (rows.clamp(min=0.0) @ low[..., None] + rows.clamp(max=0.0) @ high[..., None]).squeeze(-1)
+        lowest = apply_rows(rows.clamp(min=0.0), low) + apply_rows(rows.clamp(max=0.0), high)
         return self._lowered(lowest, node, rows)
 
     def _lowered(self, bound: Tensor, node: Node, rows: Tensor) -> Tensor:
@@ -246,10 +281,7 @@ class BoundPass:
     def lower_bound(self, node: Node, rows: Tensor) -> Tensor:
         """Lower bound of ``rows @ node`` over the perturbation set, (batch, n_rows), by a backward pass."""
         with self.at(node):
-            if self.is_exact(node):
-                lowest = (rows @ self.exact_value(node)[..., None]).squeeze(-1)
-            else:
-                lowest = self._pass_back(node, rows)
+            lowest = apply_rows(rows, self.exact_value(node)) if self.is_exact(node) else self._pass_back(node, rows)
             return self._lowered(lowest, node, rows)
 
     def _pass_back(self, node: Node, rows: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ where size is that of a sum's terms, whatever is left when they cancel, and erro
 planes are lowered and raised by what its own coefficients lose (``Rounding.widen``), and its size is that of its
 interval. So errors are carried on by the coefficients of the rows themselves, not multiplied from layer to layer.
 
-gamma is twice the bound for sums as long as the longest here, in any order: the rest pays for what is not counted, such
-as the rounding of sizes and errors, of norms, and of the functions' values, in units of their last place.
+gamma is twice the bound for sums as long as the node's longest, in any order (``longest_sum``; sums over large nodes
+are taken in blocks): the rest pays for what is not counted, such as the rounding of sizes and errors, of norms, and of
+the functions' values, in units of their last place.
 
 Nodes that nothing perturbs are evaluated, not bounded. Bounds of their errors would multiply by |W| from step to step.
 They are estimated: the nodes are evaluated again with errors of the size above, of random signs, after every step, and
@@ -37,11 +38,17 @@ class Rounding:
     def __init__(self, bounds: Bounds):
         self.bounds = weakref.proxy(bounds)  # nothing outlives a pass, not even until garbage is collected
         graph, precision = bounds.graph, torch.finfo(bounds.perturbation.x.dtype)
-        longest = max(node.size for node in graph.nodes) + len(graph.nodes)
-        self.gamma, self.tiny = (longest + 16) * precision.eps, precision.tiny
+        self._others, self._unit = len(graph.nodes) + 16, precision.eps
+        longest = max(node.size for node in graph.nodes)
+        # For sums over whole nodes that others take; those of one node have a gamma of their own.
+        self.gamma, self.tiny = (longest + self._others) * precision.eps, precision.tiny
         self.ulp = GUARD_ULPS * precision.eps
         self._known: dict[Node, tuple[Tensor, Tensor]] = {}
         self._noisy: dict[Node, list[Tensor]] = {}
+
+    def gamma_of(self, node: Node) -> float:
+        """gamma of the sums that the node's bounds and rows take."""
+        return (node.longest_sum + self._others) * self._unit
 
     def of(self, node: Node) -> tuple[Tensor, Tensor]:
         """Size and error, (batch or 1, size) each, for the samples of the node at work."""
@@ -64,15 +71,17 @@ class Rounding:
             size = torch.maximum(low.detach().abs(), high.detach().abs())
             return size, torch.zeros_like(size)
         sizes, errors = zip(*(self.of(parent) for parent in node.parents), strict=True)
-        size, error = node.term_sizes(*sizes), node.term_sizes(*errors, own=False)
+        size = node.term_sizes(*sizes)
+        free = all(isinstance(parent, (Frame, NonLinear)) and not bounds.is_exact(parent) for parent in node.parents)
+        error = torch.zeros_like(size) if free else node.term_sizes(*errors, own=False)
         if node.rounds:
-            error = error + self.gamma * size + self.tiny
+            error = error + self.gamma_of(node) * size + self.tiny
         return size, error
 
     def lost(self, node: Node, rows: Tensor) -> Tensor:
         """What a bound of ``rows @ node`` may lose, (batch or 1, n_rows), before the rows meet a non-linear node."""
         size, error = self.of(node)
-        lost = apply_rows(rows.abs(), error + self.gamma * size)
+        lost = apply_rows(rows.abs(), error + self.gamma_of(node) * size)
         return torch.where(lost.isnan(), torch.inf, lost)
 
     def of_interval(self, node: Node, low: Tensor, high: Tensor) -> Tensor:
@@ -93,11 +102,12 @@ class Rounding:
     def through(self, node: NonLinear, relaxation: Relaxation) -> Tensor:
         """By how much ``widen`` moves the planes, (batch, size)."""
         lower, upper = relaxation
-        lost = self.gamma * torch.maximum(lower.intercept.detach().abs(), upper.intercept.detach().abs()) + self.tiny
+        gamma = self.gamma_of(node)
+        lost = gamma * torch.maximum(lower.intercept.detach().abs(), upper.intercept.detach().abs()) + self.tiny
         for parent, low, high in zip(node.plane_operands, lower.slopes, upper.slopes, strict=True):
             size, error = self.of(parent)
             steepest = low.detach().abs() if low is high else torch.maximum(low.detach().abs(), high.detach().abs())
-            lost = lost + torch.addcmul(self.tiny * size, steepest, torch.add(error, size, alpha=self.gamma))
+            lost = lost + torch.addcmul(self.tiny * size, steepest, torch.add(error, size, alpha=gamma))
         return lost
 
     # --- what nothing perturbs ---
@@ -128,4 +138,4 @@ class Rounding:
             size = node.term_sizes(*(self.bounds.exact_value(parent).abs() for parent in node.parents))
         seed = torch.Generator().manual_seed(node.index)
         signs = torch.randint(0, 2, (NOISE_RUNS, 1, node.size), generator=seed).to(value) * 2.0 - 1.0
-        return [run + self.gamma * size * sign for run, sign in zip(runs, signs, strict=True)]
+        return [run + self.gamma_of(node) * size * sign for run, sign in zip(runs, signs, strict=True)]

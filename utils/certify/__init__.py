@@ -3,6 +3,7 @@
 from ..choices import METHODS
 from ..question import margin_rows
 from .bab import Decision, decide
+from .cascade import CascadeResult, Effort, StageCost, cascade
 from .certificate import model_hash, save_certificates
 from .interface import certified_margin, certified_radius
 from .lipschitz import (
@@ -20,11 +21,15 @@ from .vnnlib_write import counter_example, write_robustness
 
 __all__ = [
     "METHODS",
+    "CascadeResult",
     "Decision",
+    "Effort",
     "LocalLipschitz",
     "MarginProblem",
     "RadiusResult",
+    "StageCost",
     "Verifier",
+    "cascade",
     "certified_margin",
     "certified_radius",
     "counter_example",

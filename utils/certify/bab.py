@@ -107,7 +107,7 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
     """One sample's margins, (n_specs,), bounded ever more tightly until all are above ``enough`` or time is up.
 
     Layers as balls, where they are, and planes come first, with no look at the clock, then tuned slopes, curved bounds
-    of all targets together, and of each by itself.
+    of all targets together, and of each by itself, unless the problem's method is "curve".
     """
     problem.slopes, dtype, bounds = None, eps.dtype, Pace(deadline)
     best = _margins_by_balls(problem, eps, deadline, enough)
@@ -128,7 +128,7 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
             bounds = Pace(deadline)
             with bounds.work():
                 best = torch.maximum(best, problem.margins(eps, dtype)[0])
-            for branches in _together_and_apart(problem):
+            for branches in _together_and_apart(problem) if problem.method.branches else ():
                 _refine_margins(branches, eps, dtype, best, aim, enough, steps, bounds)
     return best
 
@@ -254,23 +254,26 @@ def decide(
         how = {"method": "bab", "relaxation": relaxation, "time_limit": time_limit}
         problem = margin_problem(model, mine, labels[own], **how, **question)
         broken = float(found.margin) < 0
-        verdict, margins = (
-            ("falsified", problem.clean_margins(dtype)[0]) if broken else _bound(problem, radii[1], deadline)
-        )
+        if broken:
+            verdict, margins = "falsified", problem.clean_margins(dtype)[0]
+        else:
+            certified, margins = certify_until(problem, radii[1], deadline)
+            verdict = "certified" if certified else "unknown"
         example = found.x[0] if broken else None
         decisions.append(Decision(verdict, margins, example, now() - started))
     return decisions
 
 
-def _bound(problem: MarginProblem, eps: Tensor, deadline: float) -> tuple[str, Tensor]:
-    """Whether a problem's only sample is certified at eps, (1,), or "unknown", and its margins.
+def certify_until(problem: MarginProblem, eps: Tensor, deadline: float) -> tuple[bool, Tensor]:
+    """Whether a problem's only sample is certified at eps, (1,) or (1, T), before the deadline, and its margins.
 
-    It is unknown at an eps, other than 0, that the floats of x do not resolve.
+    Its method is "curve" or "bab"; cheaper bounds come first. Nothing is certified at an eps, other than 0, that the
+    floats of x do not resolve.
     """
     dtype = eps.dtype
     if now() > deadline:
-        return "unknown", torch.full_like(problem.clean_margins(dtype)[0], -torch.inf)
+        return False, torch.full_like(problem.clean_margins(dtype)[0], -torch.inf)
     enough = float(problem.slack(dtype).max())
     best = _raise_margins(problem, eps, deadline, enough)
     resolved = bool(((eps == 0) | (eps >= problem.resolution(dtype))).all())
-    return ("certified" if resolved and float(best.min()) > enough else "unknown"), best
+    return resolved and float(best.min()) > enough, best

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..bounds.passes import BoundPass
 from ..clock import now
+from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Linear, Node
+from ..graph.nodes import Linear, Node, apply_rows
 from ..perturbation.lp_ball import INF
 from ..perturbation.sets import InputSet
 
@@ -27,7 +28,8 @@ def check_clock(deadline: float) -> None:
 def work_per_row(graph: Graph, node: Node | None = None) -> int:
     """About the multiplications and additions that one row of a backward pass from a node takes, or one evaluation."""
     nodes = graph.nodes if node is None else graph.nodes[: node.index + 1]
-    return 1 + 2 * sum(weight.numel() for part in nodes if isinstance(part, Linear) for weight in part.weights)
+    linear = sum(weight.numel() for part in nodes if isinstance(part, Linear) for weight in part.weights)
+    return 1 + 2 * (linear + sum(part.work for part in nodes if isinstance(part, Convolution)))
 
 
 class BoxSet(InputSet):
@@ -56,7 +58,11 @@ class BoxSet(InputSet):
 
     def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
         check_clock(self.deadline)
-        return (coefficients.abs() @ self._radius[:, frame, :, None]).squeeze(-1)
+        return apply_rows(coefficients.abs(), self._radius[:, frame])
+
+    def map_deviation(self, frame: int, absolute, norms, samples=slice(None)) -> Tensor:
+        check_clock(self.deadline)
+        return super().map_deviation(frame, absolute, norms, samples)
 
     def total_deviation(self, deviations: list[Tensor]) -> Tensor:
         return torch.stack(torch.broadcast_tensors(*deviations), dim=-1).sum(dim=-1)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..bounds.alpha import select, store, tune_slopes
 from ..bounds.balls import Balls
 from ..bounds.curve import CurvedPass, CurveTable, tune_curves
-from ..bounds.memory import Parts, samples_at_once
+from ..bounds.memory import PER_NEURON, Parts, samples_at_once
 from ..bounds.passes import BoundPass
 from ..choices.method import Method
 from ..choices.tables import METHODS
 from ..clock import Pace
+from ..graph.convolution import Convolution
 from ..graph.graph import Graph
 from ..jacobian.shells import SHELLS, ShellPass
 from ..network.reading import Network, graph_of
@@ -37,6 +38,7 @@ GRADIENT_BYTES = 2**26
 
 # Bytes of coefficients that are worked on at once, on a CPU: more fall out of its cache, less pay for Python.
 CACHE_BYTES = 5 * 2**20
+INTERVAL_BYTES = 64 * 2**20  # of what intervals are made of: fewer and larger operations pay more than a cache
 
 
 class MarginProblem:
@@ -45,7 +47,7 @@ class MarginProblem:
     def __init__(self, question: Question, method: Method | None = None):
         self.question, self.method = question, method or Method()
         self.slopes = self.curves = None
-        self._graphs: dict[tuple[torch.dtype, bool], Graph] = {}
+        self._graphs: dict[tuple[torch.dtype, bool, bool], Graph] = {}
         self._widest: int | None = None
         self._parts = Parts()
         self.threat.around(self.x, torch.ones_like(self.x[:, 0, 0]))  # raises what is wrong with the threat model
@@ -72,14 +74,15 @@ class MarginProblem:
         """The model unrolled, over the chosen samples' own lengths if these differ."""
         if self.threat.lengths is not None:
             return self._unroll(dtype, self.threat.lengths[chosen])
-        key = (dtype, torch.is_grad_enabled())
+        key = (dtype, torch.is_grad_enabled(), self.method.takes_convolutions)
         if key not in self._graphs:
             self._graphs[key] = self._unroll(dtype, None)
         return self._graphs[key]
 
     def _unroll(self, dtype: torch.dtype, lengths: Tensor | None) -> Graph:
         graph = graph_of(self.model, self.x.shape[1], dtype, self.method.relaxation, lengths)
-        return graph if torch.is_grad_enabled() else graph.detach()
+        graph = graph if torch.is_grad_enabled() else graph.detach()
+        return graph if self.method.takes_convolutions else graph.dense()
 
     def clean_margins(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """Margins of the chosen samples' unperturbed input, (m, n_specs)."""
@@ -128,12 +131,19 @@ class MarginProblem:
         if self.x.device.type != "cpu":
             graph = self.graph(dtype, slice(0, 1))
             return samples_at_once(graph, self.rows.shape[1], dtype, self.x.device) or len(self.x)
+        if self.method.name in ("ibp", "crown-ibp"):
+            # Intervals are read once, whatever a cache holds; coefficients are those of the specification alone.
+            sizes = [node.size for node in self.graph(dtype, slice(0, 1)).nodes]
+            numbers = max(PER_NEURON * sum(sizes) // 8, self.method.name != "ibp" and self.rows.shape[1] * max(sizes))
+            return max(4, INTERVAL_BYTES // (numbers * dtype.itemsize))
         if self._widest is None:
             nodes = self.graph(dtype, slice(0, 1)).nodes
-            operands = [operand.bounded_through.size for node in nodes for operand in node.relaxed_operands]
-            self._widest = max(operands, default=1)
-        # An operand of n neurons has 2 n rows of coefficients, of about n columns.
-        return max(4, CACHE_BYTES // (2 * self._widest**2 * dtype.itemsize))
+            operands = {operand.bounded_through for node in nodes for operand in node.relaxed_operands}
+            # Windows of convolutions are worked on in parts of their own.
+            rows = max((one.size for one in operands if not isinstance(one, Convolution)), default=1)
+            self._widest = rows * max(rows, *(one.size for one in operands), 1)
+        # An operand of n neurons has 2 n rows of coefficients, of about n columns, or of those of the widest layer.
+        return max(4, CACHE_BYTES // (2 * self._widest * dtype.itemsize))
 
     def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool) -> Tensor:
         return self.bounds(eps, chosen, dtype, sound).margin(self.rows[chosen].to(dtype))

@@ -233,6 +233,10 @@ class _CaseProblem:
             if bounds.allows() and bool(self._score(BoundPass(graph, boxes, slopes=slopes), room) > 0):
                 return True
         curves, pace = None, Pace(deadline, CURVED_STEP * bounds.longest)
+        try:
+            graph = graph.dense()
+        except ValueError:  # curved bounds ask for matrices, of which one is too large
+            return False
         for steps in TUNED_STEPS if any(functions) else ():
             if not pace.allows(1.0 + VERDICT_STEPS):
                 break

@@ -13,6 +13,7 @@ GRADIENT_METHODS = ("jacobian", "shell")  # integrate bounds of gradients
 DIRECT_METHODS = ("crown", "fastlin", "ibp", "crown-ibp")  # one pass over the network: what bounds its layers
 DIRECTIONS = ("backward", "both")  # in which gradients are followed through the layers
 CHAINS = ("chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
+WITHOUT_MATRICES = (*DIRECT_METHODS, "ball", "alpha")  # which need none of a convolution
 WITH_SLOPES = ("ball", *TUNED_METHODS)  # that tune the slopes of planes; "ball" by itself
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise
@@ -69,6 +70,11 @@ class Method:
     def tuned(self) -> bool:
         """Whether slopes are tuned to the sample."""
         return self.name in WITH_SLOPES
+
+    @property
+    def takes_convolutions(self) -> bool:
+        """Whether it follows convolutions as such; the others ask for their matrices."""
+        return self.name in WITHOUT_MATRICES
 
     @property
     def curved(self) -> bool:

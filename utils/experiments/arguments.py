@@ -78,6 +78,10 @@ def add_stack_arguments(group, hidden_size: int, time_step: int) -> None:
     group.add_argument("--time-step", type=positive_int, default=time_step, help="frames an image is cut into")
     group.add_argument("--num-layers", type=positive_int, default=1, help="recurrent layers on top of each other")
     group.add_argument("--bidirectional", action="store_true", help="frames are read in both directions")
+    group.add_argument("--pooling", choices=("last", "mean"), default="last", help="what the head reads")
+    group.add_argument(
+        "--recipe", metavar="NAME", help="of a model from certified training: the end of its folder's name, ibp_inf_0.1"
+    )
 
 
 def add_folder_arguments(group, architecture: str) -> None:

@@ -65,8 +65,8 @@ def load_classifier(
 def checkpoint_path(args: argparse.Namespace, architecture: str, activation: str | None) -> Path:
     """WORK_DIR/<model name>/MODEL_NAME."""
     described = {"architecture": architecture, "activation": activation, "num_frames": args.time_step}
-    described |= {name: getattr(args, name) for name in ("hidden_size", "num_layers", "bidirectional")}
-    return args.work_dir / model_name(described | {"pooling": "last"}) / args.model_name
+    described |= {name: getattr(args, name) for name in ("hidden_size", "num_layers", "bidirectional", "pooling")}
+    return args.work_dir / model_name(described | {"recipe": args.recipe}) / args.model_name
 
 
 def check_config(
@@ -76,7 +76,7 @@ def check_config(
     if config["architecture"] != architecture:
         raise CheckpointError(f"{path} holds a model of type {config['architecture']}, not {architecture}")
     flags = {"num_frames": args.time_step, "hidden_size": args.hidden_size, "num_layers": args.num_layers}
-    flags |= {"bidirectional": args.bidirectional, "activation": activation}
+    flags |= {"bidirectional": args.bidirectional, "activation": activation, "pooling": args.pooling}
     for key, value in flags.items():
         flag = "--time-step" if key == "num_frames" else f"--{key.replace('_', '-')}"
         if config[key] != value:

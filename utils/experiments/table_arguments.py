@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..runs.cli import ROOT, add_common_arguments, norm_value, positive_int
+from ..training.certified.recipe import LOSSES
 
 MODELS_DIR = ROOT / "models" / "mnist_classifier"
 QUICK_MODELS = ("rnn_4_32_tanh", "rnn_7_64_tanh", "lstm_4_32", "gru_4_32")
@@ -54,6 +55,12 @@ def finish_run_arguments(args: argparse.Namespace, quick_images: int, gated: boo
     return args
 
 
-def committed_models() -> list[str]:
-    """Names of all folders that hold a checkpoint."""
-    return sorted(path.parent.name for path in MODELS_DIR.glob("*/*") if path.name in ("rnn", "lstm", "gru"))
+def committed_models(certified: bool = False) -> list[str]:
+    """Names of all folders that hold a recurrent model's checkpoint, with those of certified training if asked for."""
+    found = sorted(path.parent.name for path in MODELS_DIR.glob("*/*") if path.name in ("rnn", "lstm", "gru"))
+    return [name for name in found if certified or not is_certified(name)]
+
+
+def is_certified(folder: str) -> bool:
+    """Whether a model folder's name ends with a recipe of certified training: lstm_7_64_ibp_inf_0.1."""
+    return any(f"_{loss}_" in folder for loss in LOSSES)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -166,9 +167,12 @@ def batch_jobs(
 
 
 def stop_by_contradiction(
-    folder: Path, case: Case, sample: int, norm: float, attack: AttackResult, targeted: bool, facts: dict
+    folder: Path, case: Case, sample: int, norm: float, attack: AttackResult, targeted: bool, facts: dict, **threat: Any
 ) -> None:
-    """Save the attack on a sample, and what contradicts it, beside the rows, and raise ContradictionError."""
+    """Save the attack on a sample, and what contradicts it, beside the rows, and raise ContradictionError.
+
+    ``threat``: what differs from a ball around every frame, see ``save_attack``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"contradiction_{case.name}_l{norm:g}_{case.index[sample]}.pt"
     own = slice(sample, sample + 1)
@@ -179,6 +183,7 @@ def stop_by_contradiction(
         case.labels[own],
         norm=norm,
         targets=case.targets[own] if targeted else None,
+        **threat,
     )
     facts = {"model": case.name, "index": int(case.index[sample]), "norm": f"{norm:g}"} | facts
     path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """A network as nodes: values, intervals and how coefficients pass back through them."""
 
 from .graph import Graph
+from .mix import GateSum, weighted_sum
 from .nodes import Bounds, Constant, Frame, Interval, Linear, Node, WeightedSum
 from .nonlinear import Activation, NonLinear, Product
 from .picks import Concat, LastState, Negative, Slice
@@ -11,6 +12,7 @@ __all__ = [
     "Concat",
     "Constant",
     "Frame",
+    "GateSum",
     "Graph",
     "Interval",
     "LastState",
@@ -21,4 +23,5 @@ __all__ = [
     "Product",
     "Slice",
     "WeightedSum",
+    "weighted_sum",
 ]

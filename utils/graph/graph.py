@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .convolution import Convolution
 from .nodes import Frame, Linear, Node
 
 
@@ -25,11 +27,13 @@ class Graph:
         for parent in node.parents:
             if not 0 <= parent.index < len(self.nodes) or self.nodes[parent.index] is not parent:
                 raise ValueError("a node's parents must be added to the graph before it")
-            if isinstance(parent, Frame) and not isinstance(node, Linear):
+            if isinstance(parent, Frame) and not node.meets_frames:
                 raise ValueError("an input frame must enter through a Linear node (the identity, if nothing else)")
-        for parent, weight in zip(node.parents, node.weights, strict=True) if isinstance(node, Linear) else ():
-            if isinstance(parent, Frame):
-                parent.child_weights.append(weight)
+        for number, parent in enumerate(node.parents):
+            if isinstance(parent, Frame) and isinstance(node, Linear):
+                parent.child_weights.append(node.weights[number])
+            elif isinstance(parent, Frame):
+                parent.whole = True
         node.samples = self.samples
         node.index = len(self.nodes)
         self.nodes.append(node)
@@ -45,10 +49,28 @@ class Graph:
             node.detach()
         return self
 
+    def dense(self) -> Graph:
+        """The same graph with the matrices of its convolutions, for what asks for these; itself if it has none.
+
+        Raises ValueError where a matrix is too large.
+        """
+        if not any(isinstance(node, Convolution) for node in self.nodes):
+            return self
+        other = Graph()
+        other.recurrent = self.recurrent
+        for node in self.nodes:
+            twin = node.as_linear() if isinstance(node, Convolution) else copy.copy(node)
+            if isinstance(node, Frame):
+                twin = Frame(node.size, node.frame)
+            twin.parents = tuple(other.nodes[parent.index] for parent in node.parents)
+            other.samples = node.samples
+            other.add(twin)
+        return other
+
     def reduced_weight(self, frame: Frame, weight: Tensor) -> Tensor:
         """``weight`` times an orthonormal basis of the space spanned by the rows of all weights that meet the frame."""
         children = frame.child_weights
-        if sum(child.shape[0] for child in children) >= frame.size:
+        if frame.whole or sum(child.shape[0] for child in children) >= frame.size:
             return weight
         # Frames share weights, of which each holds views of its own.
         key = tuple((child.data_ptr(), child.shape, child.stride()) for child in (weight, *children))

@@ -11,6 +11,7 @@ lower plane where a coefficient is positive and by its upper plane where it is n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -37,7 +38,13 @@ class Bounds(Protocol):
 
     def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor: ...
 
-    def offset(self, node: Linear) -> Tensor: ...
+    def map_deviation(self, frame: Frame, node: Node) -> Tensor: ...
+
+    def offset(self, node: Node) -> Tensor: ...
+
+    def absolute(self, weight: Tensor) -> Tensor: ...
+
+    def weight_deviation(self, frame: Frame, weight: Tensor) -> Tensor: ...
 
     def relaxation(self, node: Node) -> Relaxation: ...
 
@@ -60,8 +67,29 @@ class Chain(Protocol):
     def derivatives(self, node: Node, adjoint: Node) -> None: ...
 
 
+BLOCK = 256  # terms that are added at once, at least: sums of sums round less than one long sum
+
+
+def block_of(terms: int) -> int:
+    return max(BLOCK, math.isqrt(terms))
+
+
+def sum_length(terms: int) -> int:
+    """Terms of the longest sum in a sum of blocks."""
+    block = block_of(terms)
+    return terms if terms <= block else block - (-terms // block)
+
+
 def apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
     """A v for every row: (batch or 1, rows, n) and (batch or 1, n) to (batch, rows)."""
+    block = block_of(values.shape[-1])
+    if values.shape[-1] <= block:
+        return _apply_rows(coefficients, values)
+    parts = zip(coefficients.split(block, dim=-1), values.split(block, dim=-1), strict=True)
+    return sum(_apply_rows(*part) for part in parts)
+
+
+def _apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
     if coefficients.shape[0] == 1:
         return values @ coefficients[0].T
     if values.shape[0] == 1:
@@ -77,11 +105,13 @@ class Node:
         index: its place in the graph.
         samples: how many samples have it, the first ones of the batch; None for all. It is bounded for these alone.
         rounds: whether it computes with its parents' elements, or only picks some.
+        meets_frames: whether input frames may be its parents.
     """
 
     index: int = -1
     samples: int | None = None
     rounds: bool = True
+    meets_frames: bool = False
 
     def __init__(self, size: int, parents: tuple[Node, ...]):
         self.size, self.parents = size, parents
@@ -113,6 +143,11 @@ class Node:
         """
         return None
 
+    @property
+    def longest_sum(self) -> int:
+        """Terms of the longest sum of its parents' elements, of coefficients of its own, or over its elements."""
+        return sum_length(self.size)
+
     def detach(self) -> None:
         """Let the node's own tensors carry no gradients."""
 
@@ -136,13 +171,17 @@ class Node:
 
 
 class Frame(Node):
-    """The input of time step ``frame``. Its children are Linear nodes only, which account for the ball's centre."""
+    """The input of time step ``frame``.
+
+    Its children are Linear nodes and convolutions only, which account for the ball's centre. ``whole`` is set where one
+    of them has no matrix, ``child_weights`` are the others'.
+    """
 
     rounds = False
 
     def __init__(self, size: int, frame: int):
         super().__init__(size, ())
-        self.frame = frame
+        self.frame, self.whole = frame, False
         self.child_weights: list[Tensor] = []
 
     def detach(self) -> None:
@@ -173,6 +212,12 @@ class Linear(Node):
 
     ``bias_size``, (size,), is the sum of the absolute values of the terms that made the bias, if several did.
     """
+
+    meets_frames = True
+
+    @property
+    def longest_sum(self) -> int:
+        return max(self.size, sum(parent.size for parent in self.parents))
 
     def __init__(
         self,
@@ -232,11 +277,13 @@ class Linear(Node):
         for parent, weight in self.inexact_parents(bounds):
             folded = weight[None] if rows is None else rows @ weight
             if isinstance(parent, Frame):
-                radius = radius + bounds.deviation(parent, folded)
+                own = bounds.weight_deviation(parent, weight) if rows is None else bounds.deviation(parent, folded)
+                radius = radius + own
                 continue
             low, high = bounds.interval(parent)
+            sizes = bounds.absolute(weight)[None] if rows is None else folded.abs()
             center = center + apply_rows(folded, 0.5 * (low + high))
-            radius = radius + apply_rows(folded.abs(), 0.5 * (high - low))
+            radius = radius + apply_rows(sizes, 0.5 * (high - low))
         return center, radius
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor:
@@ -258,6 +305,10 @@ class WeightedSum(Node):
     def __init__(self, parents: tuple[Node, ...], factors: tuple[float | Tensor, ...] | None = None):
         super().__init__(parents[0].size, tuple(parents))
         self.factors = (1.0,) * len(parents) if factors is None else tuple(factors)
+
+    @property
+    def longest_sum(self) -> int:
+        return sum_length(self.size) + len(self.parents)
 
     def value(self, *parents: Tensor) -> Tensor:
         return sum(f * v for f, v in zip(self.factors, parents, strict=True))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bounds.passes import BoundPass, intersect
+from ..graph.convolution import Convolution
 from ..graph.graph import Graph
 from ..graph.nodes import Constant, Frame, Interval, Linear, Node, WeightedSum
 from ..graph.nonlinear import NonLinear
@@ -53,6 +54,9 @@ class Tangents:
             pairs = [(self._of[p], w) for p, w in zip(node.parents, node.weights, strict=True) if p in self._of]
             parents, weights = zip(*pairs, strict=True)
             return self.graph.add(Linear(parents, weights, torch.zeros_like(node.bias)))
+        if isinstance(node, Convolution):
+            (parent,), zero = node.parents, torch.zeros_like(node.bias)
+            return self.graph.add(Convolution(self._of[parent], node.weight, zero, node.windows, node.transposed))
         if isinstance(node, WeightedSum):
             pairs = [(self._of[p], f) for p, f in zip(node.parents, node.factors, strict=True) if p in self._of]
             return self.graph.add(WeightedSum(*zip(*pairs, strict=True)))

@@ -44,7 +44,10 @@ class CheckpointError(ValueError):
 
 
 def model_name(config: Config) -> str:
-    """Folder name of a model: rnn_7_64_tanh, lstm_4_32, lstm_7_32_2layer, gru_7_64_bi, mlp_20_20_relu ..."""
+    """Folder name of a model: rnn_7_64_tanh, lstm_4_32, lstm_7_32_2layer, gru_7_64_bi, mlp_20_20_relu ...
+
+    That of certified training ends with the recipe's name: lstm_7_64_ibp_inf_0.1.
+    """
     if config["architecture"] == "mlp":
         recipe = ["lipschitz"] if config.get("lipschitz_weight") else []
         return "_".join(["mlp", *map(str, config["layers"]), config["activation"], *recipe])
@@ -53,7 +56,8 @@ def model_name(config: Config) -> str:
         name += f"_{config['activation']}"
     if config["num_layers"] != 1:
         name += f"_{config['num_layers']}layer"
-    return name + "_bi" * config["bidirectional"] + "_mean" * (config["pooling"] == "mean")
+    name += "_bi" * config["bidirectional"] + "_mean" * (config["pooling"] == "mean")
+    return name + (f"_{config['recipe']}" if config.get("recipe") else "")
 
 
 def build_model(config: Config, dtype: torch.dtype = torch.float32) -> SequenceClassifier | MLP:

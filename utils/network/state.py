@@ -31,7 +31,7 @@ def plain_state() -> Iterator[None]:
 @contextmanager
 def user_defaults() -> Iterator[None]:
     """The default type and device that the outermost ``plain_state`` found: a user's own forward may rely on them."""
-    with _defaults(*(_set_by_user[0] if _set_by_user else (torch.get_default_dtype(), torch.get_default_device()))):
+    with _defaults(*user_state()):
         yield
 
 
@@ -51,3 +51,8 @@ def _defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 def usable_tensor(value: Tensor) -> Tensor:
     """The tensor, or a copy of one that was made under ``torch.inference_mode``, which has no part in gradients."""
     return value.clone() if value.is_inference() else value
+
+
+def user_state() -> tuple[torch.dtype, torch.device]:
+    """The default type and device that a user's own forward has."""
+    return _set_by_user[0] if _set_by_user else (torch.get_default_dtype(), torch.get_default_device())

@@ -21,17 +21,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..graph.convolution import MAX_MATRIX, Convolution, Windows
 from ..graph.graph import Graph
+from ..graph.mix import weighted_sum
 from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum
 from ..graph.nonlinear import Activation, Product
-from ..graph.picks import Negative, Slice
+from ..graph.picks import Concat, Negative, Slice
+from ..graph.pooling import Pick
 from ..relaxation.lines import ACTIVATIONS
 from .state import usable_tensor
 from .unroll import GRUCell, LSTMCell, ResetFirstGRUCell, RNNCell
 
 SAMPLE = 1 << 40  # more elements than any graph has
 CONSTANT = -1
-MAX_MATRIX = 1 << 27  # entries of one weight matrix; a convolution is one, too
+LARGE_FRAME = 256  # values of a frame from which on no identity matrix is made of it
+LARGE_PICK = 1 << 22  # entries of a matrix that picks elements, from which on none is made
+MAX_PIECES = 64  # that are put side by side without a matrix
 DTYPE = torch.float64
 
 CELLS = {"rnn": RNNCell, "lstm": LSTMCell, "gru": GRUCell, "gru, reset first": ResetFirstGRUCell}
@@ -166,9 +171,17 @@ class Builder:
         offsets = self._offsets(part.ids, node)
         first, size = int(offsets[0]), len(offsets)
         consecutive = torch.equal(offsets, torch.arange(first, first + size))
+        if isinstance(node, Convolution) and consecutive and size == node.size and not part.is_plain:
+            folded = self._folded(node, part)
+            if folded is not None:
+                return folded
+        if isinstance(node, Frame) and consecutive and size == node.size > LARGE_FRAME:
+            return self._scaled_frame(node, part)
         if isinstance(node, (Frame, Linear)) and not (part.is_plain and consecutive and not isinstance(node, Frame)):
             return self._node(self._sum([node], [part]))
-        if not consecutive:
+        if not consecutive and size * node.size > LARGE_PICK:
+            node, first = self.graph.add(Pick(node, offsets)), 0
+        elif not consecutive:
             return self._node(self._affine(part, torch.eye(size, dtype=DTYPE), None))
         if size < node.size:
             node = self._once("slice", (node,), (first, size), lambda: Slice(node, first, size))
@@ -181,11 +194,41 @@ class Builder:
         shift = self.graph.add(Constant(part.shift))
         return self.graph.add(WeightedSum((node, shift), (part.scale, 1.0)))
 
+    def _whole(self, x: Symbol) -> tuple[Node | None, Symbol] | None:
+        """A node and x's elements, (k,), of the first sample, if x is all of the node, in order, of every sample.
+
+        The node is None if x is constant and alike for all samples; the result is None for all that is less simple.
+        """
+        if len(x.shape) < 2:
+            return None
+        x = x.view(lambda part: part.reshape(part.shape[0], -1))
+        first = x.view(lambda part: part[0])
+        if not bool((x.scale == first.scale).all() and (x.shift == first.shift).all()):
+            return None
+        if x.is_constant:
+            return None, first
+        node = self._node(first) if int(first.ids[0]) != CONSTANT else None
+        if node is None or node.size != x.shape[1]:
+            return None
+        return (node, first) if torch.equal(x.ids, self.symbol(node, torch.arange(x.shape[0])).ids) else None
+
+    def _every_sample(self, part: Symbol, shape: torch.Size) -> Symbol:
+        """Elements of the first sample, (k,), and those of all others, in a shape (batch, ...)."""
+        samples = torch.arange(shape[0])[:, None] * SAMPLE
+        ids = torch.where(part.ids == CONSTANT, CONSTANT, part.ids + samples)
+        scale, shift = (values.expand(shape[0], -1) for values in (part.scale, part.shift))
+        return Symbol(ids, scale, shift).view(lambda values: values.reshape(shape))
+
     # --- operations on elements ---
 
     def _elementwise(self, symbols: Sequence[Symbol], make: Callable[[list[Node | None], list[Symbol]], Symbol]):
         """Apply ``make`` to vectors of elements that belong to the same nodes: for each term its node and elements."""
-        shape = torch.broadcast_shapes(*(symbol.shape for symbol in symbols))
+        shapes = {symbol.shape for symbol in symbols}
+        # Torch's own function takes seconds when it is called first.
+        shape = shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*(symbol.shape for symbol in symbols))
+        wholes = [self._whole(symbol.view(lambda part: part.expand(shape))) for symbol in symbols]
+        if all(whole is not None for whole in wholes):
+            return self._every_sample(make(*map(list, zip(*wholes, strict=True))), shape)
         terms = join(
             lambda part: torch.stack(part, dim=-1),
             [symbol.view(lambda part: part.expand(shape).reshape(-1)) for symbol in symbols],
@@ -229,6 +272,11 @@ class Builder:
     def sum(self, x: Symbol, axes: Sequence[int], keepdim: bool = False) -> Symbol:
         """Over some axes."""
         axes = sorted({axis % len(x.shape) for axis in axes}) if axes else list(range(len(x.shape)))
+        if len(x.shape) == 4 and axes == [2, 3] and self._whole(x) is not None:
+            channels = x.shape[1]
+            windows = Windows(tuple(x.shape[1:]), (channels, 1, 1), groups=channels)
+            total = self.convolution(x, torch.ones(channels, 1, *x.shape[2:], dtype=DTYPE), None, windows)
+            return total if keepdim else total.view(lambda part: part.flatten(1))
         kept = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
         moved = x.view(lambda part: part.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes)))
         terms = [moved.view(lambda part, k=k: part[..., k]) for k in range(moved.shape[-1])]
@@ -255,6 +303,8 @@ class Builder:
         return self._elementwise([x, y], self._product)
 
     def _sum(self, nodes: list[Node | None], parts: list[Symbol]) -> Symbol:
+        if len(parts) > 1 and None not in nodes and any(isinstance(node, Convolution) for node in nodes):
+            nodes, parts = self._without_scales(nodes, parts)
         shift = sum(part.shift for part in parts)
         terms = [(node, part) for node, part in zip(nodes, parts, strict=True) if node is not None]
         if not terms:
@@ -268,7 +318,7 @@ class Builder:
         distinct = len({node for node, _ in terms}) == len(terms)
         if not linear and distinct and all(self._is_run(node, part) for node, part in terms):
             parents = [self._vector(_plain(part)) for _, part in terms]
-            total = self.graph.add(WeightedSum(tuple(parents), tuple(_factor(part.scale) for _, part in terms)))
+            total = self.graph.add(weighted_sum(tuple(parents), tuple(_factor(part.scale) for _, part in terms)))
             return Symbol(*_parts(self._local(total), shift))
         size = len(shift)
         shift_size = sum(part.shift.detach().abs() for part in parts)
@@ -312,7 +362,7 @@ class Builder:
                 continue
             gates = [(b, self._once("negative", (y,), None, lambda y=y: Negative(y))), *([] if a is None else [(a, y)])]
             gated = tuple(self._gated(*pair) for pair in gates)
-            total = gated[0] if a is None else self.graph.add(WeightedSum(gated))
+            total = gated[0] if a is None else self.graph.add(weighted_sum(gated))
             return self._local(total).view(lambda values, offsets=offsets: values[offsets])
         return None
 
@@ -431,6 +481,103 @@ class Builder:
             parents.append(node)
             weights.append(part)
         return self._local(self.graph.add(Linear(tuple(parents), tuple(weights), total, total_size)))
+
+    # --- images ---
+
+    def convolution(
+        self, x: Symbol, weight: Tensor, bias: Tensor | None, windows: Windows, transposed: bool = False
+    ) -> Symbol:
+        """A convolution over images (batch, channels, height, width), or its transpose; see ``Convolution``.
+
+        What scales a whole channel of x, and what shifts x, go into the weight and the bias.
+        """
+        check_scores(x)
+        out_shape = windows.large if transposed else windows.small
+        through = windows.spread if transposed else windows.correlate
+        bias = torch.zeros(out_shape[0], dtype=DTYPE) if bias is None else bias.to("cpu", DTYPE)
+        if self._is_of_frames(x) and x.shape[1:].numel() * torch.Size(out_shape).numel() <= MAX_MATRIX:
+            return self.linear_map(
+                x, lambda part: through(part.flatten(1), weight).unflatten(1, out_shape), bias.reshape(-1, 1, 1)
+            )
+        node, scale, shift = self._image(x)
+        total = bias.reshape(-1, 1, 1).expand(out_shape).reshape(-1)
+        total_size = total.detach().abs()
+        if bool((shift != 0).any()):
+            total = total + through(shift[None], weight)[0]
+            total_size = total_size + through(shift.detach().abs()[None], weight.detach().abs())[0]
+        shape = torch.Size((x.shape[0], *out_shape))
+        if node is None:
+            return self._every_sample(constant(total), shape)
+        if not bool((scale == 1).all()):
+            if transposed:
+                weight = weight * scale.reshape(-1, 1, 1, 1)
+            else:
+                grouped = weight.unflatten(0, (windows.groups, -1))
+                weight = (grouped * scale.reshape(windows.groups, 1, -1, 1, 1)).flatten(0, 1)
+        made = self.graph.add(Convolution(node, weight, total, windows, transposed, total_size))
+        return self._every_sample(self._local(made), shape)
+
+    def _is_of_frames(self, x: Symbol) -> bool:
+        """Whether elements of input frames are among x, and not just those of one frame, all of them in order."""
+        if self._whole(x) is not None:
+            return False
+        owners = self._nodes_of(split_samples(x.ids.reshape(x.shape[0], -1))[1]).unique().tolist()
+        return any(owner >= 0 and isinstance(self.graph.nodes[owner], Frame) for owner in owners)
+
+    def _image(self, x: Symbol) -> tuple[Node | None, Tensor, Tensor]:
+        """A node, and a scale per channel, (c,), and a shift, (c * h * w,), that make x of it; None for constants."""
+        whole, channels = self._whole(x), x.shape[1]
+        if whole is not None:
+            node, part = whole
+            scale = part.scale.reshape(channels, -1)
+            if node is None or bool((scale == scale[:, :1]).all()):
+                return node, scale[:, 0], part.shift
+        return (
+            self.image_node(x),
+            torch.ones(channels, dtype=DTYPE),
+            torch.zeros(1, dtype=DTYPE).expand(x.shape[1:].numel()),
+        )
+
+    def image_node(self, x: Symbol) -> Node:
+        """A node, but an input frame, that holds just the elements of x, (batch, ...), in their order."""
+        whole = self._whole(x)
+        if whole is not None and whole[0] is not None:
+            node, part = whole
+            return node if part.is_plain and not isinstance(node, Frame) else self._vector(part)
+        samples, (row,) = self._same_row([x.view(lambda part: part.reshape(part.shape[0], -1))])
+        if samples.tolist() != list(range(len(samples))):
+            raise UnsupportedError("the images are not in the order of the batch")
+        owners = self._nodes_of(row.ids)
+        if len(torch.unique_consecutive(owners)) > MAX_PIECES or self._is_of_frames(x):
+            return self._node(self._affine(row, torch.eye(len(owners), dtype=DTYPE), None))
+        pieces = self._pieces(row)
+        return pieces[0] if len(pieces) == 1 else self._once("concat", pieces, None, lambda: Concat(pieces))
+
+    def _folded(self, node: Convolution, part: Symbol) -> Node | None:
+        """A convolution that gives this one scaled and shifted; None if it is not scaled channel by channel."""
+        scale = part.scale.reshape(node.out_shape[0], -1)
+        if not bool((scale == scale[:, :1]).all()) or (node.transposed and node.windows.groups > 1):
+            return None
+        weight = node.weight * scale[:, 0].reshape((1, -1, 1, 1) if node.transposed else (-1, 1, 1, 1))
+        bias = node.bias * part.scale + part.shift
+        size = node.bias_size * part.scale.detach().abs() + part.shift.detach().abs()
+        return self.graph.add(Convolution(node.parents[0], weight, bias, node.windows, node.transposed, size))
+
+    def _scaled_frame(self, node: Frame, part: Symbol) -> Node:
+        """All elements of a large frame: as channels of one pixel, each of which is convolved by itself."""
+        shape = (node.size, 1, 1)
+        windows = Windows(shape, shape, groups=node.size)
+        return self.graph.add(Convolution(node, part.scale.reshape(-1, 1, 1, 1), part.shift, windows))
+
+    def _without_scales(self, nodes: list[Node | None], parts: list[Symbol]) -> tuple[list, list]:
+        """Terms of a sum, those of convolutions and frames as nodes of their own: weights take what scales them."""
+        found = []
+        for node, part in zip(nodes, parts, strict=True):
+            if isinstance(node, Frame) or (isinstance(node, Convolution) and not part.is_plain):
+                node = self._vector(part)
+                part = self._local(node)
+            found.append((node, part))
+        return [node for node, _ in found], [part for _, part in found]
 
     # --- recurrent layers ---
 

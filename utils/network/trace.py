@@ -9,6 +9,7 @@ the values of the input, is refused with the line of the forward that does it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import linecache
 import math
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from ..graph.graph import Graph
+from . import images
 from .keeping import kept
 from .modules import usable_model
 from .state import plain_state, user_defaults
@@ -104,7 +106,7 @@ REASONS = {
     **dict.fromkeys(("sort", "argsort", "topk", "argmax", "argmin", "kthvalue", "median"), ORDER),
     "__setitem__": "values are written into a tensor: collect them in a list and torch.stack them",
 }
-MAX_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "max", "amax")
+MAX_POOLS = ("max_pool3d", "adaptive_max_pool3d", "max", "amax")
 
 
 class Traced(torch.Tensor):
@@ -209,7 +211,7 @@ def _apply(name: str, function, args, kwargs):
     elif name in REASONS or name.strip("_") in REASONS:
         raise UnsupportedError(REASONS.get(name) or REASONS[name.strip("_")])
     elif name.strip("_").removesuffix("_with_indices") in MAX_POOLS:
-        raise UnsupportedError("a maximum has no bound here: pool by the mean or the last state")
+        raise UnsupportedError("a maximum has no bound here, but those of max_pool1d and max_pool2d")
     else:
         raise UnsupportedError("this operation is not supported")
     if in_place:
@@ -549,7 +551,39 @@ def _addmm(builder, x, a, b, beta=1, alpha=1):
     return builder.add(builder.scaled(as_symbol(x), constant(beta)), product)
 
 
-def _convolution(function) -> Handler:
+def _numbers(value, rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value) * (rank // len(value))
+
+
+def _pads(padding: Sequence[int]) -> list[int]:
+    return [width for size in reversed(padding) for width in (size, size)]
+
+
+def _convolution(rank: int) -> Handler:
+    def handler(builder, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        _need_constants(weight, bias)
+        stride, dilation = _numbers(stride, rank), _numbers(dilation, rank)
+        if isinstance(padding, str):
+            reaches = [(size - 1) * step for size, step in zip(weight.shape[2:], dilation, strict=True)]
+            around = [(reach // 2, reach - reach // 2) if padding == "same" else (0, 0) for reach in reaches]
+            pads = [width for pair in reversed(around) for width in pair]
+        else:
+            pads = _pads(_numbers(padding, rank))
+        return images.convolve(builder, x, weight, bias, stride, pads, dilation, groups)
+
+    return handler
+
+
+def _transposed_convolution(rank: int) -> Handler:
+    def handler(builder, x, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+        _need_constants(weight, bias)
+        numbers = [_numbers(value, rank) for value in (stride, padding, output_padding, dilation)]
+        return images.convolve_transposed(builder, x, weight, bias, *numbers, groups)
+
+    return handler
+
+
+def _dense_convolution(function) -> Handler:
     def handler(builder, x, weight, bias=None, *args, **kwargs):
         _need_constants(weight, bias)
         weight = weight.to("cpu", torch.float64)
@@ -560,16 +594,85 @@ def _convolution(function) -> Handler:
     return handler
 
 
-for _name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
-    OPERATIONS[_name] = _convolution(getattr(F, _name))
+OPERATIONS |= {"conv1d": _convolution(1), "conv2d": _convolution(2)}
+OPERATIONS |= {"conv_transpose1d": _transposed_convolution(1), "conv_transpose2d": _transposed_convolution(2)}
+for _name in ("conv3d", "conv_transpose3d"):
+    OPERATIONS[_name] = _dense_convolution(getattr(F, _name))
 
 
 def _pooling(function) -> Handler:
     return lambda builder, x, *args, **kwargs: builder.linear_map(x, lambda part: function(part, *args, **kwargs))
 
 
-for _name in ("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"):
-    OPERATIONS[_name] = _pooling(getattr(F, _name))
+OPERATIONS["avg_pool3d"] = _pooling(F.avg_pool3d)
+
+
+def _average_pool(rank: int) -> Handler:
+    def handler(
+        builder, x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+    ):
+        check_scores(x)
+        kernel = _numbers(kernel_size, rank)
+        stride = _numbers(stride, rank) if stride else kernel
+        pads = _pads(_numbers(padding, rank))
+        return images.average_pool(builder, x, kernel, stride, pads, ceil_mode, count_include_pad, divisor_override)
+
+    return handler
+
+
+def _even_windows(x: Symbol, output_size, rank: int) -> tuple[int, ...] | None:
+    """Sides of the windows of adaptive pooling, where they are all alike."""
+    sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size,) * rank
+    sizes = [own if size is None else size for size, own in zip(sizes, x.shape[2:], strict=True)]
+    if any(own % size for own, size in zip(x.shape[2:], sizes, strict=True)):
+        return None
+    return tuple(own // size for own, size in zip(x.shape[2:], sizes, strict=True))
+
+
+def _adaptive_average_pool(rank: int) -> Handler:
+    function = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d)[rank - 1]
+
+    def handler(builder, x, output_size):
+        check_scores(x)
+        kernel = _even_windows(x, output_size, rank)
+        if kernel is None:
+            return builder.linear_map(x, lambda part: function(part, output_size))
+        return images.average_pool(builder, x, kernel, kernel, [0] * (2 * rank))
+
+    return handler
+
+
+def _max_pool(rank: int) -> Handler:
+    function = (F.max_pool1d, F.max_pool2d)[rank - 1]
+
+    def handler(builder, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+        if return_indices:
+            raise UnsupportedError(ORDER)
+        kernel, padding, dilation = (_numbers(value, rank) for value in (kernel_size, padding, dilation))
+        stride = _numbers(stride, rank) if stride else kernel
+        shape = function(torch.zeros(1, 1, *x.shape[2:]), kernel, stride, padding, dilation, ceil_mode).shape
+        return images.max_pool(builder, x, kernel, stride, _pads(padding), dilation, shape[2:])
+
+    return handler
+
+
+def _adaptive_max_pool(rank: int) -> Handler:
+    def handler(builder, x, output_size, return_indices=False):
+        kernel = _even_windows(x, output_size, rank)
+        if kernel is None or return_indices:
+            raise UnsupportedError("an adaptive maximum is supported where all its windows are of one size")
+        places = [own // size for own, size in zip(x.shape[2:], kernel, strict=True)]
+        return images.max_pool(builder, x, kernel, kernel, [0] * (2 * rank), [1] * rank, places)
+
+    return handler
+
+
+for _rank in (1, 2):
+    OPERATIONS[f"avg_pool{_rank}d"] = _average_pool(_rank)
+    OPERATIONS[f"adaptive_avg_pool{_rank}d"] = _adaptive_average_pool(_rank)
+    OPERATIONS[f"max_pool{_rank}d"] = OPERATIONS[f"max_pool{_rank}d_with_indices"] = _max_pool(_rank)
+    OPERATIONS[f"adaptive_max_pool{_rank}d"] = _adaptive_max_pool(_rank)
+    OPERATIONS[f"adaptive_max_pool{_rank}d_with_indices"] = _adaptive_max_pool(_rank)
 
 
 @operation("batch_norm")
@@ -702,17 +805,46 @@ class TracedModule:
         like = next((value for value in module.parameters() if value.is_floating_point()), x)
         self.like = torch.empty(0, dtype=like.dtype, device=like.device)
         self.frames = x
-        self._graph: dict[str, Graph] = {}
-        graph = self._trace("plane")
+        self.is_pure = True
+        self._graphs: dict[tuple, Graph] | None = None
+        self._plain = graph = self._trace("plane")
         self.num_classes = graph.output.size
         if not x.is_floating_point():
             self.frames = self._table.detach()[x]
-        elif x.dim() != 3:
-            self.frames = x.flatten(1)[:, None]
+        else:
+            self.frames = _frames(x)
         self._check(graph)
 
     def graph(self, dtype: torch.dtype, relaxation: str) -> Graph:
-        return as_graph(self._trace(relaxation), dtype, self.frames.device)
+        if self._graphs is None:
+            return as_graph(self._trace(relaxation), dtype, self.frames.device)
+        key = (dtype, relaxation, self.frames.device)
+        if key not in self._graphs:
+            traced = self._plain if relaxation == "plane" else self._trace(relaxation)
+            self._graphs[key] = as_graph(traced, dtype, self.frames.device)
+        return self._graphs[key]
+
+    # --- readings that are kept: ``readings`` ---
+
+    def keep_graphs(self) -> None:
+        """From now on the module counts as it is, and graphs are made of it once."""
+        self._graphs = {}
+
+    def without_module(self) -> TracedModule:
+        twin = copy.copy(self)
+        twin.module = twin.x = twin.frames = None
+        return twin
+
+    @torch.no_grad()
+    def for_input(self, module: nn.Module, x: Tensor) -> TracedModule | None:
+        """The same reading for another input of the same shape; None if it does not hold at the first sample."""
+        if not bool(x.isfinite().all()):
+            raise ValueError("x must be finite floating-point numbers")
+        twin = copy.copy(self)
+        twin.module, twin.x, twin.frames = module, x, _frames(x)
+        with user_defaults():
+            expected = module(x[:1].to(self.like))
+        return twin if self._agrees(self._plain, twin.frames[:1], expected) else None
 
     def _trace(self, relaxation: str) -> Graph:
         builder = Builder(relaxation)
@@ -758,16 +890,25 @@ class TracedModule:
                 f"the forward carries a state from call to call, in {', '.join(changed)}: "
                 "it must begin from the same state each time"
             )
-        expected = expected.to("cpu", torch.float64)
-        found = graph.evaluate(self.frames[:4].to("cpu", torch.float64))
-        if self.softmax:
-            found = getattr(torch, self.softmax)(found, dim=-1)
-        room = SAME.get(self.like.dtype, SAME[torch.float32]) * (1.0 + expected.abs().amax())
-        if expected.shape != found.shape or not bool(((expected - found).abs() <= room).all()):
+        self.is_pure = not changed
+        if not self._agrees(graph, self.frames[:4], expected):
             raise UnsupportedError(
                 "the forward computes something else than what was read of it: it must not be random, "
                 "depend on the input's values or on the size of the batch"
             )
+
+    def _agrees(self, graph: Graph, frames: Tensor, expected: Tensor) -> bool:
+        expected = expected.to("cpu", torch.float64)
+        found = graph.evaluate(frames.to("cpu", torch.float64))
+        if self.softmax:
+            found = getattr(torch, self.softmax)(found, dim=-1)
+        room = SAME.get(self.like.dtype, SAME[torch.float32]) * (1.0 + expected.abs().amax())
+        return expected.shape == found.shape and bool(((expected - found).abs() <= room).all())
+
+
+def _frames(x: Tensor) -> Tensor:
+    """The sequence itself, or all values as one frame, (batch, T, n)."""
+    return x if x.dim() == 3 else x.flatten(1)[:, None]
 
 
 @plain_state()

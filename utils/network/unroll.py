@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.graph import Graph
+from ..graph.mix import weighted_sum
 from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum
 from ..graph.nonlinear import Activation, Product
 from ..graph.picks import LastState, Negative, Slice
@@ -23,6 +24,8 @@ class Cell:
         self.w_ih, self.w_hh = weight("weight_ih"), weight("weight_hh")
         zero = self.w_ih.new_zeros(self.w_ih.shape[0])
         self.b_ih, self.b_hh = (weight("bias_ih"), weight("bias_hh")) if rnn.bias else (zero, zero)
+        self._parts: tuple[Tensor, ...] | None = None
+        self._gates: tuple[tuple[Tensor, ...], ...] | None = None
         self.absorbed = zero  # sizes of the terms that normalisation adds to b_ih
 
     def absorb_normalisation(self, mean: Tensor, std: Tensor) -> None:
@@ -37,7 +40,10 @@ class Cell:
         return torch.maximum(self.absorbed, self.b_ih.abs()) + self.b_hh.abs()
 
     def input_weights(self, inputs: tuple[Node, ...]) -> tuple[Tensor, ...]:
-        return self.w_ih.split([part.size for part in inputs], dim=1)
+        """The parts of W_ih, the same tensors at every step."""
+        if self._parts is None:
+            self._parts = self.w_ih.split([part.size for part in inputs], dim=1)
+        return self._parts
 
 
 class RNNCell(Cell):
@@ -82,19 +88,23 @@ class GRUCell(Cell):
         (h,) = state
         size, weights = self.hidden, self.input_weights(inputs)
         gate, new = slice(0, 2 * size), slice(2 * size, None)
-        gate_weights = (*(w[gate] for w in weights), self.w_hh[gate])
+        if self._gates is None:  # the same tensors at every step
+            self._gates = tuple(w[gate] for w in weights), tuple(w[new] for w in weights), self.w_hh.split(2 * size)
+        gates_of_inputs, new_of_inputs, (gates_of_state, new_of_state) = self._gates
         bias, sizes = self.b_ih[gate] + self.b_hh[gate], self.bias_size()[gate]
-        gates = self.graph.add(Linear((*inputs, h), gate_weights, bias, sizes))
+        gates = self.graph.add(Linear((*inputs, h), (*gates_of_inputs, gates_of_state), bias, sizes))
         r, z = (self.graph.add(Slice(gates, k * size, size)) for k in range(2))
-        n = self.new_state(inputs, tuple(w[new] for w in weights), h, r)
+        n = self.new_state(inputs, new_of_inputs, new_of_state, h, r)
         n = self.graph.add(Product(n, self.graph.add(Negative(z)), "tanh(x)*sigmoid(y)", self.relaxation))
         kept = self.graph.add(Product(h, z, "x*sigmoid(y)", self.relaxation))
-        return (self.graph.add(WeightedSum((n, kept))),)
+        return (self.graph.add(weighted_sum((n, kept))),)
 
-    def new_state(self, inputs: tuple[Node, ...], weights: tuple[Tensor, ...], h: Node, r: Node) -> Node:
+    def new_state(
+        self, inputs: tuple[Node, ...], weights: tuple[Tensor, ...], state_weight: Tensor, h: Node, r: Node
+    ) -> Node:
         """What n is the tanh of."""
         new = slice(2 * self.hidden, None)
-        memory = self.graph.add(Linear((h,), (self.w_hh[new],), self.b_hh[new]))
+        memory = self.graph.add(Linear((h,), (state_weight,), self.b_hh[new]))
         reset = self.graph.add(Product(memory, r, "x*sigmoid(y)", self.relaxation))
         written = self.graph.add(Linear(inputs, weights, self.b_ih[new], self.bias_size()[new]))
         return self.graph.add(WeightedSum((written, reset)))
@@ -103,11 +113,13 @@ class GRUCell(Cell):
 class ResetFirstGRUCell(GRUCell):
     """The GRU whose reset gate acts before the matrix: n = W_in x_t + b_in + W_hn (sigmoid(r) h_{t-1}) + b_hn."""
 
-    def new_state(self, inputs: tuple[Node, ...], weights: tuple[Tensor, ...], h: Node, r: Node) -> Node:
+    def new_state(
+        self, inputs: tuple[Node, ...], weights: tuple[Tensor, ...], state_weight: Tensor, h: Node, r: Node
+    ) -> Node:
         new = slice(2 * self.hidden, None)
         reset = self.graph.add(Product(h, r, "x*sigmoid(y)", self.relaxation))
         bias, sizes = self.b_ih[new] + self.b_hh[new], self.bias_size()[new]
-        return self.graph.add(Linear((*inputs, reset), (*weights, self.w_hh[new]), bias, sizes))
+        return self.graph.add(Linear((*inputs, reset), (*weights, state_weight), bias, sizes))
 
 
 CELLS = {nn.RNN: RNNCell, nn.LSTM: LSTMCell, nn.GRU: GRUCell}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..choices.tables import BALLS
+from ..graph.nodes import apply_rows, block_of
 from .balls import floored
 from .lp_ball import INF, NORMS, dual_norm
 
@@ -37,9 +39,28 @@ class InputSet:
         """Whether balls look the same in any orthonormal coordinates."""
         return self.norm == 2.0
 
+    @property
+    def norms_weights(self) -> bool:
+        """Whether a frame's deviation is its eps times a norm of the coefficients."""
+        return False
+
     def half_widths(self, frame: int) -> Tensor:
         """Half the sides of the frame's box, (batch, n)."""
         raise NotImplementedError
+
+    def map_deviation(
+        self,
+        frame: int,
+        absolute: Callable[[Tensor], Tensor],
+        norms: Callable[[float], Tensor],
+        samples: Tensor | slice = slice(None),
+    ) -> Tensor:
+        """Most that elements of W x'_t can deviate from those of W center_t, (batch, size), by a W without a matrix.
+
+        ``absolute`` gives |W| times vectors, ``norms`` the dual l_p norms of the rows, (size,). Where rows are those of
+        some samples each, ``samples`` are their numbers, and both give a number a row.
+        """
+        return absolute(self.half_widths(frame))
 
     # --- for squares of linear functions: ``utils.bounds.curve`` ---
 
@@ -141,14 +162,33 @@ class Perturbation(InputSet):
             return self._box[1][:, frame]
         return self.eps[:, frame, None].expand_as(self.x[:, frame])
 
+    @property
+    def norms_weights(self) -> bool:
+        return self._box is None
+
     def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
         """Most that A_t x'_t can deviate from A_t center_t, (batch, rows), for A_t (batch or 1, rows, n).
 
         For a ball around the sequence that is the deviation if the frame has the ball to itself.
         """
         if self._box is not None:
-            return (coefficients.abs() @ self._box[1][:, frame, :, None]).squeeze(-1)
-        return self.eps[:, frame, None] * dual_norm(coefficients, self.norm)
+            return apply_rows(coefficients.abs(), self._box[1][:, frame])
+        parts = coefficients.split(block_of(coefficients.shape[-1]), dim=-1)
+        sizes = [dual_norm(part, self.norm) for part in parts]
+        size = sizes[0] if len(parts) == 1 else dual_norm(torch.stack(sizes, dim=-1), self.norm)
+        return self.eps[:, frame, None] * size
+
+    def map_deviation(
+        self,
+        frame: int,
+        absolute: Callable[[Tensor], Tensor],
+        norms: Callable[[float], Tensor],
+        samples: Tensor | slice = slice(None),
+    ) -> Tensor:
+        if self._box is not None:
+            return absolute(self._box[1][:, frame])
+        eps = self.eps[samples, frame]
+        return (eps[:, None] if isinstance(samples, slice) else eps) * norms(self.norm)
 
     # --- for gradients: ``utils.jacobian`` ---
 

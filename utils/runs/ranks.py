@@ -1,6 +1,7 @@
 """The processes that share a run: one, or those that torchrun starts.
 
-Processes exchange no results. Each writes files of its own, on one file system, and they only wait for each other.
+Processes that bound exchange no results. Each writes files of its own, on one file system, and they only wait for each
+other. Those that train share gradients and sums.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 # Some ranks can have much more to do than others before all meet again.
 PATIENCE = timedelta(days=7)
@@ -37,6 +38,12 @@ class Ranks:
     def share(self, items: Sequence[Item]) -> list[Item]:
         """The items that this process is to work on."""
         return list(items[self.rank :: self.world])
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of all processes' values, in place."""
+        if self.world > 1:
+            distributed.all_reduce(value)
+        return value
 
     def wait(self) -> None:
         """Wait until all processes are here. Raises ValueError if one of them has ended."""

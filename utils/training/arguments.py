@@ -8,6 +8,7 @@ from pathlib import Path
 from ..runs.cli import ROOT, add_common_arguments, non_negative_float, norm_value, positive_float, positive_int
 from .tasks import TextTask
 
+PLAIN_DECAY = 0.3
 MLP_ACTIVATIONS = ("relu", "leaky", "tanh", "sigmoid", "arctan", "elu", "softplus")
 STROKES_HELP = "folder that holds strokes/strokes.npz or the published sequences (default: data/)"
 
@@ -38,6 +39,7 @@ def add_mlp_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--lipschitz-norm", type=norm_value, default=2.0, help="norm of these balls: 1, 2 or inf")
     add_loop_arguments(parser)
+    parser.set_defaults(weight_decay=PLAIN_DECAY)
 
 
 def add_mlp_model_arguments(group) -> None:
@@ -65,8 +67,8 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weight-decay",
         type=non_negative_float,
-        default=0.3,
-        help="decoupled weight decay of Adam; more of it makes smaller weights and larger radii",
+        help="decoupled weight decay of Adam; more of it makes smaller weights and larger radii (default: 0.3, but 0 "
+        "with --certified)",
     )
     group.add_argument(
         "--save-dir", type=Path, default=ROOT / "models" / "mnist_classifier", help="folder of the model folders"
@@ -80,6 +82,9 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("stack")
     group.add_argument("--num-layers", type=positive_int, default=1, help="recurrent layers on top of each other")
     group.add_argument("--bidirectional", action="store_true", help="read the frames in both directions")
+    group.add_argument(
+        "--pooling", choices=("last", "mean"), default="last", help="state that the classes are read off"
+    )
 
 
 def add_text_training_arguments(parser: argparse.ArgumentParser, task: TextTask) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..jacobian.passes import JacobianPass
 from ..network.reading import graph_of, read_network
 from ..perturbation.sets import Perturbation
 from ..question.specification import margin_rows
+from .loop import Objective
 
 
 def local_constants(model: nn.Module, x: Tensor, labels: Tensor, eps: float, norm: float = 2.0) -> Tensor:
@@ -30,13 +32,21 @@ def local_constants(model: nn.Module, x: Tensor, labels: Tensor, eps: float, nor
     return JacobianPass(values, rows, "interval", sound=False).fall() / eps
 
 
-def objective_of(args: argparse.Namespace):
-    """The loss of --lipschitz-weight, or None for the cross entropy alone."""
+@dataclass
+class SmallGradients(Objective):
+    """The cross entropy plus ``weight`` times the mean local constant over balls of radius ``eps``."""
+
+    weight: float
+    eps: float
+    norm: float
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
+        constants = local_constants(model, x, y, self.eps, self.norm)
+        return super().loss(model, x, y, progress) + self.weight * constants.mean()
+
+
+def objective_of(args: argparse.Namespace) -> Objective:
+    """The loss of --lipschitz-weight, or plain training."""
     if args.lipschitz_weight == 0.0:
-        return None
-
-    def objective(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        constants = local_constants(model, x, y, args.lipschitz_eps, args.lipschitz_norm)
-        return nn.functional.cross_entropy(model(x), y) + args.lipschitz_weight * constants.mean()
-
-    return objective
+        return Objective()
+    return SmallGradients(args.lipschitz_weight, args.lipschitz_eps, args.lipschitz_norm)

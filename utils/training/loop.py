@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,57 @@ from tqdm import tqdm
 from ..network.checkpoint import Config, save_checkpoint
 from ..network.models import SequenceClassifier
 from ..runs.cli import versions
+from ..runs.ranks import ALONE, Ranks
 from .state import TrainingState
 
 CLIP_NORM = 1.0
 EVALUATION_BATCH = 2000
 
-# The loss of a batch: of a model, its inputs and their labels.
-Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
 
 @dataclass
 class History:
-    """One entry per epoch: mean training loss (cross entropy, nats) and test accuracy (0 to 1)."""
+    """One entry per epoch: mean training loss (nats) and, as shares of what is watched, the accuracies.
+
+    ``verified`` is that under perturbation, of certified training; empty otherwise.
+    """
 
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
+    verified: list[float] = field(default_factory=list)
+
+    def add(self, **values: float) -> None:
+        for name, value in values.items():
+            getattr(self, name).append(value)
+
+
+class Objective:
+    """What a training minimises, how its rate goes and what is watched; plain training. Others override."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Change an untrained model's weights to what the training had better begin with."""
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
+        """Mean over the batch x, (batch, T, n), with labels y, (batch,), after a share ``progress`` of all steps."""
+        return nn.functional.cross_entropy(model(x), y)
+
+    def rate(self, step: int, total_steps: int) -> float:
+        """Share of the largest learning rate."""
+        return rate_factor(step, total_steps)
+
+    def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+        """An epoch's entries in the history besides the loss."""
+        return {"accuracy": accuracy(model, x, y)}
+
+
+class Loss(nn.Module):
+    """An objective as a module, so that processes can share a batch: its forward is the loss."""
+
+    def __init__(self, model: nn.Module, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, x: Tensor, y: Tensor, progress: float) -> Tensor:
+        return self.objective.loss(self.model, x, y, progress)
 
 
 def train_and_save(
@@ -69,9 +104,13 @@ def train_and_save(
     print(f"training accuracy {config['train_accuracy']:.4f}; saved {path}")
 
 
-def rehearse(net: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, path: Path) -> None:
-    """One training step, for --dry-run."""
-    train_epoch(net, x[: args.batch_size], y[: args.batch_size], make_optimizer(net, args, 1))
+def rehearse(
+    net: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, path: Path, objective: Objective | None = None
+) -> None:
+    """One training step, for --dry-run: the last of the schedule, with all that the loss has in the end."""
+    objective = objective or Objective()
+    optimizer = make_optimizer(net, args, 1, objective)
+    train_epoch(Loss(net, objective), x[: args.batch_size], y[: args.batch_size], optimizer, progress=1.0)
     print(f"dry run: one step done, nothing written; the model would go to {path}")
 
 
@@ -89,6 +128,12 @@ class Optimizer:
     schedule: torch.optim.lr_scheduler.LRScheduler
     batch_size: int
     order: Order
+    total_steps: int
+
+    @property
+    def progress(self) -> float:
+        """Share of all steps that are done."""
+        return self.schedule.last_epoch / self.total_steps
 
     def parts(self) -> dict[str, Any]:
         """What a training that is resumed goes on with."""
@@ -105,11 +150,14 @@ class Order(torch.Generator):
         self.set_state(state["state"].cpu())
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace, total_steps: int) -> Optimizer:
-    """Adam with decoupled weight decay; the rate rises for a tenth of the steps, then falls to zero."""
+def make_optimizer(
+    model: nn.Module, args: argparse.Namespace, total_steps: int, objective: Objective | None = None
+) -> Optimizer:
+    """Adam with decoupled weight decay, and the objective's rates."""
+    rate = (objective or Objective()).rate
     adam = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate_factor(step, total_steps))
-    return Optimizer(adam, schedule, args.batch_size, Order().manual_seed(args.seed))
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, total_steps))
+    return Optimizer(adam, schedule, args.batch_size, Order().manual_seed(args.seed), total_steps)
 
 
 def rate_factor(step: int, total_steps: int) -> float:
@@ -127,30 +175,35 @@ def train(
     args: argparse.Namespace,
     state: TrainingState,
     objective: Objective | None = None,
+    ranks: Ranks = ALONE,
 ) -> History:
-    """Train for all epochs under a progress bar; frames and labels are [training, test]. Every epoch is kept in a file.
+    """Train for all epochs under a progress bar; every epoch is kept in a file.
 
-    ``objective`` is the loss, the cross entropy if left out.
+    ``frames`` and ``labels`` are [training, watched]: the second are what accuracies are measured on. Processes share
+    every batch, and end with the same weights, those of one process but for rounding.
 
     Raises:
         ValueError: the loss is NaN or infinite, or there is nothing that fits to resume.
     """
-    steps = math.ceil(len(labels[0]) / args.batch_size)
-    optimizer = make_optimizer(model, args, steps * args.epochs)
+    objective = objective or Objective()
+    steps = steps_of_epoch(len(labels[0]), args.batch_size, ranks)
+    optimizer = make_optimizer(model, args, steps * args.epochs, objective)
     history = History(**state.restore(model, optimizer.parts(), labels[0].device))
-    finished = len(history.loss)
+    finished, loss_of = len(history.loss), shared_loss(Loss(model, objective), ranks)
     try:
         # disable=None: a bar on a terminal, silence in a log file, where only errors go to stderr
-        with tqdm(total=args.epochs, initial=finished, unit="epoch", disable=None) as progress:
+        hidden = None if ranks.first else True
+        with tqdm(total=args.epochs, initial=finished, unit="epoch", disable=hidden) as progress:
             for epoch in range(finished, args.epochs):
-                loss = train_epoch(model, frames[0], labels[0], optimizer, objective)
+                loss = train_epoch(loss_of, frames[0], labels[0], optimizer, ranks)
                 if not math.isfinite(loss):
                     progress.leave = False
                     raise ValueError(f"the training diverged in epoch {epoch + 1}: try a smaller --lr than {args.lr:g}")
-                history.loss.append(loss)
-                history.accuracy.append(accuracy(model, frames[1], labels[1]))
-                state.save(model, optimizer.parts(), vars(history))
-                progress.set_postfix(loss=f"{loss:.4f}", test_accuracy=f"{history.accuracy[-1]:.4f}", refresh=False)
+                history.add(loss=loss, **objective.measure(model, frames[1], labels[1]))
+                if ranks.first:
+                    state.save(model, optimizer.parts(), vars(history))
+                watched = {name: f"{values[-1]:.4f}" for name, values in vars(history).items() if values}
+                progress.set_postfix(watched, refresh=False)
                 progress.update()
     except KeyboardInterrupt:
         state.say_what_is_kept(len(history.accuracy), args.epochs)
@@ -158,28 +211,48 @@ def train(
     return history
 
 
-def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Of the logits of x, (batch, T, n), for the labels y, (batch,), in nats."""
-    return nn.functional.cross_entropy(model(x), y)
+def shared_loss(loss: Loss, ranks: Ranks) -> nn.Module:
+    """The loss, whose gradients are the means of all processes'; they begin with the first one's weights."""
+    if ranks.world == 1:
+        return loss
+    devices = None if ranks.device is None or ranks.device.type == "cpu" else [ranks.device]
+    return nn.parallel.DistributedDataParallel(loss, device_ids=devices)
+
+
+def steps_of_epoch(samples: int, batch_size: int, ranks: Ranks = ALONE) -> int:
+    """Batches of an epoch; a last one with fewer samples than there are processes is left out."""
+    full, rest = divmod(samples, batch_size)
+    return full + (rest >= ranks.world)
 
 
 def train_epoch(
-    model: nn.Module, x: Tensor, y: Tensor, optimizer: Optimizer, objective: Objective | None = None
+    loss_of: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    optimizer: Optimizer,
+    ranks: Ranks = ALONE,
+    progress: float | None = None,
 ) -> float:
-    """One pass over x, (N, T, n), and y, (N,), in random order; returns the mean loss."""
-    objective = objective or cross_entropy
-    model.train()
+    """One pass over x, (N, T, n), and y, (N,), in random order; returns the mean loss.
+
+    ``loss_of`` is a ``Loss``, shared by the processes or not; ``progress`` fixes the share of steps that are done.
+    """
+    loss_of.train()
     total = torch.zeros((), device=x.device)
     order = torch.randperm(len(y), generator=optimizer.order).to(x.device)
-    for batch in order.split(optimizer.batch_size):
-        loss = objective(model, x[batch], y[batch])
+    for batch in order.split(optimizer.batch_size)[: steps_of_epoch(len(y), optimizer.batch_size, ranks)]:
+        share = batch[ranks.rank :: ranks.world]
+        # The mean over processes of shares so weighted is the mean over the batch.
+        weight = len(share) * ranks.world / len(batch)
+        done = optimizer.progress if progress is None else progress
+        loss = weight * loss_of(x[share], y[share], done)
         optimizer.adam.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        nn.utils.clip_grad_norm_(loss_of.parameters(), CLIP_NORM)
         optimizer.adam.step()
         optimizer.schedule.step()
-        total += loss.detach() * len(batch)
-    return float(total) / len(y)
+        total += loss.detach() * len(batch) / ranks.world
+    return float(ranks.sum(total)) / len(y)
 
 
 @torch.no_grad()
@@ -190,18 +263,24 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return sum(int((model(xb).argmax(dim=1) == yb).sum()) for xb, yb in batches) / len(y)
 
 
-def plot_history(history: History, path: Path, title: str) -> None:
-    """Write training loss and test accuracy over the epochs as a PNG, whole or not at all."""
+def plot_history(history: History, path: Path, title: str, watched: str = "test") -> None:
+    """Write training loss and accuracies over the epochs as a PNG, whole or not at all.
+
+    ``watched`` says which images the accuracies are of.
+    """
     epochs = range(1, len(history.loss) + 1)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     left = figure.add_subplot()
     left.plot(epochs, history.loss, color="tab:blue", marker=".")
-    left.set(xlabel="epoch", ylabel="training loss (cross entropy)", yscale="log", title=title)
+    left.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log", title=title)
     left.yaxis.label.set_color("tab:blue")
     left.grid(alpha=0.3)
     right = left.twinx()
-    right.plot(epochs, [100 * value for value in history.accuracy], color="tab:red", marker=".")
-    right.set_ylabel("test accuracy (%)", color="tab:red")
+    right.plot(epochs, [100 * value for value in history.accuracy], color="tab:red", marker=".", label="clean")
+    if history.verified:
+        right.plot(epochs, [100 * value for value in history.verified], color="tab:green", marker=".", label="verified")
+        right.legend(loc="lower right")
+    right.set_ylabel(f"{watched} accuracy (%)", color="tab:red")
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         figure.savefig(temporary, dpi=100)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 
 import torch
+from torch import Tensor, nn
 
 from data.mnist import SIDE, ImageData, as_frames
 
 from ..network.checkpoint import Config
-from .loop import training_facts
+from .certified.arguments import recipe_facts
+from .certified.recipe import Recipe
+from .loop import History, Objective, accuracy, training_facts
 
 
 def check_slices(time_step: int) -> None:
@@ -30,7 +33,9 @@ def make_mlp_config(args: argparse.Namespace, data: ImageData) -> Config:
     }
 
 
-def make_config(args: argparse.Namespace, architecture: str, activation: str | None, data: ImageData) -> Config:
+def make_config(
+    args: argparse.Namespace, architecture: str, activation: str | None, data: ImageData, recipe: Recipe | None = None
+) -> Config:
     """The checkpoint's config, still without accuracies. Pixels are fed as they are: eps is in units of pixels."""
     return {
         "architecture": architecture,
@@ -41,11 +46,43 @@ def make_config(args: argparse.Namespace, architecture: str, activation: str | N
         "bidirectional": getattr(args, "bidirectional", False),
         "bias": True,
         "activation": activation,
-        "pooling": "last",
+        "pooling": getattr(args, "pooling", "last"),
         "input_mean": 0.0,
         "input_std": 1.0,
         **_data_facts(args, data),
+        **({} if recipe is None else recipe_facts(recipe) | {"held_back": args.held_back}),
     }
+
+
+def hold_back(frames: list[Tensor], labels: list[Tensor], count: int | None) -> tuple[list[Tensor], list[Tensor]]:
+    """[training, watched] sequences and labels from [training, test] ones.
+
+    With a count so many of the training set, the same for every seed, are watched in place of the test set, so that
+    what is chosen by the training curve is not chosen by the test set.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    if count is None:
+        return frames, labels
+    if count >= len(labels[0]):
+        raise ValueError(f"--held-back {count} leaves nothing of {len(labels[0])} training images")
+    order = torch.randperm(len(labels[0]), generator=torch.Generator().manual_seed(1)).to(labels[0].device)
+    parts = order[count:], order[:count]
+    return [frames[0][part] for part in parts], [labels[0][part] for part in parts]
+
+
+def evaluate(
+    model: nn.Module, frames: list[Tensor], labels: list[Tensor], objective: Objective, history: History
+) -> dict[str, float]:
+    """Accuracies, 0 to 1, of [training, test] sequences; of the test set also what the objective watches.
+
+    Of certified training also the last ones of the images held back.
+    """
+    measured = {f"test_{name}": value for name, value in objective.measure(model, frames[1], labels[1]).items()}
+    if history.verified:
+        measured |= {"held_back_accuracy": history.accuracy[-1], "held_back_verified": history.verified[-1]}
+    return {"train_accuracy": accuracy(model, frames[0], labels[0])} | measured
 
 
 def _data_facts(args: argparse.Namespace, data: ImageData) -> Config:
@@ -58,3 +95,14 @@ def _data_facts(args: argparse.Namespace, data: ImageData) -> Config:
         "test_size": len(data.test_y),
         **training_facts(args),
     }
+
+
+def accuracies(config: Config) -> str:
+    """What a training says in the end, of a config with what ``evaluate`` found."""
+    text = f"test accuracy {config['test_accuracy']:.4f}, training accuracy {config['train_accuracy']:.4f}"
+    if "certified" not in config:
+        return text
+    recipe = config["certified"]
+    ball = f"l_{float(recipe['p']):g} {recipe['train_eps']:g} around every {recipe['ball']}"
+    kept = f"held back: {config['held_back_verified']:.4f} verified, {config['held_back_accuracy']:.4f} clean"
+    return f"verified test accuracy {config['test_verified']:.4f} ({ball}), {text}; {kept}"

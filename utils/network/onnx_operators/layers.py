@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..symbolic import MAX_MATRIX, Symbol, UnsupportedError, constant, join
+from ...graph.convolution import MAX_MATRIX
+from .. import images
+from ..symbolic import Symbol, UnsupportedError, constant, join
 from .table import Value, operator, symbol
 
 
@@ -84,6 +86,8 @@ def _conv(
         raise UnsupportedError(f"a convolution over {rank} axes is not supported")
     strides, dilations = strides or [1] * rank, dilations or [1] * rank
     padding = _conv_padding(x, weight.shape[2:], strides, dilations, pads, auto_pad)
+    if rank < 3:
+        return images.convolve(reader.builder, x, weight, bias, strides, padding, dilations, group)
     matrix = _conv_matrix(x.shape[1:], weight.double(), padding, strides, dilations, group)
     if bias is not None:
         bias = bias.repeat_interleave(matrix[0, ..., 0].numel())
@@ -113,11 +117,31 @@ def _average_pool(reader, x, kernel_shape, auto_pad="NOTSET", pads=None, strides
     rank, strides = len(kernel_shape), strides or [1] * len(kernel_shape)
     padding = _conv_padding(x, kernel_shape, strides, [1] * rank, pads, auto_pad)
     dilated = any(size != 1 for size in attributes.get("dilations", ()))
-    uneven = any(padding) and not attributes.get("count_include_pad", 0)
-    if rank not in (1, 2) or dilated or uneven or attributes.get("ceil_mode", 0):
+    include = bool(attributes.get("count_include_pad", 0)) or not any(padding)
+    if rank not in (1, 2) or dilated or attributes.get("ceil_mode", 0):
         raise UnsupportedError("this kind of average pooling is not supported")
-    function = (F.avg_pool1d, F.avg_pool2d)[rank - 1]
-    return reader.builder.linear_map(x, lambda part: function(F.pad(part, padding), kernel_shape, strides))
+    return images.average_pool(reader.builder, x, kernel_shape, strides, padding, False, include)
+
+
+@operator("MaxPool")
+def _max_pool(
+    reader, x, kernel_shape, auto_pad="NOTSET", dilations=None, pads=None, strides=None, ceil_mode=0, **attributes
+):
+    rank = len(kernel_shape)
+    if rank not in (1, 2) or len(reader.node.output) > 1:
+        raise UnsupportedError("this kind of max pooling is not supported")
+    strides, dilations = strides or [1] * rank, dilations or [1] * rank
+    padding = _conv_padding(x, kernel_shape, strides, dilations, pads, auto_pad)
+    places = []
+    for axis in range(rank):
+        first = 2 * (rank - 1 - axis)
+        begin, end = padding[first : first + 2]
+        room = x.shape[2 + axis] + begin + end - (kernel_shape[axis] - 1) * dilations[axis] - 1
+        count = (-(-room // strides[axis]) if ceil_mode else room // strides[axis]) + 1
+        if ceil_mode and (count - 1) * strides[axis] >= x.shape[2 + axis] + begin:
+            count -= 1  # no window begins in the padding at the end
+        places.append(count)
+    return images.max_pool(reader.builder, x, kernel_shape, strides, padding, dilations, places)
 
 
 @operator("GlobalAveragePool")

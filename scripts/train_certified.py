@@ -1,0 +1,82 @@
+"""Train the shipped models that can be verified, those that are not there yet: RNN, LSTM and GRU on MNIST's slices.
+
+    python scripts/train_certified.py                                # all of them, some hours
+    python scripts/train_certified.py --dry-run                      # their commands
+    python scripts/train_certified.py --models lstm_7_64_ibp_inf_0.1 --save-dir seeds/1 -- --seed 1
+
+What follows a lone -- is handed to every training script. How the recipes were found: docs/certified_training.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.experiments.table_arguments import MODELS_DIR
+from utils.runs.cli import ROOT, ArgumentParser, run_main
+
+# By the start of a folder's name: script, checkpoint and flags; then the balls and epochs of the models that begin so.
+KINDS = {
+    "rnn_{}_128_relu_mean": ("vanilla_rnn", "rnn", "--activation relu --hidden-size 128 --pooling mean --lr 3e-3"),
+    "rnn_{}_64_tanh": ("vanilla_rnn", "rnn", "--activation tanh --hidden-size 64 --lr 3e-3"),
+    "lstm_{}_64": ("lstm", "lstm", "--hidden-size 64 --lr 1e-2"),
+    "gru_{}_64": ("gru", "gru", "--hidden-size 64 --lr 1e-2"),
+}
+MODELS = [
+    ("rnn_{}_128_relu_mean", 7, "inf", 0.1, 30),
+    ("lstm_{}_64", 7, "inf", 0.1, 20),
+    ("gru_{}_64", 7, "inf", 0.1, 20),
+    ("rnn_{}_64_tanh", 7, "inf", 0.1, 30),
+    ("rnn_{}_128_relu_mean", 7, "inf", 0.02, 30),
+    ("lstm_{}_64", 7, "inf", 0.02, 15),
+    ("gru_{}_64", 7, "inf", 0.02, 15),
+    ("rnn_{}_64_tanh", 7, "inf", 0.02, 30),
+    ("rnn_{}_128_relu_mean", 7, "2", 0.2, 30),
+    ("lstm_{}_64", 7, "2", 0.2, 15),
+    ("gru_{}_64", 7, "2", 0.2, 15),
+    ("rnn_{}_64_tanh", 7, "2", 0.2, 30),
+    ("rnn_{}_128_relu_mean", 14, "inf", 0.1, 20),
+    ("lstm_{}_64", 14, "inf", 0.1, 12),
+]
+
+
+def commands(models_dir: Path) -> dict[str, list[str]]:
+    """The training command of every model, by its folder's name; those that are in ``models_dir`` are left out."""
+    found = {}
+    for kind, frames, norm, eps, epochs in MODELS:
+        folder, checkpoint, flags = KINDS[kind]
+        name = f"{kind.format(frames)}_ibp_{norm}_{eps:g}"
+        if not (models_dir / name / checkpoint).exists():
+            script = f"{folder}/train_{checkpoint}_mnist_classifier.py"
+            ball = f"--certified ibp --p {norm} --train-eps {eps:g}"
+            found[name] = [script, *f"--time-step {frames} {flags} --epochs {epochs} {ball}".split()]
+    return found
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    names = list(commands(Path("nowhere")))
+    parser.add_argument("--models", nargs="+", choices=names, metavar="NAME", default=names, help="folders' names")
+    parser.add_argument("--save-dir", type=Path, default=MODELS_DIR, help="folder of the model folders")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("flags", nargs="*", help="flags for the training scripts, after --")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = get_args()
+    missing = {name: command for name, command in commands(args.save_dir).items() if name in args.models}
+    print(f"{len(missing)} models to train", flush=True)
+    for command in missing.values():
+        flags = [*command[1:], "--save-dir", str(args.save_dir), "--resume", *args.flags]
+        print(" ".join(["python", command[0], *flags]), flush=True)
+        if not args.dry_run and subprocess.run([sys.executable, str(ROOT / command[0]), *flags]).returncode != 0:
+            raise ValueError("training failed: see above")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,149 @@
+"""Modules are read once, and again as soon as anything of them has changed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import normal
+from torch import Tensor, nn
+
+from utils.certify import certified_margin
+from utils.network import reading as readings
+from utils.network.reading import read_module
+from utils.network.trace import TracedModule
+
+SCALE = 1.0
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.norm = nn.BatchNorm1d(5)
+        self.slope, self.parts = 0.1, [1, 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.leaky_relu(self.norm(self.first(x * SCALE)), self.slope)
+        return self.last(h) / sum(self.parts)
+
+
+def net_of() -> tuple[nn.Module, Tensor]:
+    net = Net()
+    for number, parameter in enumerate(net.parameters()):
+        parameter.data = normal(*parameter.shape, seed=number)
+    return net.double().eval().requires_grad_(False), normal(2, 4, seed=9)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list:
+    """The modules that are really read."""
+    found = []
+    whole = TracedModule.__init__
+
+    def counting(self, module, x):
+        found.append(module)
+        whole(self, module, x)
+
+    monkeypatch.setattr(TracedModule, "__init__", counting)
+    return found
+
+
+def margin(net: nn.Module, x: Tensor) -> Tensor:
+    return certified_margin(net, x, torch.zeros(len(x), dtype=torch.int64), 0.1)
+
+
+CHANGES = {
+    "nothing": lambda net: None,
+    "a weight, in place": lambda net: net.first.weight.mul_(1.1),
+    "a weight, behind its back": lambda net: net.first.weight.data[0, 0].add_(0.5),
+    "a buffer": lambda net: net.norm.running_mean.add_(0.5),
+    "another weight": lambda net: setattr(net.last, "weight", nn.Parameter(2 * net.last.weight, False)),
+    "a layer": lambda net: setattr(net, "last", nn.Linear(5, 3).double().requires_grad_(False)),
+    "a number": lambda net: setattr(net, "slope", 0.2),
+    "a list": lambda net: net.parts.append(3),
+    "eps of a layer": lambda net: setattr(net.norm, "eps", 0.5),
+    "another forward": lambda net: setattr(net, "forward", lambda x: net.last(torch.relu(net.first(x)))),
+    "a hook": lambda net: net.first.register_forward_hook(lambda module, given, output: 2 * output),
+    "a global name": lambda net: globals().update(SCALE=2.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_change_is_noticed(name, counted, monkeypatch):
+    monkeypatch.setitem(globals(), "SCALE", 1.0)
+    net, x = net_of()
+    first = margin(net, x)
+    assert len(counted) == 1
+    torch.testing.assert_close(margin(net, x + 0.0), first)
+    assert len(counted) == 1
+    CHANGES[name](net)
+    after = margin(net, x)
+    assert (len(counted) == 1) == (name == "nothing")
+    readings._kept.clear()
+    torch.testing.assert_close(after, margin(net, x), rtol=0, atol=0)
+    assert torch.equal(first, after) == (name == "nothing")
+
+
+def test_the_test_catches_a_reading_that_is_kept_for_good(counted, monkeypatch):
+    monkeypatch.setattr(readings.Reading, "fits", lambda self, state, tensors: True)
+    monkeypatch.setattr(TracedModule, "_agrees", lambda self, *given: True)
+    net, x = net_of()
+    margin(net, x)
+    CHANGES["a weight, in place"](net)
+    stale = margin(net, x)
+    readings._kept.clear()
+    assert len(counted) == 1 and not torch.equal(stale, margin(net, x))
+
+
+def test_shapes_and_precisions_have_readings_of_their_own(counted):
+    net, x = net_of()
+    for given in (x, x[:1], x.reshape(2, 4)):
+        margin(net, given)
+    assert len(counted) == 1
+    assert certified_margin(net, x, torch.zeros(2, dtype=torch.int64), 0.1, dtype=torch.float32).dtype == torch.float32
+    assert len(counted) == 1
+    with pytest.raises(ValueError, match="finite"):
+        margin(net, x * torch.nan)
+
+
+def test_gradients_are_those_of_a_module_that_is_read_anew(counted):
+    net, x = net_of()
+    margin(net, x)
+    net.requires_grad_(True)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(margin(net, x).sum(), net.first.weight)
+        assert (gradient != 0).any()
+    assert len(counted) == 3
+
+
+class Counting(Net):
+    def forward(self, x):
+        self.slope = 0.1
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+class Holding(Net):
+    def __init__(self):
+        super().__init__()
+        self.held = iter(())
+
+
+@pytest.mark.parametrize("kind", [Counting, Holding])
+def test_modules_that_change_or_hold_what_nobody_looks_into_are_read_each_time(kind, counted):
+    net, x = kind().double().eval().requires_grad_(False), normal(2, 4, seed=9)
+    margin(net, x)
+    margin(net, x)
+    assert len(counted) == 2
+
+
+def test_modules_are_not_held():
+    net, x = net_of()
+    read_module(net, x)
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None

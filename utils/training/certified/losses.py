@@ -1,0 +1,142 @@
+"""Upper bounds of the worst cross entropy over a ball, from interval and backward bounds; all are differentiable.
+
+With margins m_i = z_y - z_i the cross entropy is log(1 + sum_i exp(-m_i)), so lower bounds of the margins give an upper
+bound of it over the whole set.
+
+- ibp: margins by intervals (Gowal et al. 2018).
+- crown-ibp: margins ``beta * backward + (1 - beta) * interval``, backward bounds over the intervals' boxes (Zhang et
+  al. 2020); crown: backward bounds at every layer.
+- loss fusion (Xu et al. 2020): sum_i exp(z_i - z_y) itself is bounded by one row, a chord of every exp.
+- sabr: ibp on a small ball around a point that an attack found (Mueller et al. 2023).
+- mtl-ibp: (1 - alpha) of the loss at such a point, alpha of ibp's (De Palma et al. 2024).
+
+What is taken off bounds for rounding is left out: a loss is no certificate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ...bounds.passes import BoundPass
+from ...graph.graph import Graph
+from ...network.reading import graph_of, read_network
+from ...question.specification import margin_rows
+from ...question.threat import Threat
+from .points import worst_points
+from .recipe import Moment, Recipe
+
+
+@dataclass
+class Batch:
+    """A batch under a recipe at one moment of the training.
+
+    Attributes:
+        model: the classifier; ``x`` its inputs, (batch, T, n), and ``y`` their labels, (batch,).
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    recipe: Recipe
+    moment: Moment
+
+    def __post_init__(self):
+        self.network, self.frames = read_network(self.model, self.x)
+        clip = (0.0, 1.0) if self.recipe.clip else None
+        frames = None if self.recipe.frames is None else list(self.recipe.frames)
+        self.threat = Threat(self.recipe.p, self.recipe.ball, frames, clip).to(self.frames)
+
+    @cached_property
+    def graph(self) -> Graph:
+        return graph_of(self.network, self.frames.shape[1], self.frames.dtype, "plane")
+
+    def bounds(self, method: str, centers: Tensor | None = None, share: float = 1.0, sound: bool = False) -> BoundPass:
+        """A pass over balls of a share of the moment's eps, around x or other points, (batch, T, n)."""
+        centers = self.frames if centers is None else centers
+        eps = centers.new_full((len(centers),), share * self.moment.eps)
+        return BoundPass(self.graph, self.threat.around(centers, eps), method, sound=sound)
+
+    def attacked(self, share: float = 1.0) -> Tensor:
+        """Points, (batch, T, n), of balls of a share of the moment's eps where the loss is high."""
+        balls, steps = self.threat.moves(self.frames), self.recipe.attack_steps
+        return worst_points(self.model, balls, self.y, share * self.moment.eps, steps)
+
+
+def robust_loss(batch: Batch) -> Tensor:
+    """The recipe's loss of each sample, (batch,), nats."""
+    return LOSSES[batch.recipe.loss](batch)
+
+
+def of_margins(margins: Tensor) -> Tensor:
+    """Cross entropy, (batch,), where all margins are as low as these, (batch, classes - 1)."""
+    return torch.logsumexp(nn.functional.pad(-margins, (1, 0)), dim=1)
+
+
+def rows_of(batch: Batch, bounds: BoundPass) -> Tensor:
+    """The spec matrix C of all margins, (batch, classes - 1, classes)."""
+    return margin_rows(batch.y, bounds.graph.output.size).to(batch.frames)
+
+
+def interval_loss(batch: Batch, centers: Tensor | None = None, share: float = 1.0) -> Tensor:
+    """By intervals."""
+    bounds = batch.bounds("ibp", centers, share)
+    return of_margins(bounds.interval_lower_bound(bounds.graph.output, rows_of(batch, bounds)))
+
+
+def backward_loss(batch: Batch, method: str = "crown-ibp") -> Tensor:
+    """By backward bounds, of which intervals take over 1 - beta; both are lower bounds, and so is any mean of them."""
+    bounds = batch.bounds(method)
+    rows, output, beta = rows_of(batch, bounds), bounds.graph.output, batch.moment.beta
+    interval = bounds.interval_lower_bound(output, rows)
+    if beta == 0.0:
+        return of_margins(interval)
+    if batch.recipe.fusion:
+        return fused_loss(bounds, rows, beta)
+    return of_margins(beta * bounds.lower_bound(output, rows) + (1.0 - beta) * interval)
+
+
+def fused_loss(bounds: BoundPass, rows: Tensor, beta: float = 1.0) -> Tensor:
+    """log of an upper bound of 1 + sum_i exp(v_i), (batch,), over the set, for v_i = z_i - z_y = -(rows @ z)_i.
+
+    Over its interval [l, u] each exp lies below its chord, e^l + k (v - l), so the sum lies below a constant plus the
+    one row  sum_i k_i v_i, which a backward pass bounds; ``beta`` mixes the sum of all e^u in.
+    """
+    output = bounds.graph.output
+    upper, lower = (-bounds.interval_lower_bound(output, rows), bounds.interval_lower_bound(output, -rows))
+    shift = upper.detach().amax(dim=1, keepdim=True).clamp(min=0.0)
+    ends = (lower - shift).exp(), (upper - shift).exp()
+    width = upper - lower
+    flat = width < 1e-4  # there a chord's slope would be all rounding; the steepest slope does as well
+    slope = torch.where(flat, ends[1], (ends[1] - ends[0]) / torch.where(flat, 1.0, width))
+    constant = (ends[0] - slope * lower).sum(dim=1)
+    linear = -bounds.lower_bound(output, slope.unsqueeze(1) @ rows).squeeze(1)
+    total = beta * (constant + linear) + (1.0 - beta) * ends[1].sum(dim=1)
+    own = (-shift).exp().squeeze(1)
+    return shift.squeeze(1) + (own + total.clamp(min=0.0)).log()
+
+
+def small_box_loss(batch: Batch) -> Tensor:
+    """SABR: by intervals over a small ball inside of the ball, around a point that an attack found."""
+    share = batch.recipe.box
+    return interval_loss(batch, batch.attacked(1.0 - share), share)
+
+
+def mixed_loss(batch: Batch) -> Tensor:
+    """MTL-IBP: the loss where an attack ends, and that by intervals over the ball."""
+    alpha, points = batch.recipe.alpha, batch.attacked()
+    attacked = nn.functional.cross_entropy(batch.model(points), batch.y, reduction="none")
+    return (1.0 - alpha) * attacked + alpha * interval_loss(batch)
+
+
+LOSSES: dict[str, Callable[[Batch], Tensor]] = {
+    "ibp": interval_loss,
+    "crown-ibp": backward_loss,
+    "crown": lambda batch: backward_loss(replace(batch, moment=replace(batch.moment, beta=1.0)), "crown"),
+    "sabr": small_box_loss,
+    "mtl-ibp": mixed_loss,
+}

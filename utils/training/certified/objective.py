@@ -1,0 +1,63 @@
+"""What a certified training minimises: the recipe's robust loss mixed with the clean one, and penalties."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..loop import Objective, accuracy
+from .losses import Batch, robust_loss, rows_of
+from .penalties import input_weights, tightness
+from .recipe import Moment, Recipe, moment_of, rate_factor
+
+WATCHED_AT_ONCE = 500
+
+
+class Certified(Objective):
+    """``kappa`` of the clean cross entropy, the rest of the recipe's bound of the worst one, and its penalties."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module) -> None:
+        """Scale hidden-to-hidden weights: boxes grow by them from step to step."""
+        for name, weight in model.named_parameters():
+            if "weight_hh" in name:
+                weight *= self.recipe.hidden_scale
+
+    def rate(self, step: int, total_steps: int) -> float:
+        return rate_factor(self.recipe, step / total_steps)
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
+        moment = moment_of(self.recipe, progress)
+        if moment.eps == 0.0:
+            return super().loss(model, x, y, progress)
+        batch = Batch(model, x, y, self.recipe, moment)
+        total = (1.0 - moment.kappa) * robust_loss(batch).mean()
+        if moment.kappa > 0.0:
+            total = total + moment.kappa * super().loss(model, x, y, progress)
+        return total + self._penalties(batch)
+
+    def _penalties(self, batch: Batch) -> Tensor | float:
+        recipe, total = self.recipe, 0.0
+        if recipe.input_penalty > 0.0:
+            total = recipe.input_penalty * input_weights(batch.graph, recipe.p)
+        if recipe.tightness > 0.0 and batch.moment.ramp < 1.0:
+            total = total + recipe.tightness * (1.0 - batch.moment.ramp) * tightness(batch.bounds("ibp"))
+        return total
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+        """Clean accuracy, and the share that intervals (or backward bounds over them) verify at the recipe's eps."""
+        model.eval()
+        moment = Moment(self.recipe.eps, 0.0, 1.0, 1.0)
+        method = "crown-ibp" if self.recipe.loss.startswith("crown") else "ibp"
+        verified = 0
+        for xb, yb in zip(x.split(WATCHED_AT_ONCE), y.split(WATCHED_AT_ONCE), strict=True):
+            batch = Batch(model, xb, yb, replace(self.recipe, overshoot=1.0), moment)
+            bounds = batch.bounds(method, sound=True)
+            verified += int((bounds.margin(rows_of(batch, bounds)) > 0).all(dim=1).sum())
+        return {"accuracy": accuracy(model, x, y), "verified": verified / len(y)}
