@@ -367,6 +367,21 @@ class Mix(Node):
         return handed, 0.0, gamma(1) * sum(np.abs(rows) @ p.magnitude for p in self.parents) / self.divisor
 
 
+class GateMix(Mix):
+    """sigmoid(-z) tanh(n) + sigmoid(z) h: for every z a mean of tanh(n) and h, linear in sigmoid(z)."""
+
+    def own_range(self):
+        (n, _), (h, z) = (product.parents for product in self.parents)
+        gates = [np.clip(gate, 0.0, 1.0) for gate in sigmoid_range(z.low, z.high)]
+        sums = super().own_range()
+        (t_low, t_high), ends = tanh_range(n.low, n.high), []
+        for new, kept, least in ((t_low, h.low, np.minimum), (t_high, h.high, np.maximum)):
+            first, last = ((1.0 - gate) * new + gate * kept for gate in gates)
+            ends.append((least(first, last), 8 * U * (np.abs(new) + np.abs(kept)) + TINY))
+        (low, low_room), (high, high_room) = ends
+        return np.maximum(sums[0], low - low_room), np.minimum(sums[1], high + high_room)
+
+
 class Relaxed(Node):
     """A non-linear operation between two planes: ``slopes`` is (2, operands, size), lower and upper.
 
@@ -919,7 +934,7 @@ def gru_step(net, gates, state, hints, kind):
     reset = net.relax("x*sigmoid", [gates(2, "hidden", h), r], *hints["reset"])
     n = net.add(Mix([gates(2, "input", h), reset]))
     new = net.relax("tanh*sigmoid", [n, net.add(Mix([z], [-1.0]))], *hints["new"])
-    return (net.add(Mix([new, net.relax("x*sigmoid", [h, z], *hints["kept"])])),)
+    return (net.add(GateMix([new, net.relax("x*sigmoid", [h, z], *hints["kept"])])),)
 
 
 STEPS = {"rnn": rnn_step, "lstm": lstm_step, "gru": gru_step}

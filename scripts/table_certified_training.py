@@ -39,6 +39,9 @@ def get_args() -> argparse.Namespace:
         nargs="+",
         help=f"radii in pixel values (default: {EPS[inf]} and those trained at)",
     )
+    parser.add_argument(
+        "--own-eps", action="store_true", help="only the radii that a model's architecture is trained at"
+    )
     parser.add_argument("--ball", choices=tuple(BALLS), help="a ball around every frame, or one around all (with --p)")
     parser.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
     group = parser.add_argument_group("effort")
@@ -60,6 +63,8 @@ def get_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.ball and not args.p:
         parser.error("--ball needs --p: without, models have the ball that they were trained for")
+    if args.own_eps and args.eps:
+        parser.error("--own-eps contradicts --eps: leave out one of them")
     if args.clip and any(norm != inf for norm in args.p or ()):
         parser.error("--clip cuts l_inf boxes: it needs --p inf")
     for name, most in QUICK.items() if args.quick else ():
@@ -204,7 +209,7 @@ def eps_of(threat: tuple[float, str], case: Case, cases: Sequence[Case], args: a
         return sorted(set(args.eps))
     recipes = [recipe for recipe in (recipe_of(one.config) for one in cases if base(one) == base(case)) if recipe]
     trained = [float(r["train_eps"]) for r in recipes if (float(r["p"]), r.get("ball", "frame")) == threat]
-    return sorted({*EPS[threat[0]], *trained})
+    return sorted({*(() if args.own_eps and trained else EPS[threat[0]]), *trained})
 
 
 def plan(cases: list[Case], args: argparse.Namespace) -> Table:

@@ -64,6 +64,7 @@ if __name__ == "__main__":
 
 import torch
 
+from utils.bounds.memory import layer_table
 from utils.certify.verify import Verdict, Verifier
 from utils.certify.vnnlib import read_vnnlib
 from utils.certify.vnnlib_write import counter_example
@@ -88,7 +89,11 @@ def verify(args: argparse.Namespace, onnx: Path, vnnlib: Path, timeout: float, n
         verifier = Verifier(networks[key], prop, deadline, split=not args.no_split, seed=args.seed)
     except TimeoutError:
         return Verdict("timeout")
-    return Verdict("unknown") if args.dry_run else verifier.run()
+    if args.dry_run:
+        rows = max((sum(len(limits) for _, limits in case.conjunctions) for case in prop.cases), default=1)
+        print(*layer_table(networks[key].graph, max(rows, 1), torch.float64), sep="\n")
+        return Verdict("unknown")
+    return verifier.run()
 
 
 def write_result(path: Path, verdict: Verdict) -> None:

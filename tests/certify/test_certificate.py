@@ -618,7 +618,7 @@ def test_error_terms_pay_for_all_rounding(kind, tmp_path, monkeypatch):
 def test_bound_script_writes_certificates(architecture, tmp_path):
     place = make_place(tmp_path, architecture)
     assert place.bound("--save-certificate", "--p", "inf", "--clip", "--untargeted").code == 0
-    folder = place.folder("inf_norm_bound_untargeted_clip_crown")
+    folder = place.folder("inf_norm_bound_untargeted_clip_crown" + "_plane" * (architecture == "gru"))
     rows = place.rows(folder.name)
     names = {f"sample_{row.index:05d}.npz" for row in rows if row.radius > 0}
     assert {path.name for path in (folder / "certificates").glob("sample_*")} == names and len(names) > 1

@@ -75,6 +75,15 @@ def test_splits_beside_bab(tmp_path):
     assert_one_line(call("benchmarks/compare_splits.py", *flags, "0.05", "0.1"), "--eps takes")
 
 
+def test_chains_beside_samples(tmp_path):
+    write_mnist_folder(tmp_path)
+    flags = ("--data-dir", tmp_path, "--dry-run", "--models", "rnn_4_32_tanh", "--N", 1, "--samples", 5)
+    done = call("benchmarks/compare_chains.py", *flags)
+    assert done.code == 0, done.err
+    sampled, chord, recurjac = (float(cell) for cell in done.out.splitlines()[-2].split("|")[4:7])
+    assert 0 < sampled <= chord <= recurjac and done.out.splitlines()[-1].endswith("0 of 1 rows")
+
+
 def test_training_steps_are_timed():
     tiny = ("--cells", "rnn", "--hidden-size", 3, "--time-step", 2, "--batch-size", 4, "--repetitions", 1)
     done = call("benchmarks/time_training_step.py", *tiny)

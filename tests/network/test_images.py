@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from helpers import Threat, check_below, check_intervals, lowest_margins, normal, random_points
 from torch import Tensor, nn
 
+from data.torchvision_compat import import_torchvision
 from utils.bounds.passes import BoundPass
 from utils.certify import certified_margin, certified_radius
 from utils.graph.convolution import Convolution, Windows
@@ -334,3 +336,29 @@ def test_windows_are_transposes_of_each_other():
         places = torch.randn(1, windows.small[0] * windows.small[1] * windows.small[2], generator=generator).double()
         left = (windows.correlate(images, weight) * places).sum()
         torch.testing.assert_close(left, (windows.spread(places, weight) * images).sum(), rtol=1e-10, atol=1e-10)
+
+
+def vision_nets(models) -> dict[str, nn.Module]:
+    bottleneck = models.resnet.Bottleneck
+    return {
+        "resnet18": models.resnet18(num_classes=CLASSES),
+        "densenet": models.DenseNet(4, (2, 2), 4, num_classes=CLASSES),
+        "resnext": models.ResNet(bottleneck, [1, 1, 1, 1], CLASSES, groups=2, width_per_group=4),
+    }
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet", "resnext"])
+def test_torchvisions_networks_read_as_they_are(name):
+    """Values are the module's; no bound is above what an attack finds."""
+    torch.manual_seed(0)
+    import_torchvision()
+    net = vision_nets(importlib.import_module("torchvision.models"))[name].eval().requires_grad_(False)
+    x, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    graph = trace(net, x)
+    torch.testing.assert_close(graph.evaluate(x.double().flatten(1)[:, None]).float(), net(x), rtol=1e-4, atol=1e-4)
+    eps, rows = 1e-4, margin_rows(labels, CLASSES)
+    margin = certified_margin(net, x, labels, eps, norm=INF, method="crown-ibp")
+    for number in range(4):
+        at = x + eps * torch.sign(normal(*x.shape, seed=number)).float()
+        check_below(margin, (rows @ net(at)[..., None]).squeeze(-1))
+    assert margin.isfinite().all()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..graph.graph import Graph
-from .neurons.windows import follows
+from .neurons.windows import BYTES, follows, image_shape
 
 SHARE = 0.6  # of the free memory that a batch may take
 # Blocks of coefficients that exist for a moment beside those that wait: parts of either sign, products, sums.
 TEMPORARY = 3
+WINDOW_BLOCKS = 12  # as large as the windows that are worked on at once: slopes, intercepts, parts, products
 PER_NEURON = 24  # numbers kept for a neuron of a sample: bounds, slopes, intercepts and what they are made of
 MEMORY_ERRORS = (MemoryError, RuntimeError)  # torch.OutOfMemoryError is a RuntimeError
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -59,6 +60,27 @@ def bytes_per_sample(graph: Graph, num_rows: int, dtype: torch.dtype) -> int:
     widest = max(node.size for node in graph.nodes)
     blocks = max(count * (waiting_columns(graph, index) + TEMPORARY * widest) for index, count in rows.items())
     return dtype.itemsize * (blocks + PER_NEURON * sum(node.size for node in graph.nodes))
+
+
+def layer_table(graph: Graph, num_rows: int, dtype: torch.dtype) -> list[str]:
+    """Of every layer that rows are bounded of: its size, and about what its coefficients take, a line each.
+
+    ``num_rows`` are those of the specification, of the last layer. Memory is that of one sample, if all neurons have
+    rows; windows of convolutions take theirs for all samples together.
+    """
+    rows = {graph.output: num_rows}
+    for node in graph.nodes:
+        for operand in node.relaxed_operands:
+            rows[operand.bounded_through] = 2 * operand.bounded_through.size
+    widest, lines = max(node.size for node in graph.nodes), []
+    for node, count in sorted(rows.items(), key=lambda pair: pair[0].index):
+        shape = image_shape(node)
+        size = f"{node.size} values" if shape is None else "x".join(map(str, shape))
+        how, taken = "rows", count * (waiting_columns(graph, node.index) + TEMPORARY * widest) * dtype.itemsize
+        if node is not graph.output and follows(node):
+            how, taken = "windows, in parts", WINDOW_BLOCKS * BYTES
+        lines.append(f"{type(node).__name__} {size}: {count} {how}, {taken / 2**20:.1f} MiB")
+    return lines
 
 
 def samples_at_once(graph: Graph, num_rows: int, dtype: torch.dtype, device: torch.device) -> int | None:

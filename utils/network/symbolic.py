@@ -223,7 +223,9 @@ class Builder:
 
     def _elementwise(self, symbols: Sequence[Symbol], make: Callable[[list[Node | None], list[Symbol]], Symbol]):
         """Apply ``make`` to vectors of elements that belong to the same nodes: for each term its node and elements."""
-        shape = torch.broadcast_shapes(*(symbol.shape for symbol in symbols))
+        shapes = {symbol.shape for symbol in symbols}
+        # Torch's own function takes seconds when it is called first.
+        shape = shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*(symbol.shape for symbol in symbols))
         wholes = [self._whole(symbol.view(lambda part: part.expand(shape))) for symbol in symbols]
         if all(whole is not None for whole in wholes):
             return self._every_sample(make(*map(list, zip(*wholes, strict=True))), shape)

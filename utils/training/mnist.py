@@ -103,6 +103,6 @@ def accuracies(config: Config) -> str:
     if "certified" not in config:
         return text
     recipe = config["certified"]
-    ball = f"l_{recipe['p']} {recipe['train_eps']:g} around {'the sequence' if recipe['ball'] != 'frame' else 'frames'}"
+    ball = f"l_{float(recipe['p']):g} {recipe['train_eps']:g} around every {recipe['ball']}"
     kept = f"held back: {config['held_back_verified']:.4f} verified, {config['held_back_accuracy']:.4f} clean"
     return f"verified test accuracy {config['test_verified']:.4f} ({ball}), {text}; {kept}"
