@@ -90,3 +90,14 @@ def test_help_imports_nothing_heavy(script):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout and done.stdout.endswith("HEAVY []\n")
+
+
+def test_packages_are_installed_with_all_that_is_in_them():
+    """pyproject.toml names packages one by one; one that it names needs those inside of it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    named = {line.strip(' ",') for line in text.splitlines() if line.startswith('    "seqcert.')}
+    assert "seqcert.bounds" in named
+    for name in named:
+        folder = UTILS.joinpath(*name.split(".")[1:])
+        inside = {f"{name}.{path.parent.name}" for path in folder.glob("*/__init__.py")}
+        assert inside <= named, f"pyproject.toml leaves out {inside - named}"

@@ -121,6 +121,68 @@ def test_broken_windows_are_caught(broken, monkeypatch):
         check_neurons(graph, frames, Threat(INF))
 
 
+class Folded(nn.Module):
+    """A vector read as images of two shapes, one below the other or side by side; with biases that nothing decides."""
+
+    def __init__(self, below: bool):
+        super().__init__()
+        self.below = below
+        self.first, self.second = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, 1, 4, 16)"""
+        folded = F.relu(self.first(x)) if self.below else x
+        y = self.second(folded.reshape(-1, 1, 8, 8)).flatten(1)
+        return self.head(F.relu(y if self.below else y + self.first(x).flatten(1)))
+
+
+class Stacked(nn.Module):
+    """Images one above the other: pieces of a channel side by side in a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, (2, 3), padding=(0, 1))
+        self.last, self.head = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(30, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, 1, 2, 5)"""
+        x = torch.cat((F.relu(self.first(x)), F.relu(self.second(x))), dim=2)
+        return self.head(F.relu(self.last(x)).flatten(1))
+
+
+def odd_net(net: nn.Module, *shape: int) -> tuple:
+    """A graph and its frames, with weights large enough for windows at the wrong places to be seen."""
+    for number, parameter in enumerate(net.parameters()):
+        parameter.data = normal(*parameter.shape, seed=number)
+    net, x = net.double().eval().requires_grad_(False), normal(2, *shape, seed=52)
+    return trace(net, x), x.flatten(1)[:, None]
+
+
+@pytest.mark.parametrize("net, shape", [(Folded(True), (4, 16)), (Folded(False), (4, 16)), (Stacked(), (2, 5))])
+def test_vectors_that_are_no_images_of_one_shape_get_whole_rows(net, shape):
+    check_neurons(*odd_net(net, 1, *shape), Threat(INF), 0.5)
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_windows_over_an_image_of_another_shape_are_caught(below, monkeypatch):
+    def first_shape(node, is_exact):
+        shapes, open_nodes = {node: windows.image_shape(node)}, [node]
+        while open_nodes:
+            current = open_nodes.pop()
+            sides = (current.in_shape if isinstance(current, Convolution) else shapes[current])[1:]
+            for parent in current.parents:
+                if parent not in shapes:
+                    shapes[parent] = (parent.size // (sides[0] * sides[1]), *sides)
+                    open_nodes.append(parent)
+        return shapes
+
+    graph, frames = odd_net(Folded(below), 1, 4, 16)
+    monkeypatch.setattr(windows, "_shapes", first_shape)
+    with pytest.raises(AssertionError):
+        check_neurons(graph, frames, Threat(INF), 0.5)
+
+
 def test_only_neurons_that_matter_get_rows(monkeypatch):
     """And the margins are those of rows for all."""
     graph, frames = net_of()

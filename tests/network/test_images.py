@@ -279,6 +279,51 @@ def test_an_image_in_parts_of_several_frames():
     check_sound(graph, x, 0.1, (Threat(2.0), Threat(INF)))
 
 
+def frame_by_frame(net, x):
+    """Images of all frames go through the layers as one large batch, time step by time step or sample by sample."""
+    images = (x.transpose(0, 1) if net.steps_first else x).reshape(-1, 1, 4, 4)
+    y = net.pool(F.relu(net.conv2(F.relu(net.conv1(images))))).flatten(1)
+    y = y.reshape(x.shape[1], x.shape[0], -1).transpose(0, 1) if net.steps_first else y.reshape(*x.shape[:2], -1)
+    return net.head(net.rnn(y)[1][0])
+
+
+def frames_net(pool: nn.Module, steps_first: bool) -> nn.Module:
+    layers = {"conv1": nn.Conv2d(1, 2, 3, padding=1), "conv2": nn.ConvTranspose2d(2, 2, 3, padding=1), "pool": pool}
+    net = Net(frame_by_frame, **layers, rnn=nn.RNN(8, 3, batch_first=True), head=nn.Linear(3, CLASSES))
+    net.steps_first = steps_first
+    for number, parameter in enumerate(net.parameters()):
+        parameter.data = normal(*parameter.shape, seed=number)
+    return net.double().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("pool, steps_first", [(nn.MaxPool2d(2), False), (nn.AvgPool2d(2), True)])
+def test_images_of_frames_in_one_batch(pool, steps_first):
+    net, x = frames_net(pool, steps_first), normal(2, 3, 16, seed=40)
+    graph = trace(net, x)
+    torch.testing.assert_close(graph.evaluate(x), net(x), rtol=1e-12, atol=1e-12)
+    assert sum(isinstance(node, Convolution) for node in graph.nodes) >= 2 * 3
+    check_sound(graph, x, 0.05, (Threat(2.0), Threat(INF)))
+
+
+def test_samples_that_are_mixed_are_refused_as_before():
+    for mixed in (lambda x: x.flip(0), lambda x: torch.cat((x[:1], -x[1:])), lambda x: x[:1].expand_as(x)):
+        net = chain(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Conv2d(1, 1, 2), nn.MaxPool2d(1))
+        net(torch.zeros(1, 1, 4, 4))
+        first = net[0]
+        first.register_forward_hook(lambda module, given, output, mixed=mixed: mixed(output))
+        with pytest.raises(ValueError):
+            trace(net.double().eval(), normal(2, 1, 4, 4, seed=2))
+
+
+def test_padding_that_is_not_finite_is_refused():
+    def padded(net, x):
+        return net.head(F.max_pool2d(F.pad(net.conv(x), (1, 1, 1, 1), value=-INF), 3).flatten(1))
+
+    net = Net(padded, conv=nn.Conv2d(1, 1, 3), head=nn.Linear(1, CLASSES)).double()
+    with pytest.raises(ValueError, match="not finite"):
+        trace(net, normal(2, 1, 4, 4, seed=2))
+
+
 def test_windows_are_transposes_of_each_other():
     generator = torch.Generator().manual_seed(1)
     for pads in ((0, 0, 0, 0), (1, 1, 2, 2), (0, 2, 1, 0)):

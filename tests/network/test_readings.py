@@ -98,6 +98,120 @@ def test_the_test_catches_a_reading_that_is_kept_for_good(counted, monkeypatch):
     assert len(counted) == 1 and not torch.equal(stale, margin(net, x))
 
 
+def named(x: Tensor) -> Tensor:
+    return torch.relu(x)
+
+
+def with_default(x: Tensor, *, factor: float = 2.0) -> Tensor:
+    return factor * x
+
+
+def positive_layer() -> nn.Module:
+    layer = nn.Linear(4, 4, dtype=torch.float64).requires_grad_(False)
+    layer.weight.copy_(normal(4, 4, seed=3).abs())
+    layer.bias.fill_(0.1)
+    return layer
+
+
+def double(layer: nn.Module) -> None:
+    layer.weight = nn.Parameter(2.0 * layer.weight, False)
+
+
+class Reaching(nn.Module):
+    """Uses what is no attribute of its own: of its class, of its file, in a list, in a closure."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.hidden, self.scaled = nn.Linear(4, 3), [positive_layer()], with_default
+        self.truth, inner = 1, positive_layer()
+        self.inner = lambda x: inner(x)
+
+    def helped(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = named(self.inner(self.hidden[0](x)))
+        x = self.last(self.scaled(self.helped(x)))
+        return x if self.truth is True else SCALE * x
+
+
+class Plain(Reaching):
+    """Without weights that nobody looks at: what is read of it is kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.inner = [nn.Identity.forward], None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.scaled(self.helped(named(x))))
+        return x if self.truth is True else SCALE * x + 1.0
+
+
+FAR_CHANGES = {
+    "a layer in a list": (Reaching, lambda net, patch: double(net.hidden[0])),
+    "a layer in a closure": (Reaching, lambda net, patch: double(net.inner.__closure__[0].cell_contents)),
+    "a number of the class": (Plain, lambda net, patch: patch.setattr(Reaching, "factor", 3.0)),
+    "a method of the class": (Plain, lambda net, patch: patch.setattr(Reaching, "helped", lambda self, x: 3.0 * x)),
+    "a function": (Plain, lambda net, patch: patch.setitem(globals(), "named", lambda x: torch.tanh(x))),
+    "torch's function": (Plain, lambda net, patch: patch.setattr(torch, "relu", torch.tanh)),
+    "a default": (Plain, lambda net, patch: patch.setitem(with_default.__kwdefaults__, "factor", 3.0)),
+    "True for 1": (Plain, lambda net, patch: setattr(net, "truth", True)),
+    "a number of the file": (Plain, lambda net, patch: patch.setitem(globals(), "SCALE", 2.0)),
+}
+
+
+def change_far(name: str, monkeypatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Margins before, after and after by a new reading, where no sample shows that the graph is another."""
+    kind, change = FAR_CHANGES[name]
+    net, x = kind().double().eval().requires_grad_(False), normal(2, 4, seed=9).abs()
+    net.last.weight.copy_(normal(3, 4, seed=1))
+    first = margin(net, x)
+    monkeypatch.setattr(TracedModule, "for_input", lambda self, module, given: with_input(self, module, given))
+    change(net, monkeypatch)
+    after = margin(net, x)
+    readings._kept.clear()
+    return first, after, margin(net, x)
+
+
+def with_input(traced: TracedModule, module: nn.Module, x: Tensor) -> TracedModule:
+    twin = traced.without_module()
+    twin.module, twin.x, twin.frames = module, x, x[:, None]
+    return twin
+
+
+@pytest.mark.parametrize("name", FAR_CHANGES)
+def test_changes_out_of_the_modules_sight_are_noticed(name, monkeypatch):
+    """A change may show at no unperturbed sample, or by less than what precisions differ by."""
+    first, after, anew = change_far(name, monkeypatch)
+    assert torch.equal(after, anew) and not torch.equal(first, anew)
+
+
+@pytest.mark.parametrize("name", FAR_CHANGES)
+def test_changes_that_are_not_looked_at_are_caught(name, monkeypatch):
+    monkeypatch.setattr(readings, "fingerprint", lambda module: ())
+    _, after, anew = change_far(name, monkeypatch)
+    assert not torch.equal(after, anew)
+
+
+def test_what_holds_itself_is_read_and_kept(counted):
+    def again(x, times):
+        return again(torch.relu(x), times - 1) if times else x
+
+    def unbound(x):
+        return never(x) if x is None else x
+
+    net, x = net_of()
+    net.again, net.unbound, net.held = again, unbound, [1]
+    net.held.append(net.held)
+    if net is None:
+        never = None
+    margin(net, x)
+    margin(net, x)
+    assert len(counted) == 1
+
+
 def test_shapes_and_precisions_have_readings_of_their_own(counted):
     net, x = net_of()
     for given in (x, x[:1], x.reshape(2, 4)):

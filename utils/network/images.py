@@ -40,7 +40,7 @@ def convolve(
     if min(places) < 1 or min(pads) < 0:
         raise UnsupportedError("the windows do not fit the image")
     windows = Windows((channels, height, width), (len(weight), *places), stride, pads, dilation, groups)
-    return _squeezed(builder.convolution(image, weight, bias, windows), rank)
+    return _squeezed(builder.alike(image, lambda own: builder.convolution(own, weight, bias, windows)), rank)
 
 
 def convolve_transposed(
@@ -69,7 +69,8 @@ def convolve_transposed(
     ]
     shape = (weight.shape[1] * groups, *large)
     windows = Windows(shape, tuple(image.shape[1:]), stride, pads, dilation, groups)
-    return _squeezed(builder.convolution(image, weight, bias, windows, transposed=True), rank)
+    made = builder.alike(image, lambda own: builder.convolution(own, weight, bias, windows, transposed=True))
+    return _squeezed(made, rank)
 
 
 def average_pool(
@@ -115,8 +116,21 @@ def max_pool(
 ) -> Symbol:
     """The maximum of windows at ``places``, a number an axis; what lies outside the image does not count."""
     check_scores(x)
-    rank = len(kernel)
-    shape, node = tuple(x.shape[1:]), builder.image_node(x)
+    taps, present = _taps(tuple(x.shape[1:]), kernel, stride, pads, dilation, places)
+    return builder.alike(x, lambda own: _greatest(builder, own, taps, present, places))
+
+
+def _greatest(builder: Builder, x: Symbol, taps: Tensor, present: Tensor, places: Sequence[int]) -> Symbol:
+    """The greatest of the values at each of the taps, (taps, values), of those that are present."""
+    picked = builder.graph.add(Pick(builder.image_node(x), taps.flatten()))
+    size = taps.shape[1]
+    parts = tuple(builder.graph.add(Slice(picked, k * size, size)) for k in range(len(taps)))
+    found = builder.symbol(builder.graph.add(Maximum(parts, present)), torch.arange(x.shape[0]))
+    return found.view(lambda part: part.reshape(x.shape[0], x.shape[1], *places))
+
+
+def _taps(shape, kernel, stride, pads, dilation, places) -> tuple[Tensor, Tensor]:
+    """Where each tap of the windows finds its value, (taps, values), in padding another one's; which are present."""
     reaches = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
     padded = _grown(shape[1:], reaches, stride, pads, places)
     taps = F.pad(torch.arange(math.prod(shape)).reshape(shape), padded, value=-1)
@@ -127,12 +141,7 @@ def max_pool(
     if not bool(present.any(dim=0).all()):
         raise UnsupportedError("a window of the pooling lies outside the image")
     first = taps.gather(0, present.int().argmax(dim=0, keepdim=True))
-    picked = builder.graph.add(Pick(node, torch.where(present, taps, first).flatten()))
-    size = taps.shape[1]
-    parts = tuple(builder.graph.add(Slice(picked, k * size, size)) for k in range(len(taps)))
-    pooled = builder.graph.add(Maximum(parts, present))
-    found = builder.symbol(pooled, torch.arange(x.shape[0]))
-    return found.view(lambda part: part.reshape(x.shape[0], shape[0], *places[:rank]))
+    return torch.where(present, taps, first), present
 
 
 def _grown(sizes, reaches, stride, pads, places) -> list[int]:

@@ -1,22 +1,21 @@
 """What can be certified: sequence classifiers, any other module that can be read, and graphs, behind one interface.
 
 What was read of a module is kept between calls as long as nothing of it has changed: for the same module with the same
-submodules, attributes of the same values, and parameters and buffers that are equal bit by bit, since they can be
-written to without any trace. It is not kept where gradients in the module's tensors may be asked for, of modules that
-change in their own forward, or hold objects that nobody looks into. And at the first sample of a new input the graph
-must still compute what the module does.
+submodules, attributes and code (``utils.network.kept``), and parameters and buffers that are equal bit by bit,
+since they can be written to without any trace. It is not kept where gradients in the module's tensors may be asked for,
+of modules that change in their own forward, or use objects that nobody looks into. And at the first sample of a new
+input the graph must still compute what the module does.
 """
 
 from __future__ import annotations
 
-import types
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..graph.graph import Graph
+from .kept import Unknown, fingerprint
 from .models import SequenceClassifier
 from .modules import usable_model
 from .state import user_state
@@ -28,21 +27,6 @@ Network = SequenceClassifier | TracedModule | Graph
 
 
 MOST = 4  # readings of one module, for inputs of several shapes
-PLAIN = (
-    int,
-    float,
-    complex,
-    bool,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-CALLED = (types.BuiltinFunctionType, types.MethodDescriptorType, type)
-
 _kept: weakref.WeakKeyDictionary[nn.Module, list[Reading]] = weakref.WeakKeyDictionary()
 
 
@@ -121,10 +105,6 @@ def _tensors(value):
 # --- readings that are kept ------------------------------------------------------------------------------------------
 
 
-class Unknown(Exception):
-    """The module holds something whose changes would not be seen."""
-
-
 class Reading:
     """A module that was read, and how it was then; the module itself is not held."""
 
@@ -143,7 +123,7 @@ def read_module(module: nn.Module, x: Tensor) -> TracedModule:
     if learnt or not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) == 0:
         return TracedModule(module, x)
     try:
-        state = _state(module, x)
+        state = (x.shape[1:], x.dtype, x.device, user_state(), fingerprint(module))
     except Unknown:
         return TracedModule(module, x)
     known = _kept.get(module, [])
@@ -157,34 +137,3 @@ def read_module(module: nn.Module, x: Tensor) -> TracedModule:
     if traced.is_pure:
         _kept[module] = [Reading(traced, state, tensors), *(one for one in known if one.state != state)][:MOST]
     return traced
-
-
-def _state(module: nn.Module, x: Tensor) -> tuple:
-    """All that a reading depends on but the values of tensors. Raises Unknown where that cannot be told."""
-    registered = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-
-    def sign(value: Any) -> Any:
-        kind = type(value)
-        if kind in PLAIN:
-            return value
-        if isinstance(value, weakref.ref):
-            return sign(value())
-        if isinstance(value, Tensor):
-            if id(value) not in registered:
-                raise Unknown
-            return (id(value), value.dtype, value.shape, value.device)
-        if isinstance(value, dict):
-            return tuple((sign(key), sign(part)) for key, part in value.items())
-        if isinstance(value, (tuple, list, set, frozenset)):
-            return (kind, *map(sign, value))
-        if isinstance(value, types.FunctionType):
-            cells = [sign(cell.cell_contents) for cell in value.__closure__ or ()]
-            return (id(value.__code__), *cells, sign(value.__defaults__))
-        if isinstance(value, (nn.Module, *CALLED)):
-            return id(value)
-        raise Unknown
-
-    signed = [x.shape[1:], x.dtype, x.device, user_state()]
-    for path, part in module.named_modules():
-        signed += (path, id(part), type(part), id(type(part).forward), sign(vars(part)))
-    return tuple(signed)

@@ -517,6 +517,23 @@ class Builder:
         made = self.graph.add(Convolution(node, weight, total, windows, transposed, total_size))
         return self._every_sample(self._local(made), shape)
 
+    def alike(self, x: Symbol, function: Callable[[Symbol], Symbol]) -> Symbol:
+        """``function`` of images, (batch, ...), a sample may have several of, such as frames: of each in turn.
+
+        Those of all samples that are of one kind, such as first frames, are a batch whose samples are treated alike.
+        """
+        rows = x.view(lambda part: part.flatten(1))
+        _, local = split_samples(rows.ids)
+        bits = (part.detach().contiguous().view(torch.int64) for part in (rows.scale, rows.shift))
+        marks = torch.cat((local, *bits), dim=1)
+        if torch.equal(marks, marks[:1].expand_as(marks)):
+            return function(x)
+        kinds, number = torch.unique(marks, dim=0, return_inverse=True)
+        members = [(number == kind).nonzero().squeeze(-1) for kind in range(len(kinds))]
+        made = [function(x.view(lambda part, own=own: part[own])) for own in members]
+        order = torch.cat(members).argsort()
+        return join(torch.cat, made).view(lambda part: part[order])
+
     def _is_of_frames(self, x: Symbol) -> bool:
         """Whether elements of input frames are among x, and not just those of one frame, all of them in order."""
         if self._whole(x) is not None:

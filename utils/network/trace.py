@@ -24,7 +24,7 @@ from torch.overrides import resolve_name
 
 from ..graph.graph import Graph
 from . import images
-from .keeping import kept
+from .kept import kept
 from .modules import usable_model
 from .state import plain_state, user_defaults
 from .symbolic import Builder, Symbol, UnsupportedError, as_graph, check_scores, constant, join
@@ -361,6 +361,8 @@ def _vstack(builder, tensors):
 def _pad(builder, x, pad, mode="constant", value=None):
     if mode != "constant":
         raise UnsupportedError(f"padding by {mode!r} is not supported")
+    if value is not None and not math.isfinite(value):
+        raise UnsupportedError("padding by what is not finite has no bound here: a maximum has a padding of its own")
     fills = (-1, 0.0, value or 0.0)
     return Symbol(*(F.pad(p, pad, value=fill) for p, fill in zip((x.ids, x.scale, x.shift), fills, strict=True)))
 

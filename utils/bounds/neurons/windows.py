@@ -50,21 +50,16 @@ def fits(bounds: Bounds, node: Node) -> bool:
 
 def follows(node: Node, is_exact: Callable[[Node], bool] = lambda node: False) -> bool:
     """``fits``, of a graph that no perturbation is known of."""
-    if not isinstance(node, (Convolution, WeightedSum, Concat)) or image_shape(node) is None:
+    if not isinstance(node, (Convolution, WeightedSum, Concat)):
         return False
-    open_nodes, seen, frames = [node], set(), 0
-    while open_nodes:
-        current = open_nodes.pop()
-        if current in seen or is_exact(current):
-            continue
-        seen.add(current)
-        frames += isinstance(current, Frame)
-        if not isinstance(current, (Convolution, Activation, WeightedSum, Concat, Frame)):
+    shapes = _shapes(node, is_exact)
+    moved = [below for below in shapes or () if not is_exact(below)]
+    for below in moved:
+        if not isinstance(below, (Convolution, Activation, WeightedSum, Concat, Frame)):
             return False
-        if isinstance(current, Convolution) and current.transposed:
+        if isinstance(below, Convolution) and below.transposed:
             return False
-        open_nodes += current.parents
-    return frames == 1
+    return sum(isinstance(below, Frame) for below in moved) == 1
 
 
 def image_shape(node: Node) -> Shape | None:
@@ -74,7 +69,7 @@ def image_shape(node: Node) -> Shape | None:
         current = open_nodes.pop()
         if isinstance(current, Convolution):
             _, height, width = current.out_shape
-            return None if node.size % (height * width) else (node.size // (height * width), height, width)
+            return _image_of(node, height, width)
         if current not in seen:
             seen.add(current)
             open_nodes += current.parents
@@ -86,7 +81,7 @@ class WindowPass:
 
     def __init__(self, bounds: Bounds, node: Node):
         self.bounds, self.node = bounds, node
-        self.shapes = _shapes(bounds, node, image_shape(node))
+        self.shapes = _shapes(node, bounds.is_exact)
 
     def bound(self, samples: Tensor, neurons: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds, (P,) each, of some neurons of some samples, (P,) each."""
@@ -307,21 +302,31 @@ class WindowPass:
         return Windows(images.unflatten(-1, (height, width)), None, None, True)
 
 
-def _shapes(bounds: Bounds, node: Node, shape: Shape) -> dict[Node, Shape]:
-    """Shapes of the images of all nodes that coefficients come to."""
-    shapes, open_nodes = {node: shape}, [node]
+def _shapes(node: Node, is_exact: Callable[[Node], bool]) -> dict[Node, Shape] | None:
+    """Shapes of the images of all nodes that coefficients come to; None where a node is no image of one shape.
+
+    A vector may be read as images of several shapes, of which each has windows of its own, and may hold parts of
+    channels side by side.
+    """
+    shapes: dict[Node, Shape] = {}
+    open_nodes = [(node, image_shape(node))]
     while open_nodes:
-        current = open_nodes.pop()
-        _, height, width = shapes[current]
-        for parent in current.parents:
-            if isinstance(current, Convolution):
-                height, width = current.in_shape[1:]
-            shape = (parent.size // (height * width), height, width)
-            if parent not in shapes:
-                shapes[parent] = shape
-                if not bounds.is_exact(parent):
-                    open_nodes.append(parent)
+        current, shape = open_nodes.pop()
+        moved = not is_exact(current)
+        if shape is None or shapes.get(current, shape) != shape:
+            return None
+        if moved and isinstance(current, Convolution) and shape != current.out_shape:
+            return None
+        if current not in shapes and moved:
+            sides = (current.in_shape if isinstance(current, Convolution) else shape)[1:]
+            open_nodes += [(parent, _image_of(parent, *sides)) for parent in current.parents]
+        shapes[current] = shape
     return shapes
+
+
+def _image_of(node: Node, height: int, width: int) -> Shape | None:
+    """The node's shape as images of these sides; None if it has no whole channels of them."""
+    return None if node.size % (height * width) else (node.size // (height * width), height, width)
 
 
 def _cut(images: Tensor, samples: Tensor, given: Windows) -> Tensor:
