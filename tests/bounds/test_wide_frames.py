@@ -91,6 +91,7 @@ def split(monkeypatch):
 
     def start() -> list[int]:
         monkeypatch.setattr(utils.certify.problem, "CACHE_BYTES", 0)
+        monkeypatch.setattr(utils.certify.problem, "INTERVAL_BYTES", 0)
         monkeypatch.setattr(
             MarginProblem, "_margins", lambda self, e, c, *how: (sizes.append(len(c)), bound(self, e, c, *how))[1]
         )

@@ -26,15 +26,19 @@ def tightened(bounds, node: Node, read_by: list[NonLinear]) -> Interval:
     chosen = undecided(node, interval, read_by) if may_choose else None
     if bounds.chooses and bounds.has_images and fits(bounds, node):
         return _by_windows(bounds, node, interval, chosen)
-    if chosen is None or bool(chosen.any(dim=0).all()):
+    if chosen is None:
         return bounds.bound_by_rows(node)
     neurons = chosen.any(dim=0).nonzero().squeeze(-1)
     if not len(neurons):
         return interval
-    found = _by_rows(bounds, node, neurons)
-    return tuple(
-        end.expand(own.shape[0], -1).index_copy(1, neurons, own) for end, own in zip(interval, found, strict=True)
-    )
+    found = bounds.bound_by_rows(node) if len(neurons) == node.size else _by_rows(bounds, node, neurons)
+    return tuple(_where_chosen(chosen, neurons, *ends) for ends in zip(interval, found, strict=True))
+
+
+def _where_chosen(chosen: Tensor, neurons: Tensor, end: Tensor, found: Tensor) -> Tensor:
+    """An end of the interval with what was found for each sample's own choice: a sample's bounds know no other one."""
+    end, own = end.expand(found.shape[0], -1), chosen.expand(found.shape[0], -1)[:, neurons]
+    return end.index_copy(1, neurons, torch.where(own, found, end[:, neurons]))
 
 
 def _by_windows(bounds, node: Node, interval: Interval, chosen: Tensor | None) -> Interval:
