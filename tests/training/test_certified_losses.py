@@ -65,7 +65,9 @@ BOUNDS = [
 BALLS = [{"p": INF}, {"p": 2.0}, {"p": 1.0}, {"p": 2.0, "ball": "sequence"}]
 
 
-@pytest.mark.parametrize("ball", BALLS, ids=str)
+@pytest.mark.parametrize(
+    "ball", [*BALLS[:2], *(pytest.param(one, marks=pytest.mark.full) for one in BALLS[2:])], ids=str
+)
 @pytest.mark.parametrize("recipe", BOUNDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_point_of_the_ball_has_a_greater_loss(kind, recipe, ball):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -44,7 +45,7 @@ def files_under(folder):
     [
         (RNN, ("--activation", "relu", "--time-step", 4), "rnn_4_8_relu/rnn"),
         (LSTM, ("--num-layers", 2, "--bidirectional"), "lstm_4_8_2layer_bi/lstm"),
-        (GRU, ("--time-step", 14), "gru_14_8/gru"),
+        pytest.param(GRU, ("--time-step", 14), "gru_14_8/gru", marks=pytest.mark.full),
     ],
 )
 def test_scripts_train_from_another_folder(tmp_path, data, script, flags, name):
@@ -276,7 +277,9 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(ROOT / RNN)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as run:
+    # A shell's background jobs, and their children, ignore the signal.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=environment, preexec_fn=heed, **pipes) as run:
         assert run.stdout.readline() == "importing\n"
         run.send_signal(signal.SIGINT)
         _, err = run.communicate(timeout=20)
