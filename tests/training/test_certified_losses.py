@@ -190,6 +190,27 @@ def test_penalties():
     assert small < large < 0.5
 
 
+def test_every_loss_has_a_name_for_the_command_line():
+    assert tuple(losses.LOSSES) == LOSSES
+
+
+def test_points_stay_in_the_valid_range():
+    """Also where x + delta is rounded out of it; small boxes around such points are refused otherwise."""
+    batch = batch_of("tanh", loss="sabr", clip=True)
+    single = Batch(
+        batch.model.float(), torch.rand(64, FRAMES, SIZE), torch.arange(64) % CLASSES, batch.recipe, batch.moment
+    )
+    points = single.attacked()
+    assert points.min() >= 0.0 and points.max() <= 1.0
+    assert robust_loss(single).isfinite().all()
+
+
+def test_a_network_without_activations_has_no_tightness():
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(FRAMES * SIZE, CLASSES)).double()
+    batch = batch_of("tanh")
+    assert tightness(Batch(linear, batch.x, batch.y, batch.recipe, batch.moment).bounds("ibp")) == 0.0
+
+
 def test_impossible_recipes():
     for wrong in ({"loss": "pgd"}, {"clean": 0.7, "ramp": 0.6}, {"ramp": 1.5}):
         with pytest.raises(ValueError):

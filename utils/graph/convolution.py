@@ -217,7 +217,8 @@ class Convolution(Node):
     def _norm_by_sums(self) -> Tensor:
         rows = self.absolute(self.weight.new_ones(1, size_of(self.in_shape))).amax()
         columns = self.adjoint(self.weight.new_ones(1, self.size), self.weight.abs()).amax()
-        return (rows * columns).sqrt()
+        room = 1.0 + (self.longest_sum + 16) * torch.finfo(rows.dtype).eps  # for the rounding of the sums
+        return room * (rows * columns).sqrt()
 
     def matrix(self) -> Tensor:
         """W, (size, parent size). Raises ValueError where that is too large to be kept."""

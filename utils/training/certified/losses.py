@@ -16,7 +16,7 @@ What is taken off bounds for rounding is left out: a loss is no certificate.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -88,10 +88,15 @@ def interval_loss(batch: Batch, centers: Tensor | None = None, share: float = 1.
     return of_margins(bounds.interval_lower_bound(bounds.graph.output, rows_of(batch, bounds)))
 
 
-def backward_loss(batch: Batch, method: str = "crown-ibp") -> Tensor:
-    """By backward bounds, of which intervals take over 1 - beta; both are lower bounds, and so is any mean of them."""
+def mixed_bound_loss(batch: Batch) -> Tensor:
+    """By backward bounds over intervals' boxes, of which intervals take over 1 - beta."""
+    return backward_loss(batch, "crown-ibp", batch.moment.beta)
+
+
+def backward_loss(batch: Batch, method: str = "crown", beta: float = 1.0) -> Tensor:
+    """By backward bounds, and 1 - beta of intervals; both are lower bounds, and so is any mean of them."""
     bounds = batch.bounds(method)
-    rows, output, beta = rows_of(batch, bounds), bounds.graph.output, batch.moment.beta
+    rows, output = rows_of(batch, bounds), bounds.graph.output
     interval = bounds.interval_lower_bound(output, rows)
     if beta == 0.0:
         return of_margins(interval)
@@ -135,8 +140,8 @@ def mixed_loss(batch: Batch) -> Tensor:
 
 LOSSES: dict[str, Callable[[Batch], Tensor]] = {
     "ibp": interval_loss,
-    "crown-ibp": backward_loss,
-    "crown": lambda batch: backward_loss(replace(batch, moment=replace(batch.moment, beta=1.0)), "crown"),
+    "crown-ibp": mixed_bound_loss,
+    "crown": backward_loss,
     "sabr": small_box_loss,
     "mtl-ibp": mixed_loss,
 }

@@ -38,4 +38,4 @@ def tightness(bounds: BoundPass) -> Tensor:
             low, high = bounds.interval(node)
             widths.append((high - low).mean(dim=1))
     ratios = [(SHRUNK - widths[0] / width.clamp(min=1e-12)).clamp(min=0.0) for width in widths[1:]]
-    return torch.stack(ratios).mean() if ratios else widths[0].new_zeros(())
+    return torch.stack(ratios).mean() if ratios else torch.zeros(())

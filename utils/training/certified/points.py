@@ -21,7 +21,8 @@ def worst_points(model: nn.Module, balls: FrameBalls, labels: Tensor, eps: float
         (gradient,) = torch.autograd.grad(loss, x)
         size = 1.25 if steps == 1 else 2.0 * 0.3 ** (step / (steps - 1))
         delta = balls.project(delta + balls.scaled(balls.steepest(gradient, delta), size * radii), radii)
-    return (balls.x + delta).detach()
+    found = (balls.x + delta).detach()
+    return found if balls.clip is None else found.clamp(*balls.clip)  # the sum may be rounded out of the range
 
 
 def _noise(balls: FrameBalls) -> Tensor:
