@@ -1,6 +1,7 @@
 """What is certified: models and checkpoints, and how they, any module and ONNX files become graphs."""
 
 from .checkpoint import CONFIG_KEYS, CheckpointError, build_model, load_checkpoint, save_checkpoint
+from .cnn import CNN_KINDS, ImageClassifier, make_cnn
 from .models import MLP, SequenceClassifier
 from .onnx_export import export_onnx
 from .onnx_graph import OnnxNetwork, import_onnx, read_onnx
@@ -10,10 +11,12 @@ from .trace import TracedModule
 from .unroll import Cell, unroll
 
 __all__ = [
+    "CNN_KINDS",
     "CONFIG_KEYS",
     "MLP",
     "Cell",
     "CheckpointError",
+    "ImageClassifier",
     "Network",
     "OnnxNetwork",
     "SequenceClassifier",
@@ -25,6 +28,7 @@ __all__ = [
     "graph_of",
     "import_onnx",
     "load_checkpoint",
+    "make_cnn",
     "num_classes",
     "read_network",
     "read_onnx",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cnn import ALWAYS_NORMALISED, CNN_KINDS, ImageClassifier, make_cnn
 from .models import MLP, MLP_ACTIVATIONS, POOLINGS, SequenceClassifier
 
 ARCHITECTURES = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
@@ -29,6 +30,11 @@ HALF = (torch.float16, torch.bfloat16)
 KEYS_SHOWN = 4
 CONFIG_KEYS = ("architecture", *SIZES, *FLAGS, "activation", "pooling", "input_mean", "input_std")
 MLP_KEYS = ("architecture", "input_size", "layers", "num_classes", "activation", "leaky_slope")
+CNN_SIZES = ("width", "channels", "size", "num_classes")
+CNN_KEYS = ("architecture", "kind", "batch_norm", *CNN_SIZES, "input_mean", "input_std")
+# One of them is in every state dict of bare models.
+FIRST_NAMES = ("head.weight", "weight_ih_l0", "rnn.weight_ih_l0", "layers.0.weight", "layers.0.0.weight")
+COUNTER = "num_batches_tracked"  # of normalisation: the one weight that is no floating-point number
 FOLDER_NAME = re.compile(
     r"(?P<architecture>rnn|lstm|gru)_(?P<frames>\d+)_(?P<hidden>\d+)"
     r"(_(?P<activation>tanh|relu))?(_(?P<layers>\d+)layer)?(?P<bidirectional>_bi)?"
@@ -36,7 +42,10 @@ FOLDER_NAME = re.compile(
 
 MLP_FOLDER_NAME = re.compile(r"mlp_(?P<layers>\d+(_\d+)*)_(?P<kind>[a-z]+)(?P<lipschitz>_lipschitz)?")
 
+CNN_FOLDER_NAME = re.compile(rf"cnn_(?P<kind>{'|'.join(CNN_KINDS)})_(?P<width>\d+)(?P<norm>_bn)?(_(?P<recipe>.+))?")
+
 Config = dict[str, Any]
+Classifier = SequenceClassifier | MLP | ImageClassifier
 
 
 class CheckpointError(ValueError):
@@ -44,13 +53,17 @@ class CheckpointError(ValueError):
 
 
 def model_name(config: Config) -> str:
-    """Folder name of a model: rnn_7_64_tanh, lstm_4_32, lstm_7_32_2layer, gru_7_64_bi, mlp_20_20_relu ...
+    """Folder name of a model: rnn_7_64_tanh, lstm_4_32, lstm_7_32_2layer, gru_7_64_bi, mlp_20_20_relu, cnn_small_16 ...
 
     That of certified training ends with the recipe's name: lstm_7_64_ibp_inf_0.1.
     """
     if config["architecture"] == "mlp":
         recipe = ["lipschitz"] if config.get("lipschitz_weight") else []
         return "_".join(["mlp", *map(str, config["layers"]), config["activation"], *recipe])
+    if config["architecture"] == "cnn":
+        chosen = config["batch_norm"] and config["kind"] not in ALWAYS_NORMALISED
+        words = ["cnn", config["kind"], str(config["width"]), *["bn"] * chosen]
+        return "_".join([*words, *filter(None, [config.get("recipe")])])
     name = f"{config['architecture']}_{config['num_frames']}_{config['hidden_size']}"
     if config["architecture"] == "rnn":
         name += f"_{config['activation']}"
@@ -60,7 +73,7 @@ def model_name(config: Config) -> str:
     return name + (f"_{config['recipe']}" if config.get("recipe") else "")
 
 
-def build_model(config: Config, dtype: torch.dtype = torch.float32) -> SequenceClassifier | MLP:
+def build_model(config: Config, dtype: torch.dtype = torch.float32) -> Classifier:
     """An untrained classifier (torch's random initial weights) of the size and kind that config describes.
 
     Raises:
@@ -70,6 +83,10 @@ def build_model(config: Config, dtype: torch.dtype = torch.float32) -> SequenceC
     if config["architecture"] == "mlp":
         sizes = (config["input_size"], *config["layers"], config["num_classes"])
         return MLP(sizes, config["activation"], config["leaky_slope"], dtype)
+    if config["architecture"] == "cnn":
+        sizes = (config[key] for key in ("channels", "size", "num_classes", "width"))
+        statistics = config["input_mean"], config["input_std"]
+        return make_cnn(config["kind"], *sizes, config["batch_norm"], *statistics).to(dtype)
     kind = ARCHITECTURES[config["architecture"]]
     nonlinearity = {"nonlinearity": config["activation"]} if config["architecture"] == "rnn" else {}
     rnn = kind(
@@ -91,23 +108,31 @@ def build_model(config: Config, dtype: torch.dtype = torch.float32) -> SequenceC
 
 def check_config(config: Config) -> None:
     """Raise ValueError, naming the key, if config does not describe a model."""
-    of_mlp = config.get("architecture") == "mlp"
-    missing = [key for key in (MLP_KEYS if of_mlp else CONFIG_KEYS) if key not in config]
+    architecture = config.get("architecture")
+    missing = [key for key in {"mlp": MLP_KEYS, "cnn": CNN_KEYS}.get(architecture, CONFIG_KEYS) if key not in config]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
-    if of_mlp:
+    if architecture == "mlp":
         return _check_mlp(config)
-    for key in SIZES:
+    if architecture == "cnn":
+        _check_values(config, CNN_SIZES, ("batch_norm",), {"kind": CNN_KINDS})
+        return _check_normalisation(config, "channels")
+    activations = ACTIVATIONS if architecture == "rnn" else (None,)
+    known = {"architecture": tuple(ARCHITECTURES), "activation": activations, "pooling": POOLINGS}
+    _check_values(config, SIZES, FLAGS, known)
+    _check_normalisation(config, "input_size")
+
+
+def _check_values(config: Config, sizes: Iterable[str], flags: Iterable[str], known: dict[str, tuple]) -> None:
+    for key in sizes:
         if type(config[key]) is not int or config[key] < 1:
             raise ValueError(f"{key} in the config must be a positive integer, not {config[key]!r}")
-    for key in FLAGS:
+    for key in flags:
         if type(config[key]) is not bool:
             raise ValueError(f"{key} in the config must be True or False, not {config[key]!r}")
-    activations = ACTIVATIONS if config["architecture"] == "rnn" else (None,)
-    for key, known in (("architecture", tuple(ARCHITECTURES)), ("activation", activations), ("pooling", POOLINGS)):
-        if config[key] not in known:
-            raise ValueError(f"{key} in the config must be one of {known}, not {config[key]!r}")
-    _check_normalisation(config)
+    for key, values in known.items():
+        if config[key] not in values:
+            raise ValueError(f"{key} in the config must be one of {values}, not {config[key]!r}")
 
 
 def _check_mlp(config: Config) -> None:
@@ -123,19 +148,19 @@ def _check_mlp(config: Config) -> None:
         raise ValueError(f"leaky_slope in the config must be a number of at least 0, not {slope!r}")
 
 
-def _check_normalisation(config: Config) -> None:
+def _check_normalisation(config: Config, size: str) -> None:
     for key in ("input_mean", "input_std"):
         values = config[key] if isinstance(config[key], (list, tuple)) else [config[key]]
         numbers = all(type(v) in (int, float) and math.isfinite(v) for v in values)
-        if not numbers or len(values) not in (1, config["input_size"]) or (key == "input_std" and min(values) <= 0):
-            raise ValueError(f"{key} in the config must be a number or one per input, a std above 0")
+        if not numbers or len(values) not in (1, config[size]) or (key == "input_std" and min(values) <= 0):
+            raise ValueError(f"{key} in the config must be a number or one per input or channel, a std above 0")
 
 
 def _statistic(value: float | list[float]) -> float | Tensor:
     return torch.tensor(value) if isinstance(value, (list, tuple)) else value
 
 
-def save_checkpoint(path: str | Path, model: SequenceClassifier | MLP, config: Config) -> None:
+def save_checkpoint(path: str | Path, model: Classifier, config: Config) -> None:
     """Write model and config to path, whole or not at all, so that an interruption leaves the earlier file.
 
     Raises:
@@ -155,7 +180,7 @@ def save_checkpoint(path: str | Path, model: SequenceClassifier | MLP, config: C
         os.replace(temporary, path)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[SequenceClassifier | MLP, Config]:
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[Classifier, Config]:
     """The classifier, in evaluation mode, and the config of a checkpoint. Leaves torch's random state alone.
 
     Raises:
@@ -285,7 +310,7 @@ def _parts(content: object, path: Path) -> tuple[Config, dict[str, Tensor]]:
     tensors = isinstance(state, dict) and _are_weights(state)
     if not isinstance(config, dict) or not tensors:
         raise CheckpointError(f"{path} is not a checkpoint of this project: config and state_dict must be dicts")
-    state = plain_names(state, ("head.weight", "weight_ih_l0", "rnn.weight_ih_l0", "layers.0.weight"))
+    state = plain_names(state, FIRST_NAMES)
     return config, {key.removeprefix("rnn."): value for key, value in state.items()}
 
 
@@ -305,6 +330,8 @@ def _shape_problem(state: dict[str, Tensor], config: Config) -> str | None:
 
 def _value_problem(state: dict[str, Tensor]) -> str | None:
     for name, value in state.items():
+        if name.endswith(COUNTER):
+            continue
         if not value.is_floating_point():
             return f"{name} is of type {value.dtype}, not floating point"
         if not torch.isfinite(value).all():
@@ -320,6 +347,17 @@ def train_command(path: Path) -> str:
         command = f"python mlp/train_mlp_mnist_classifier.py --layers {sizes} --activation {of_mlp['kind']}"
         command += " --dataset cifar10" * (path.parent.parent.name == "cifar10_classifier")
         return f"train it by {command}" + " --lipschitz-weight 0.3" * bool(of_mlp["lipschitz"])
+    of_cnn = CNN_FOLDER_NAME.fullmatch(path.parent.name)
+    if of_cnn:
+        dataset = "cifar" if path.parent.parent.name == "cifar10_classifier" else "mnist"
+        command = f"python cnn/train_cnn_{dataset}_classifier.py --model {of_cnn['kind']} --width {of_cnn['width']}"
+        command += " --batch-norm" * bool(of_cnn["norm"])
+        words = re.fullmatch(r"([a-z-]+)_([^_]+)_([^_]+)(_clip)?", of_cnn["recipe"] or "")
+        return f"train it by {command}" + (
+            f" --certified {words[1]} --p {words[2]} --train-eps {words[3]}" + " --clip" * bool(words[4])
+            if words
+            else ""
+        )
     if known is None:
         return "train one by one of the train_*_classifier.py scripts, or check the path"
     architecture = known["architecture"]
