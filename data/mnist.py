@@ -90,11 +90,6 @@ def as_frames(images: Tensor, num_frames: int) -> Tensor:
     return images.reshape(len(images), num_frames, SIDE * SIDE // num_frames)
 
 
-def as_images(images: Tensor) -> Tensor:
-    """Images with a channel, (N, 1, 28, 28); those that have channels are left as they are, (N, C, H, W)."""
-    return images if images.dim() == 4 else images[:, None]
-
-
 def find_raw_folder(folder: Path) -> Path:
     """The folder of the four IDX files: folder/MNIST/raw, or folder itself. Raises DataError if incomplete."""
     candidates = (folder / "MNIST" / "raw", folder)

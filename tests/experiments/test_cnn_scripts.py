@@ -14,7 +14,7 @@ from test_bound_scripts import assert_one_line, call
 from test_tables import rows_of
 
 from data.cifar10 import CLASS_NAMES, load_cifar10
-from data.mnist import as_images, load_mnist
+from data.mnist import load_mnist
 from utils.attack.attack_file import replay_attack
 from utils.attack.pgd import pgd
 from utils.certify import certified_margin, certified_radius
@@ -22,6 +22,7 @@ from utils.experiments import cnn as cnn_runs
 from utils.network.checkpoint import build_model, load_checkpoint, model_name, save_checkpoint
 from utils.runs.bound_rows import read_bound_rows
 from utils.runs.results import read_record
+from utils.training.cnn import as_images
 
 INF = float("inf")
 BOUND = "cnn/bound_cnn.py"

@@ -151,7 +151,7 @@ def test_pickled_objects_are_not_run(saved):
         (lambda c: c | {"config": 3}, "must be dicts"),
         (lambda c: c | {"state_dict": {"head.weight": 1}}, "must be dicts"),
         (lambda c: c | {"config": {"hidden_size": 5}}, "the config lacks architecture"),
-        (lambda c: c["config"].update(architecture="cnn"), "architecture in the config"),
+        (lambda c: c["config"].update(architecture="perceptron"), "architecture in the config"),
         (lambda c: c["config"].update(activation="sigmoid"), "activation in the config"),
         (lambda c: c["config"].update(hidden_size=0), "hidden_size in the config"),
         (lambda c: c["config"].update(hidden_size=10**9), "has shape"),

@@ -41,3 +41,6 @@ BALLS = Registry("ball", {"frame": "perturbation.balls:FRAME", "sequence": "pert
 
 # Attacks at a given eps, called like ``utils.attack.pgd``.
 ATTACKS = Registry("attack", {"pgd": "attack.pgd:pgd"})
+
+# Kinds of convolutional networks, made by ``utils.network.make_cnn``, with the channels of their first layers.
+CNN_WIDTHS = {"small": 16, "large": 32, "cnn7": 64, "resnet": 16, "densenet": 32, "resnext": 32, "wide_resnet": 64}

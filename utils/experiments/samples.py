@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data.mnist import ImageData, as_frames, as_images
+from data.mnist import ImageData, as_frames
 
 from ..network.checkpoint import Classifier, Config
 from ..perturbation.lp_ball import INF
+from ..training.cnn import as_images
 
 Form = Callable[[Tensor], Tensor]  # images, (n, 28, 28) or (n, 3, 32, 32), as a model takes them
 

@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..choices.tables import CNN_WIDTHS
+
 ALWAYS_NORMALISED = ("cnn7", "densenet", "resnext", "wide_resnet")
-WIDTHS = {"small": 16, "large": 32, "cnn7": 64, "resnet": 16, "densenet": 32, "resnext": 32, "wide_resnet": 64}
-CNN_KINDS = tuple(WIDTHS)
+CNN_KINDS = tuple(CNN_WIDTHS)
 
 
 class ImageClassifier(nn.Module):
@@ -59,17 +60,18 @@ def make_cnn(
     Raises:
         ValueError: no such kind, or images too small for it.
     """
-    if kind not in WIDTHS:
+    if kind not in CNN_WIDTHS:
         raise ValueError(f"the kind of network must be one of {', '.join(CNN_KINDS)}, not {kind!r}")
-    layers = Layers(batch_norm or kind in ALWAYS_NORMALISED)
-    body = BODIES[kind](layers, channels, WIDTHS[kind] if width is None else width)
+    width = CNN_WIDTHS[kind] if width is None else width
     with torch.device("meta"):
-        probe = BODIES[kind](Layers(False), channels, WIDTHS[kind] if width is None else width)
+        probe = BODIES[kind](Layers(False), channels, width)
         try:
             features = probe(torch.zeros(1, channels, size, size)).shape[1]
         except RuntimeError:
             raise ValueError(f"images of {size} x {size} are too small for {kind}") from None
-    head = layers.head(features, HIDDEN[kind](WIDTHS[kind] if width is None else width), classes)
+    layers = Layers(batch_norm or kind in ALWAYS_NORMALISED)
+    body = BODIES[kind](layers, channels, width)
+    head = layers.head(features, HIDDEN[kind](width), classes)
     return ImageClassifier(nn.Sequential(*body, *head), mean, std)
 
 

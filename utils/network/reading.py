@@ -45,6 +45,16 @@ def read_network(model: nn.Module | Graph, x: Tensor) -> tuple[Network, Tensor]:
     return model, x
 
 
+def read_for_step(model: nn.Module, x: Tensor, check: bool) -> tuple[Network, Tensor]:
+    """``read_network`` for one training step: its graph is made once, and only compared with the module if asked."""
+    model = usable_model(model)
+    if isinstance(model, SequenceClassifier):
+        return model, x
+    traced = TracedModule(model, x, check)
+    traced.keep_graphs()
+    return traced, traced.frames
+
+
 def num_classes(network: Network) -> int:
     if isinstance(network, Graph):
         return network.output.size

@@ -793,7 +793,8 @@ class TracedModule:
         softmax: name of the function that the forward ends with and the graph leaves out; "" if it has none.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor):
+    def __init__(self, module: nn.Module, x: Tensor, check: bool = True):
+        """``check`` says whether the graph must be found to compute what the module does."""
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedError("a scripted module's forward cannot be read: give the module that it was made from")
         if x.dim() < 2 or len(x) == 0 or x[0].numel() == 0:
@@ -815,7 +816,8 @@ class TracedModule:
             self.frames = self._table.detach()[x]
         else:
             self.frames = _frames(x)
-        self._check(graph)
+        if check:
+            self._check(graph)
 
     def graph(self, dtype: torch.dtype, relaxation: str) -> Graph:
         if self._graphs is None:

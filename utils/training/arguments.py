@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..runs.cli import ROOT, add_common_arguments, non_negative_float, norm_value, positive_float, positive_int
+from ..choices.tables import CNN_WIDTHS
+from ..runs.cli import (
+    ROOT,
+    add_common_arguments,
+    non_negative_float,
+    non_negative_int,
+    norm_value,
+    positive_float,
+    positive_int,
+)
 from .tasks import TextTask
 
 PLAIN_DECAY = 0.3
@@ -40,6 +49,31 @@ def add_mlp_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lipschitz-norm", type=norm_value, default=2.0, help="norm of these balls: 1, 2 or inf")
     add_loop_arguments(parser)
     parser.set_defaults(weight_decay=PLAIN_DECAY)
+
+
+def add_cnn_training_arguments(parser: argparse.ArgumentParser, shift: int = 0, flip: bool = False) -> None:
+    """Add the flags of a CNN's train script and the common ones; by default images are shifted and flipped so."""
+    add_cnn_model_arguments(parser.add_argument_group("model"))
+    group = parser.add_argument_group("changed images")
+    group.add_argument(
+        "--shift", type=non_negative_int, default=shift, metavar="PIXELS", help="largest random shift of an image"
+    )
+    group.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, default=flip, help="mirror half of the images at random"
+    )
+    add_loop_arguments(parser)
+
+
+def add_cnn_model_arguments(group) -> None:
+    """Add --model, --width and --batch-norm."""
+    group.add_argument("--model", choices=tuple(CNN_WIDTHS), default="small", help="kind of network")
+    widths = ", ".join(f"{width} for {kind}" for kind, width in CNN_WIDTHS.items())
+    group.add_argument("--width", type=positive_int, help=f"channels of the first layers (default: {widths})")
+    group.add_argument(
+        "--batch-norm",
+        action="store_true",
+        help="normalise after every convolution of small, large and resnet too; the others always do",
+    )
 
 
 def add_mlp_model_arguments(group) -> None:

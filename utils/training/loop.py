@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from ..runs.ranks import ALONE, Ranks
 from .state import TrainingState
 
 CLIP_NORM = 1.0
+# Changes the images of a batch at random, (batch, ...), by random numbers of the second argument.
+Change = Callable[[Tensor, torch.Generator], Tensor]
 EVALUATION_BATCH = 2000
 
 
@@ -129,6 +132,7 @@ class Optimizer:
     batch_size: int
     order: Order
     total_steps: int
+    change: Change | None = None
 
     @property
     def progress(self) -> float:
@@ -151,13 +155,17 @@ class Order(torch.Generator):
 
 
 def make_optimizer(
-    model: nn.Module, args: argparse.Namespace, total_steps: int, objective: Objective | None = None
+    model: nn.Module,
+    args: argparse.Namespace,
+    total_steps: int,
+    objective: Objective | None = None,
+    change: Change | None = None,
 ) -> Optimizer:
     """Adam with decoupled weight decay, and the objective's rates."""
     rate = (objective or Objective()).rate
     adam = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, total_steps))
-    return Optimizer(adam, schedule, args.batch_size, Order().manual_seed(args.seed), total_steps)
+    return Optimizer(adam, schedule, args.batch_size, Order().manual_seed(args.seed), total_steps, change)
 
 
 def rate_factor(step: int, total_steps: int) -> float:
@@ -176,18 +184,20 @@ def train(
     state: TrainingState,
     objective: Objective | None = None,
     ranks: Ranks = ALONE,
+    change: Change | None = None,
 ) -> History:
     """Train for all epochs under a progress bar; every epoch is kept in a file.
 
     ``frames`` and ``labels`` are [training, watched]: the second are what accuracies are measured on. Processes share
-    every batch, and end with the same weights, those of one process but for rounding.
+    every batch, and end with the same weights, those of one process but for rounding. ``change`` is done to every
+    batch of the first.
 
     Raises:
         ValueError: the loss is NaN or infinite, or there is nothing that fits to resume.
     """
     objective = objective or Objective()
     steps = steps_of_epoch(len(labels[0]), args.batch_size, ranks)
-    optimizer = make_optimizer(model, args, steps * args.epochs, objective)
+    optimizer = make_optimizer(model, args, steps * args.epochs, objective, change)
     history = History(**state.restore(model, optimizer.parts(), labels[0].device))
     finished, loss_of = len(history.loss), shared_loss(Loss(model, objective), ranks)
     try:
@@ -241,11 +251,14 @@ def train_epoch(
     total = torch.zeros((), device=x.device)
     order = torch.randperm(len(y), generator=optimizer.order).to(x.device)
     for batch in order.split(optimizer.batch_size)[: steps_of_epoch(len(y), optimizer.batch_size, ranks)]:
-        share = batch[ranks.rank :: ranks.world]
+        share = slice(ranks.rank, None, ranks.world)
+        images, classes = x[batch], y[batch][share]
+        if optimizer.change is not None:
+            images = optimizer.change(images, optimizer.order)  # of the whole batch: all processes draw the same
         # The mean over processes of shares so weighted is the mean over the batch.
-        weight = len(share) * ranks.world / len(batch)
+        weight = len(classes) * ranks.world / len(batch)
         done = optimizer.progress if progress is None else progress
-        loss = weight * loss_of(x[share], y[share], done)
+        loss = weight * loss_of(images[share], classes, done)
         optimizer.adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(loss_of.parameters(), CLIP_NORM)

@@ -29,7 +29,7 @@ def make_mlp_config(args: argparse.Namespace, data: ImageData) -> Config:
         "activation": args.activation,
         "leaky_slope": args.leaky_slope if args.activation == "leaky" else 0.0,
         **{name: getattr(args, name) for name in ("lipschitz_weight", "lipschitz_eps", "lipschitz_norm")},
-        **_data_facts(args, data),
+        **data_facts(args, data),
     }
 
 
@@ -49,7 +49,7 @@ def make_config(
         "pooling": getattr(args, "pooling", "last"),
         "input_mean": 0.0,
         "input_std": 1.0,
-        **_data_facts(args, data),
+        **data_facts(args, data),
         **({} if recipe is None else recipe_facts(recipe) | {"held_back": args.held_back}),
     }
 
@@ -85,7 +85,8 @@ def evaluate(
     return {"train_accuracy": accuracy(model, frames[0], labels[0])} | measured
 
 
-def _data_facts(args: argparse.Namespace, data: ImageData) -> Config:
+def data_facts(args: argparse.Namespace, data: ImageData) -> Config:
+    """What a config says of the data, and of how the training went over them."""
     return {
         "num_classes": len(data.class_names),
         "dataset": data.name,
@@ -103,6 +104,7 @@ def accuracies(config: Config) -> str:
     if "certified" not in config:
         return text
     recipe = config["certified"]
-    ball = f"l_{float(recipe['p']):g} {recipe['train_eps']:g} around every {recipe['ball']}"
+    group = "image" if config["architecture"] == "cnn" else recipe["ball"]
+    ball = f"l_{float(recipe['p']):g} {recipe['train_eps']:g} around every {group}"
     kept = f"held back: {config['held_back_verified']:.4f} verified, {config['held_back_accuracy']:.4f} clean"
     return f"verified test accuracy {config['test_verified']:.4f} ({ball}), {text}; {kept}"

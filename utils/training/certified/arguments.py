@@ -23,8 +23,8 @@ FLAGS = {"eps": "train-eps", "clean": "clean-share", "ramp": "ramp-share", "smoo
 FLAGS |= {"fusion": "loss-fusion", "box": "small-box", "alpha": "mtl-alpha"}
 
 
-def add_certified_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --certified and what belongs to it; None where a flag is left out."""
+def add_certified_arguments(parser: argparse.ArgumentParser, of_sequences: bool = True) -> None:
+    """Add --certified and what belongs to it, frames only of sequences; None where a flag is left out."""
     group = parser.add_argument_group("certified training (eps is in the units of the inputs)")
     group.add_argument(
         "--certified",
@@ -34,10 +34,8 @@ def add_certified_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--train-eps", type=positive_float, help="radius of the balls to be certified")
     group.add_argument("--p", type=norm_value, help="norm of the balls: 1, 2 or inf (default: inf)")
-    group.add_argument(
-        "--ball", choices=tuple(BALLS), help="a ball around every frame (the default), or one around all"
-    )
-    group.add_argument("--frames", type=non_negative_int, nargs="+", help="frames that are perturbed (default: all)")
+    if of_sequences:
+        _add_sequence_arguments(group)
     group.add_argument("--clip", action="store_true", default=None, help="boxes of --p inf are cut to [0, 1]")
     group.add_argument("--overshoot", type=positive_float, help="the balls grow to this times --train-eps")
     group.add_argument("--clean-share", type=probability, help="share of the steps before the balls begin to grow")
@@ -50,13 +48,7 @@ def add_certified_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--small-box", type=positive_float, help="radius of sabr's boxes, as a share of the ball's")
     group.add_argument("--mtl-alpha", type=positive_float, help="share of the interval loss in mtl-ibp")
     group.add_argument("--attack-steps", type=positive_int, help="gradient steps to the points of sabr and mtl-ibp")
-    group.add_argument(
-        "--input-penalty",
-        type=non_negative_float,
-        help="weight of the sum of the dual norms of all rows of weights that meet the input",
-    )
     group.add_argument("--tightness", type=non_negative_float, help="weight of a penalty on boxes that grow")
-    group.add_argument("--hidden-scale", type=non_negative_float, help="factor of the initial W_hh of recurrent layers")
     group.add_argument(
         "--held-back",
         type=positive_int,
@@ -64,8 +56,23 @@ def add_certified_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def recipe_of(args: argparse.Namespace, frames: int) -> Recipe | None:
-    """The recipe of the flags, None for plain training of sequences of so many frames; defaults are filled in.
+def _add_sequence_arguments(group) -> None:
+    group.add_argument(
+        "--ball", choices=tuple(BALLS), help="a ball around every frame (the default), or one around all"
+    )
+    group.add_argument("--frames", type=non_negative_int, nargs="+", help="frames that are perturbed (default: all)")
+    group.add_argument(
+        "--input-penalty",
+        type=non_negative_float,
+        help="weight of the sum of the dual norms of all rows of weights that meet the input",
+    )
+    group.add_argument("--hidden-scale", type=non_negative_float, help="factor of the initial W_hh of recurrent layers")
+
+
+def recipe_of(args: argparse.Namespace, frames: int, **defaults: object) -> Recipe | None:
+    """The recipe of the flags, None for plain training of sequences of so many frames.
+
+    What no flag says is as in ``defaults``, else the recipe's own.
 
     Raises:
         ValueError: flags contradict each other, or have no effect.
@@ -85,7 +92,7 @@ def recipe_of(args: argparse.Namespace, frames: int) -> Recipe | None:
     for name, losses in OF_LOSSES.items():
         if name in told and args.certified not in losses:
             raise ValueError(f"{_flag(name)} has no effect with --certified {args.certified}: it is for {losses[0]}")
-    recipe = Recipe(args.certified, **told)
+    recipe = Recipe(args.certified, **defaults | told)
     if recipe.clip and recipe.p != math.inf:
         raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
     if recipe.frames is not None and max(recipe.frames) >= frames:

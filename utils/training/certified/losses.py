@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ...bounds.passes import BoundPass
 from ...graph.graph import Graph
-from ...network.reading import graph_of, read_network
+from ...network.reading import graph_of, read_for_step
 from ...question.specification import margin_rows
 from ...question.threat import Threat
 from .points import worst_points
@@ -36,7 +36,8 @@ class Batch:
     """A batch under a recipe at one moment of the training.
 
     Attributes:
-        model: the classifier; ``x`` its inputs, (batch, T, n), and ``y`` their labels, (batch,).
+        model: the classifier; ``x`` its inputs, (batch, T, n) or as it takes them, and ``y`` their labels, (batch,).
+        check: whether what is read of the model must be compared with it, as once in a training.
     """
 
     model: nn.Module
@@ -44,9 +45,10 @@ class Batch:
     y: Tensor
     recipe: Recipe
     moment: Moment
+    check: bool = True
 
     def __post_init__(self):
-        self.network, self.frames = read_network(self.model, self.x)
+        self.network, self.frames = read_for_step(self.model, self.x, self.check)
         clip = (0.0, 1.0) if self.recipe.clip else None
         frames = None if self.recipe.frames is None else list(self.recipe.frames)
         self.threat = Threat(self.recipe.p, self.recipe.ball, frames, clip).to(self.frames)
@@ -64,7 +66,11 @@ class Batch:
     def attacked(self, share: float = 1.0) -> Tensor:
         """Points, (batch, T, n), of balls of a share of the moment's eps where the loss is high."""
         balls, steps = self.threat.moves(self.frames), self.recipe.attack_steps
-        return worst_points(self.model, balls, self.y, share * self.moment.eps, steps)
+        return worst_points(self.scores, balls, self.y, share * self.moment.eps, steps)
+
+    def scores(self, frames: Tensor) -> Tensor:
+        """The model's logits, (batch, classes), of inputs that are given as frames, (batch, T, n)."""
+        return self.model(frames.reshape(self.x.shape))
 
 
 def robust_loss(batch: Batch) -> Tensor:
@@ -134,7 +140,7 @@ def small_box_loss(batch: Batch) -> Tensor:
 def mixed_loss(batch: Batch) -> Tensor:
     """MTL-IBP: the loss where an attack ends, and that by intervals over the ball."""
     alpha, points = batch.recipe.alpha, batch.attacked()
-    attacked = nn.functional.cross_entropy(batch.model(points), batch.y, reduction="none")
+    attacked = nn.functional.cross_entropy(batch.scores(points), batch.y, reduction="none")
     return (1.0 - alpha) * attacked + alpha * interval_loss(batch)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..loop import Objective, accuracy
+from .clean_pass import clean_pass
 from .losses import Batch, robust_loss, rows_of
 from .penalties import input_weights, tightness
 from .recipe import Moment, Recipe, moment_of, rate_factor
@@ -20,6 +21,7 @@ class Certified(Objective):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self._checked: set[torch.Size] = set()  # shapes of inputs that the model was read for
 
     @torch.no_grad()
     def prepare(self, model: nn.Module) -> None:
@@ -35,11 +37,14 @@ class Certified(Objective):
         moment = moment_of(self.recipe, progress)
         if moment.eps == 0.0:
             return super().loss(model, x, y, progress)
-        batch = Batch(model, x, y, self.recipe, moment)
-        total = (1.0 - moment.kappa) * robust_loss(batch).mean()
+        with clean_pass(model, x) as logits:
+            batch = Batch(model, x, y, self.recipe, moment, check=x.shape[1:] not in self._checked)
+            self._checked.add(x.shape[1:])
+            total = (1.0 - moment.kappa) * robust_loss(batch).mean() + self._penalties(batch)
         if moment.kappa > 0.0:
-            total = total + moment.kappa * super().loss(model, x, y, progress)
-        return total + self._penalties(batch)
+            clean = nn.functional.cross_entropy(model(x) if logits is None else logits, y)
+            total = total + moment.kappa * clean
+        return total
 
     def _penalties(self, batch: Batch) -> Tensor | float:
         recipe, total = self.recipe, 0.0

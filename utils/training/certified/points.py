@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ...perturbation.moves import FrameBalls
 
 
-def worst_points(model: nn.Module, balls: FrameBalls, labels: Tensor, eps: float, steps: int) -> Tensor:
+def worst_points(
+    model: Callable[[Tensor], Tensor], balls: FrameBalls, labels: Tensor, eps: float, steps: int
+) -> Tensor:
     """Inputs, (batch, T, n), in balls of radius eps where the cross entropy of the labels is high; no gradients.
 
     From a random start, some steps along the steepest direction of the norm.
