@@ -68,12 +68,10 @@ def _read_batches(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     for path in (folder / name for name in BATCHES[part]):
         if not path.is_file():
             raise DataError(f"CIFAR-10 in {folder} is incomplete: {path.name} is missing")
+        content = read_arrays(path)
         try:
-            content = _Unpickler(path).load()
             pixels, classes = content[b"data"], np.asarray(content[b"labels"], dtype=np.int64)
             pixels = np.asarray(pixels, dtype=np.uint8).reshape(len(classes), CHANNELS, SIDE, SIDE)
-        except OSError:
-            raise
         except Exception as error:  # damaged bytes fail in whatever way they lead to
             raise DataError(f"damaged CIFAR-10 file {path} ({type(error).__name__}: {error})") from error
         if not len(classes) or classes.min() < 0 or classes.max() >= len(CLASS_NAMES):
@@ -81,6 +79,16 @@ def _read_batches(folder: Path, part: str) -> tuple[Tensor, Tensor]:
         images.append(pixels)
         labels.append(classes)
     return torch.from_numpy(np.concatenate(images)).float() / 255, torch.from_numpy(np.concatenate(labels))
+
+
+def read_arrays(path: Path) -> object:
+    """What a file of pickled arrays, lists and tables holds. Raises DataError if it is damaged or asks for more."""
+    try:
+        return _Unpickler(path).load()
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes fail in whatever way they lead to
+        raise DataError(f"damaged file {path} ({type(error).__name__}: {error})") from error
 
 
 class _Unpickler(pickle.Unpickler):

@@ -2,6 +2,7 @@
 
     python scripts/decide.py --model lstm_4_32 --p inf --eps 0.02 --N 20 --time-limit 10
     python scripts/decide.py --model lstm_4_32 --p inf --eps 0.02 --clip --targeted --resume
+    python scripts/decide.py --dataset cifar10 --data-dir FOLDER --model cnn_small_16 --p inf --eps 0.001
     torchrun --nproc-per-node 2 scripts/decide.py --model lstm_4_32 --p 2 --eps 0.2 --N 100
 
 Images are decided one after the other: an attack looks for a counter-example, then bounds that take longer and longer
@@ -41,6 +42,7 @@ from utils.runs.cli import (
     run_main,
     utc_now,
 )
+from utils.training.datasets import add_dataset_argument, load_images
 
 
 def get_args() -> argparse.Namespace:
@@ -48,6 +50,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument(
         "--model", required=True, help=f"folder in {MODELS_DIR.relative_to(ROOT)}, or the path of a checkpoint"
     )
+    add_dataset_argument(parser)
     group = parser.add_argument_group("what is decided")
     group.add_argument(
         "--eps", type=positive_float, required=True, help="how far every frame may move, in pixel values in [0, 1]"
@@ -80,7 +83,6 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from data.mnist import load_mnist
 from utils.attack.attack_file import replay_attack, save_attack
 from utils.attack.pgd import VERDICT, AttackProblem, AttackResult
 from utils.certify.bab import VERDICTS, decide
@@ -153,7 +155,7 @@ class Run:
         self.replica = copy.deepcopy(case.model).cpu()  # files hold CPU tensors, so that they can be read anywhere
         self.examples: dict[int, AttackResult] = {}  # found and not saved yet, by sample
         exact = AttackProblem(case.model, case.x, case.labels).model(VERDICT)
-        predictions = exact(case.x.to(VERDICT)).argmax(dim=1).tolist()
+        predictions = exact(case.frames.to(VERDICT)).argmax(dim=1).tolist()
         targets = ["all"] * len(case) if case.targets is None else case.targets.tolist()
         facts = zip(case.index.tolist(), case.labels.tolist(), predictions, targets, strict=True)
         self.keys = [VerdictKey(*values, args.eps) for values in facts]
@@ -171,7 +173,7 @@ class Run:
         started = time.perf_counter()
         key, own = self.keys[sample], slice(sample, sample + 1)
         inputs, targets = (self.case.model, self.case.x[own], self.case.labels[own]), self.targets(sample)
-        verdict, margin, example = "falsified", math.nan, self.case.x[sample]
+        verdict, margin, example = "falsified", math.nan, self.case.frames[sample]
         if not key.misclassified:
             effort = {"time_limit": min(self.args.time_limit, most_seconds), "seed": self.args.seed}
             (found,) = decide(*inputs, self.args.eps, targets=targets, **effort, **self.threat)
@@ -207,7 +209,7 @@ class Run:
 
 def describe_run(args: argparse.Namespace, case: Case, source: str) -> Record:
     """What run.json says about the run."""
-    threat = described(args, case.x.shape[1])
+    threat = described(args, case.num_frames)
     pixels = (255 * case.x).round().to(torch.uint8).cpu().numpy()
     record = make_record(args, [case], source, case.x.device)
     record["data"]["drawn_sha256"] = digest([pixels.tobytes(), case.labels.cpu().numpy().tobytes()])
@@ -253,7 +255,7 @@ def main() -> None:
     args = get_args()
     device = apply_common_arguments(args)
     with joined(device) as ranks:
-        data = load_mnist(args.data_dir)
+        data = load_images(args, train=False)
         case = load_all_images(args.model, data, args, device, targeted=args.targeted)
         record = describe_run(args, case, data.source)
         run = Run(case, args)

@@ -3,6 +3,8 @@
     python scripts/table_certified_training.py           # all such models in models/, all 10,000 test images
     python scripts/table_certified_training.py --quick
     python scripts/table_certified_training.py --models lstm_7_64 --eps 0.01 --N 1000 --p inf
+    python scripts/table_certified_training.py --cnn --p inf --clip    # convolutional models in place of recurrent ones
+    python scripts/table_certified_training.py --dataset cifar10 --data-dir FOLDER --p inf --clip
 
 Every image goes through a cascade (utils/certify/cascade): it is misclassified as it is, verified by the cheapest bound
 that can, broken by an attack, or undecided in the end. The table says which stage settled how many, in what time.
@@ -23,8 +25,9 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.choices import BALLS
-from utils.experiments.table_arguments import MODELS_DIR, add_run_arguments, committed_models
+from utils.experiments.table_arguments import RECURRENT, add_run_arguments, committed_models, models_dir
 from utils.runs.cli import ArgumentParser, answer_early, positive_float, positive_int, run_main
+from utils.training.datasets import add_dataset_argument
 
 EPS = {1.0: (0.2, 0.5, 1.0, 2.0), 2.0: (0.05, 0.1, 0.2, 0.3), inf: (0.01, 0.02, 0.05, 0.1, 0.15)}
 QUICK = {"N": 100, "time_limit": 1.0, "total_limit": 5.0}  # at most, with --quick
@@ -41,6 +44,10 @@ def get_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--own-eps", action="store_true", help="only the radii that a model's architecture is trained at"
+    )
+    add_dataset_argument(parser)
+    parser.add_argument(
+        "--cnn", action="store_true", help="convolutional models in place of recurrent ones, as with cifar10"
     )
     parser.add_argument("--ball", choices=tuple(BALLS), help="a ball around every frame, or one around all (with --p)")
     parser.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
@@ -61,6 +68,7 @@ def get_args() -> argparse.Namespace:
     )
     parser.set_defaults(N=10000, p=None)
     args = parser.parse_args()
+    args.cnn |= args.dataset != "mnist"
     if args.ball and not args.p:
         parser.error("--ball needs --p: without, models have the ball that they were trained for")
     if args.own_eps and args.eps:
@@ -167,16 +175,17 @@ def architecture_of(config: Config) -> str:
     return model_name({key: value for key, value in config.items() if key != "recipe"} | {"pooling": "last"})
 
 
-def default_models() -> list[str]:
+def default_models(args: argparse.Namespace) -> list[str]:
     """Folders of all models that were trained to be verified, and of the ordinary ones of their architectures.
 
     Those that were trained for chosen frames only are left out: they are verified where all frames move.
     """
-    configs = {name: load_checkpoint(case_path(name))[1] for name in committed_models(certified=True)}
+    names = committed_models(certified=True, kinds=("cnn",) if args.cnn else RECURRENT, dataset=args.dataset)
+    configs = {name: load_checkpoint(case_path(name, args.dataset))[1] for name in names}
     recipes = {name: recipe for name, recipe in ((n, recipe_of(config)) for n, config in configs.items()) if recipe}
     trained = {name: architecture_of(configs[name]) for name, recipe in recipes.items() if not recipe.get("frames")}
     if not trained:
-        raise ValueError(f"no model in {MODELS_DIR} was trained to be verified: name models by --models")
+        raise ValueError(f"no model in {models_dir(args.dataset)} was trained to be verified: name models by --models")
     ordinary = [name for name in configs if name not in recipes]
     return [*(name for name in ordinary if architecture_of(configs[name]) in trained.values()), *trained]
 
@@ -226,7 +235,8 @@ def plan(cases: list[Case], args: argparse.Namespace) -> Table:
 
 
 def folder_name(args: argparse.Namespace) -> str:
-    return NAME + "_clip" * args.clip
+    words = [NAME, *["cnn"] * args.cnn, *[args.dataset] * (args.dataset != "mnist"), *["clip"] * args.clip]
+    return "_".join(words)
 
 
 def threat_words(key: CascadeKey, args: argparse.Namespace) -> dict[str, Any]:
@@ -269,7 +279,8 @@ def report(rows: list[CascadeRow], cases: list[Case], args: argparse.Namespace) 
     ]
     for threat in dict.fromkeys(row.threat for group in groups.values() for row in group):
         own = [record for record in summary if (float(record["norm"]), record["ball"]) == threat]
-        lines += ["", f"## {norm_text(threat[0])}, {BALL_WORDS[threat[1]]}", "", *accuracy_table(own)]
+        ball = BALL_WORDS["sequence" if all(case.num_frames == 1 for case in cases) else threat[1]]
+        lines += ["", f"## {norm_text(threat[0])}, {ball}", "", *accuracy_table(own)]
         lines += ["", "Settled by each stage, in per cent of all images (images that it tried, its seconds):", ""]
         lines += stage_table(own)
     return Report(summary, [*lines, "", *effort_lines(args)], plot(summary, args))
@@ -295,7 +306,7 @@ def stop(case: Case, key: CascadeKey, sample: int, verified_eps: float, args: ar
     own, threat = slice(sample, sample + 1), threat_words(key, args)
     effort = Effort(ATTACK_STAGES, steps=args.steps, restarts=args.restarts, seed=args.seed)
     found = cascade(case.model, case.x[own], case.labels[own], key.eps, effort=effort, **threat)
-    attack = AttackResult(found.examples.get(0, case.x[sample].to(VERDICT))[None], found.margins)
+    attack = AttackResult(found.examples.get(0, case.frames[sample].to(VERDICT))[None], found.margins)
     facts = {"eps": key.eps, "verified at eps": verified_eps, "attack's margin": found.margins.item()}
     norm = threat.pop("norm")
     stop_by_contradiction(args.out_dir / folder_name(args), case, sample, norm, attack, False, facts, **threat)
@@ -420,7 +431,7 @@ def plot_panel(axes: Axes, records: list[dict]) -> None:
 
 def main() -> None:
     args = get_args()
-    args.models = args.models or default_models()
+    args.models = args.models or default_models(args)
     run_table(args, partial(plan, args=args), load)
 
 

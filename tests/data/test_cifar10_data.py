@@ -79,7 +79,7 @@ class Evil:
     ("damage", "words"),
     [
         (lambda folder: (folder / STORED / "data_batch_3").unlink(), "data_batch_3 is missing"),
-        (lambda folder: break_batch(folder, b"nothing"), "damaged CIFAR-10 file .*test_batch"),
+        (lambda folder: break_batch(folder, b"nothing"), "damaged file .*test_batch"),
         (lambda folder: break_batch(folder, pickle.dumps({b"data": pixels_of(0), b"labels": [0, 1]})), "damaged"),
         (lambda folder: break_batch(folder, pickle.dumps({b"data": pixels_of(0), b"labels": [0, 1, 2, 10]})), "0 to 9"),
         (lambda folder: break_batch(folder, pickle.dumps(Evil())), "asks for .*mkdir"),

@@ -17,7 +17,7 @@ from data.mnist import as_frames, load_mnist
 from utils.attack.attack_file import replay_attack
 from utils.attack.pgd import pgd
 from utils.certify import cascade, certified_margin
-from utils.experiments import table_arguments, tables
+from utils.experiments import table_arguments
 from utils.network.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.certified.arguments import recipe_facts
 from utils.training.certified.recipe import Recipe
@@ -122,8 +122,7 @@ def check_letters(place, record: dict, letters: str) -> None:
 
 def test_models_are_found_by_their_recipe_and_verified_as_they_were_trained(place, tmp_path, monkeypatch):
     folder = place[0][0].parents[1]
-    for module in (table_arguments, tables):
-        monkeypatch.setattr(module, "MODELS_DIR", folder)
+    monkeypatch.setattr(table_arguments, "MODELS_DIR", folder)
     monkeypatch.setattr(table_arguments, "ROOT", folder.parent)
     make_checkpoint(folder, "gru")  # like no model that was trained to be verified
     done = run(place, tmp_path, models=(), images=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -38,6 +39,7 @@ GRADIENT_BYTES = 2**26
 
 # Bytes of coefficients that are worked on at once, on a CPU: more fall out of its cache, less pay for Python.
 CACHE_BYTES = 5 * 2**20
+VALUE_BYTES = 64 * 2**20  # of values of a layer at once, in a forward pass
 INTERVAL_BYTES = 64 * 2**20  # of what intervals are made of: fewer and larger operations pay more than a cache
 
 
@@ -86,7 +88,13 @@ class MarginProblem:
 
     def clean_margins(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """Margins of the chosen samples' unperturbed input, (m, n_specs)."""
-        return self._margins_at(self.x[chosen].to(dtype), dtype, chosen)
+        return self._in_parts(lambda own: self._margins_at(self.x[own].to(dtype), dtype, own), dtype, chosen)
+
+    def _in_parts(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype, chosen: Tensor | slice) -> Tensor:
+        """What a function of samples gives for those chosen, of as many at a time as have few values."""
+        samples = torch.arange(len(self.x), device=self.x.device)[chosen]
+        widest = max(node.size for node in self.graph(dtype, slice(0, 1)).nodes)
+        return self._parts(function, max(1, VALUE_BYTES // (widest * dtype.itemsize)), samples)
 
     def _margins_at(self, x: Tensor, dtype: torch.dtype, chosen: Tensor | slice) -> Tensor:
         logits = self.graph(dtype, chosen).evaluate(x)
@@ -94,8 +102,11 @@ class MarginProblem:
 
     def slack(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """What the chosen samples' margins must exceed to count as positive, (m, n_specs); see ``SLACK``."""
-        x, rows = self.x[chosen].to(dtype), self.rows[chosen].to(dtype)
-        return SLACK[dtype] * (1.0 + self.graph(dtype, chosen).term_sizes(x, rows))
+
+        def sizes(own: Tensor) -> Tensor:
+            return self.graph(dtype, own).term_sizes(self.x[own].to(dtype), self.rows[own].to(dtype))
+
+        return SLACK[dtype] * (1.0 + self._in_parts(sizes, dtype, chosen))
 
     def resolution(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """The spacing of floats of x's precision at the greatest number that moves, (m,): no smaller eps certifies."""

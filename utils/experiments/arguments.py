@@ -79,6 +79,11 @@ def add_stack_arguments(group, hidden_size: int, time_step: int) -> None:
     group.add_argument("--num-layers", type=positive_int, default=1, help="recurrent layers on top of each other")
     group.add_argument("--bidirectional", action="store_true", help="frames are read in both directions")
     group.add_argument("--pooling", choices=("last", "mean"), default="last", help="what the head reads")
+    add_trained_argument(group)
+
+
+def add_trained_argument(group) -> None:
+    """--recipe."""
     group.add_argument(
         "--recipe", metavar="NAME", help="of a model from certified training: the end of its folder's name, ibp_inf_0.1"
     )

@@ -174,7 +174,7 @@ class Run:
         check_writable(folder)
         with exclusive(folder, ranks):
             layout = {"kind": self.kind, "ranks": ranks, "attached": (CERTIFICATES_NAME,)}
-            layout |= {"columns": ("start_radius",) if args.method in TUNED_METHODS else ()}
+            layout |= {"columns": extra_columns(args)}
             layout |= {"drawn": self.samples.as_bytes(), "resume": args.resume, "overwrite": args.overwrite}
             results = find_rows(folder, record, self.jobs(), before_writing=save, **layout)
             if not ranks.first:
@@ -188,6 +188,12 @@ class Run:
                     f"certificates in {certificates}: check them by python scripts/check_certificate.py {certificates}"
                 )
             return results.rows
+
+
+def extra_columns(args: argparse.Namespace) -> tuple[str, ...]:
+    """Columns that not every run has."""
+    asked = {"start_radius": args.method in TUNED_METHODS, "attack_radius": getattr(args, "attack", False)}
+    return tuple(name for name, given in asked.items() if given)
 
 
 def report(folder: Path) -> None:
@@ -251,7 +257,8 @@ def print_summary(summary: Record) -> None:
     lines = [(f"frame {values['frame']}", values) for values in summary.get("frames", [])]
     names = ("min", "mean", "max", "std")
     print(f"{'radius':<10}" + "".join(f"{name:>10}" for name in names))
-    for title, values in [*lines, ("all", summary)]:
+    attacked = [("attacked", summary["attack"])] if "attack" in summary else []
+    for title, values in [*lines, ("all", summary), *attacked]:
         print(f"{title:<10}" + "".join(f"{values[name]:>10.5f}" for name in names))
     if summary["not_certified"]:
         print(f"{summary['not_certified']} radii are 0: not certified at any eps")

@@ -108,6 +108,9 @@ def plot_certified_fraction(results: Results) -> Figure:
             drawn = counts["kept"] + counts["misclassified"]
             kind = " of another class than the target" if counts["left_out"] else ""
             stairs(axes, radii, drawn, label=f"of all {drawn} drawn{kind}", color="tab:gray", linestyle="--")
+        attacked = np.array([row.attack_radius for row in results.rows])
+        if not np.isnan(attacked).any():
+            stairs(axes, attacked[np.isfinite(attacked)], len(attacked), label="not broken by PGD", color="tab:red")
         axes.legend(frameon=False)
         axes.set_ylabel("certified share of the images (%)")
     axes.set_xlabel(eps_label(results, r"perturbation $\epsilon$"))

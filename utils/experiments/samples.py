@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from data.mnist import ImageData, as_frames
 
-from ..network.models import SequenceClassifier
+from ..network.checkpoint import Classifier, Config
 from ..perturbation.lp_ball import INF
+from ..training.cnn import as_images
+
+Form = Callable[[Tensor], Tensor]  # images, (n, 28, 28) or (n, 3, 32, 32), as a model takes them
+
+
+def form_of(config: Config) -> Form:
+    """How a model takes images: cut into frames, (n, T, values a frame), or whole, (n, channels, height, width)."""
+    if config["architecture"] == "cnn":
+        return as_images
+    return partial(as_frames, num_frames=config.get("num_frames", 1))
 
 
 @dataclass
@@ -71,8 +83,10 @@ def random_targets(data: ImageData, index: Tensor, generator: torch.Generator) -
     return (data.test_y[index] + offset) % len(data.class_names)
 
 
-def draw_samples(data: ImageData, model: SequenceClassifier, args: argparse.Namespace) -> Samples:
+def draw_samples(data: ImageData, model: Classifier, args: argparse.Namespace, form: Form | None = None) -> Samples:
     """Draw test images by the seed and keep those that have a target and are classified correctly.
+
+    ``form`` is how the model takes images; without it they are cut into args.time_step frames.
 
     An image's turn and its random target depend on the seed alone, so runs with other norms, batch sizes or numbers
     of images are about the same ones.
@@ -85,7 +99,8 @@ def draw_samples(data: ImageData, model: SequenceClassifier, args: argparse.Name
     images, labels = data.test_x[index], data.test_y[index]
     with torch.no_grad():
         exact = copy.deepcopy(model).cpu().to(getattr(torch, args.dtype))
-        logits = exact(as_frames(images, args.time_step).to(next(exact.parameters()).dtype))
+        x = as_frames(images, args.time_step) if form is None else form(images)
+        logits = exact(x.to(next(exact.parameters()).dtype))
     if args.untargeted:
         targets = None
     elif isinstance(args.target, int):

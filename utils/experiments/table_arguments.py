@@ -10,6 +10,7 @@ from ..runs.cli import ROOT, add_common_arguments, norm_value, positive_int
 from ..training.certified.recipe import LOSSES
 
 MODELS_DIR = ROOT / "models" / "mnist_classifier"
+RECURRENT = ("rnn", "lstm", "gru")
 QUICK_MODELS = ("rnn_4_32_tanh", "rnn_7_64_tanh", "lstm_4_32", "gru_4_32")
 
 
@@ -55,9 +56,14 @@ def finish_run_arguments(args: argparse.Namespace, quick_images: int, gated: boo
     return args
 
 
-def committed_models(certified: bool = False) -> list[str]:
-    """Names of all folders that hold a recurrent model's checkpoint, with those of certified training if asked for."""
-    found = sorted(path.parent.name for path in MODELS_DIR.glob("*/*") if path.name in ("rnn", "lstm", "gru"))
+def models_dir(dataset: str = "mnist") -> Path:
+    """The folder of a data set's model folders."""
+    return MODELS_DIR if dataset == "mnist" else MODELS_DIR.parent / f"{dataset}_classifier"
+
+
+def committed_models(certified: bool = False, kinds: Sequence[str] = RECURRENT, dataset: str = "mnist") -> list[str]:
+    """Names of all folders that hold a checkpoint of these kinds, with those of certified training if asked for."""
+    found = sorted(path.parent.name for path in models_dir(dataset).glob("*/*") if path.name in kinds)
     return [name for name in found if certified or not is_certified(name)]
 
 

@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from data.mnist import load_mnist
-
 from ..attack.attack_file import save_attack
 from ..attack.pgd import AttackResult
 from ..runs.cli import ContradictionError, apply_common_arguments, git_commit, json_value, utc_now, versions
@@ -29,6 +27,7 @@ from ..runs.ranks import joined, world_size
 from ..runs.results import FREE_ARGUMENTS, Record, ResultFolder, check_writable, exclusive, read_record, replacing
 from ..runs.rows import KeyedRow
 from ..runs.work import Job, work_through
+from ..training.datasets import load_images
 from .plots import DPI
 from .tables import Case, load_case, script_name, write_csv, write_lines
 
@@ -65,7 +64,7 @@ def run_table(args: argparse.Namespace, plan: Callable[[list[Case]], Table], loa
     """
     device = apply_common_arguments(args)
     with joined(device) as ranks:
-        data = load_mnist(args.data_dir)
+        data = load_images(args, train=False)
         cases = [load(name, data, args, device) for name in args.models]
         names = [case.name for case in cases]
         if len(set(names)) < len(names):

@@ -14,28 +14,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.mnist import ImageData, as_frames
+from data.mnist import ImageData
 
-from ..network.checkpoint import Config, load_checkpoint, model_name
-from ..network.models import SequenceClassifier
+from ..network.checkpoint import Classifier, Config, load_checkpoint, model_name
 from ..runs.bound_rows import statistics
 from ..runs.cli import ROOT, git_commit, versions
 from ..runs.results import replacing
 from .arguments import check_arguments
-from .samples import draw_index, draw_samples, random_targets
-from .table_arguments import MODELS_DIR
+from .samples import draw_index, draw_samples, form_of, random_targets
+from .table_arguments import models_dir
 
 
 @dataclass
 class Case:
     """A checkpoint and the test images that a bound script draws for it: correctly classified, with random targets.
 
-    From ``load_all_images``, it has all images that were drawn, the misclassified as well.
+    From ``load_all_images``, it has all images that were drawn, the misclassified as well. ``x`` is as the model takes
+    it, (n, T, values a frame) or (n, channels, height, width).
     """
 
     name: str
     config: Config
-    model: SequenceClassifier
+    model: Classifier
     x: Tensor
     labels: Tensor
     targets: Tensor | None
@@ -44,33 +44,44 @@ class Case:
 
     @property
     def gated(self) -> bool:
-        return self.config["architecture"] != "rnn"
+        return self.config["architecture"] in ("lstm", "gru")
+
+    @property
+    def num_frames(self) -> int:
+        """What has a ball of its own: slices, or the whole image."""
+        return self.config.get("num_frames", 1)
+
+    @property
+    def frames(self) -> Tensor:
+        """x as frames, (n, T, values a frame)."""
+        return self.x if self.x.dim() == 3 else self.x.flatten(1)[:, None]
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def case_path(name: str) -> Path:
-    """The checkpoint of a model folder in ``MODELS_DIR``, or the file that ``name`` is the path of."""
-    return Path(name) if Path(name).is_file() else MODELS_DIR / name / name.split("_")[0]
+def case_path(name: str, dataset: str = "mnist") -> Path:
+    """The checkpoint of a folder of the data set's models, or the file that ``name`` is the path of."""
+    return Path(name) if Path(name).is_file() else models_dir(dataset) / name / name.split("_")[0]
 
 
 def load_case(name: str, data: ImageData, args: argparse.Namespace, device: torch.device) -> Case:
     """A model and the images and targets that its bound script draws with the same --N and --seed.
 
-    ``name`` is a folder in ``MODELS_DIR`` or a checkpoint file.
+    ``name`` is a folder of the data set's models or a checkpoint file.
 
     Raises:
         CheckpointError, ValueError: there is no such model, or nothing to certify.
     """
-    path = case_path(name)
+    path = case_path(name, data.name)
     model, config = load_checkpoint(path, device)
     options = {"time_step": config.get("num_frames", 1), "dtype": "float64", "untargeted": False, "target": "random"}
     options |= {"per_frame": False, "frames": None, "clip": False, "p": 2.0, "save_certificate": False}
     drawing = argparse.Namespace(**(vars(copy.copy(args)) | options))
     check_arguments(drawing)
-    samples = draw_samples(data, model, drawing)
-    x = samples.frames(config.get("num_frames", 1)).to(device)
+    form = form_of(config)
+    samples = draw_samples(data, model, drawing, form)
+    x = form(samples.images).to(device)
     labels, targets = samples.labels.to(device), samples.targets.to(device)
     return Case(case_name(name, path, config), config, model, x, labels, targets, samples.index, path)
 
@@ -79,11 +90,11 @@ def load_all_images(
     name: str, data: ImageData, args: argparse.Namespace, device: torch.device, targeted: bool = False
 ) -> Case:
     """As ``load_case``, with all images that are drawn, and without targets unless ``targeted``."""
-    path = case_path(name)
+    path = case_path(name, data.name)
     model, config = load_checkpoint(path, device)
     index, generator = draw_index(data, args)
     targets = random_targets(data, index, generator).to(device) if targeted else None
-    x = as_frames(data.test_x[index], config.get("num_frames", 1)).to(device)
+    x = form_of(config)(data.test_x[index]).to(device)
     return Case(case_name(name, path, config), config, model, x, data.test_y[index].to(device), targets, index, path)
 
 

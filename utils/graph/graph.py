@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -98,26 +98,32 @@ class Graph:
 
     def evaluate(self, x: Tensor) -> Tensor:
         """The output at the sequences x, (batch, T, n): the forward pass."""
-        return self._values(x)[-1]
+        return self._values(x, (self.output,))[-1]
 
     def term_sizes(self, x: Tensor, rows: Tensor) -> Tensor:
         """Sums of the absolute values of the terms that make ``rows @ output`` at x, (batch, n_rows).
 
         Rounding is in proportion to these, not to what is left when terms cancel. Rows are (batch or 1, n_rows, size).
         """
-        values, output = self._values(x), self.output
+        output = self.output
+        values = self._values(x, (output, *output.parents))
         pairs = [(values[-1], rows)]
         if isinstance(output, Linear):
             pairs = [(values[p.index], rows @ weight) for p, weight in zip(output.parents, output.weights, strict=True)]
             pairs.append((output.bias[None], rows))
         return sum((factors.abs() @ part.abs().unsqueeze(-1)).squeeze(-1) for part, factors in pairs)
 
-    def _values(self, x: Tensor) -> list[Tensor]:
-        """Every node's value."""
-        values: list[Tensor] = []
+    def _values(self, x: Tensor, wanted: Sequence[Node] | None = None) -> list[Tensor | None]:
+        """Every node's value; of all but the wanted ones None, if these are given, once no other node needs them."""
+        last = {} if wanted is None else {p.index: node.index for node in self.nodes for p in node.parents}
+        kept = {node.index for node in wanted or ()}
+        values: list[Tensor | None] = []
         for node in self.nodes:
             if isinstance(node, Frame):
                 values.append(x[:, node.frame])
             else:
                 values.append(node.value(*(values[parent.index] for parent in node.parents)))
+            for index in {parent.index for parent in node.parents} - kept:
+                if last.get(index) == node.index:
+                    values[index] = None
         return values

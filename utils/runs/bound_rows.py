@@ -42,6 +42,7 @@ class Row(Key, KeyedRow):
         evaluations: bounds computed for the row.
         seconds: wall time of the row's batch, divided by the number of samples in it.
         start_radius: of tuned methods, the radius of the method that they start from; NaN where it was not noted.
+        attack_radius: size of the smallest perturbation that an attack found; inf if it found none, NaN without one.
     """
 
     KEY: ClassVar[type] = Key
@@ -52,6 +53,7 @@ class Row(Key, KeyedRow):
     evaluations: int = 0
     seconds: float = 0.0
     start_radius: float | None = math.nan
+    attack_radius: float | None = math.nan
 
 
 def read_bound_rows(path: Path) -> list[Row]:
@@ -84,6 +86,9 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
             "in_vain": sum(row.radius <= row.start_radius for row in started),
             "mean": math.fsum(row.radius for row in started) / start - 1.0,
         }
+    attacked = [row.attack_radius for row in rows if math.isfinite(row.attack_radius)]
+    if attacked:
+        summary["attack"] = statistics(attacked) | {"samples": len(attacked)}
     frames = sorted({row.frame for row in rows if row.frame is not None})
     if frames:
         summary["frames"] = [

@@ -10,7 +10,8 @@ from ..runs.cli import ROOT
 if TYPE_CHECKING:
     from data.mnist import ImageData
 
-DATASETS = {"mnist": 28 * 28, "cifar10": 3 * 32 * 32}  # values of an image
+SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}  # channels, height, width
+DATASETS = {name: channels * height * width for name, (channels, height, width) in SHAPES.items()}  # values of an image
 MODELS = ROOT / "models"
 
 
@@ -32,8 +33,11 @@ def settle_folder(args: argparse.Namespace, flag: str) -> None:
 
 
 def load_images(args: argparse.Namespace, train: bool = True) -> ImageData:
-    """The images of --dataset; ``train`` says whether those of the training set are needed. Raises DataError."""
-    if args.dataset == "cifar10":
+    """The images of --dataset, MNIST's where there is no such flag; ``train``: whether training images are needed.
+
+    Raises DataError.
+    """
+    if getattr(args, "dataset", "mnist") == "cifar10":
         from data.cifar10 import load_cifar10
 
         return load_cifar10(args.data_dir, train)

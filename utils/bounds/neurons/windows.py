@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...graph.convolution import Convolution, Shape
-from ...graph.nodes import BLOCK, Bounds, Frame, Node, WeightedSum
+from ...graph.nodes import BLOCK, Bounds, Frame, Linear, Node, WeightedSum
 from ...graph.nonlinear import Activation
 from ...graph.picks import Concat
 from ...perturbation.lp_ball import dual_norm
@@ -70,7 +70,7 @@ def image_shape(node: Node) -> Shape | None:
         if isinstance(current, Convolution):
             _, height, width = current.out_shape
             return _image_of(node, height, width)
-        if current not in seen:
+        if current not in seen and not isinstance(current, Linear):  # whose values have no places
             seen.add(current)
             open_nodes += current.parents
     return None

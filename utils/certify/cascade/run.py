@@ -33,6 +33,7 @@ DTYPE = torch.float64  # of every verdict
 QUICK_STEPS = 10  # of the attack against the runner-up: it finds nine of ten that "pgd" does in a thirtieth of the time
 # Samples that a stage takes before it looks whether it should give up.
 AT_ONCE = {CLEAN: 1000, "ibp": 1000, "runner-up": 1000, "pgd": 100, "crown-ibp": 200, "crown": 50}
+PATH_BYTES = 2**29  # of the values and gradients of an attack's paths at once
 AT_ONCE |= {"alpha": 10, "curve": 1, "bab": 1}
 
 
@@ -160,12 +161,19 @@ class _Cascade:
         how |= {"targets": self.runner_up[chosen]} if quick else {}
         threat = self.threat | {"frames": self.threat["frames"][chosen]}
         inputs = (self.model, self.x[chosen], self.labels[chosen], self.eps[chosen])
-        found = pgd(*inputs, seed=self.effort.seed, batch_size=len(chosen), **how, **threat)
+        paths = how["restarts"] + 1 if quick else (how["restarts"] + 1) * self.others.shape[1]
+        size = min(len(chosen), max(1, PATH_BYTES // (paths * self._path_bytes())))
+        found = pgd(*inputs, seed=self.effort.seed, batch_size=size, **how, **threat)
         broken = found.margin < 0
         self._record("broken", stage, chosen[broken], found.margin[broken])
         for sample, example in zip(chosen[broken].tolist(), found.x[broken], strict=True):
             self.result.examples[sample] = example
         return found.margin, broken
+
+    def _path_bytes(self) -> int:
+        """Of all values of one sample and their gradients, in the precision of a descent."""
+        graph = self.problem.graph(torch.float32, slice(0, 1))
+        return 2 * torch.float32.itemsize * sum(node.size for node in graph.nodes)
 
     def _bounded(self, method: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """By one bound; slopes are tuned to samples together, which costs less than one after the other."""
