@@ -231,9 +231,8 @@ def test_curves_certify_more_where_many_neurons_add_their_errors():
     model.rnn, model.head = nn.RNN(20, 30, batch_first=True).double(), nn.Linear(30, 3).double()
     x = torch.randn(4, 5, 20, dtype=torch.float64)
     labels = model(x).argmax(dim=1)
-    radii = [
-        certified_radius(model, x, labels, method=method, curve_steps=30) for method in ("crown", "alpha", "curve")
-    ]
+    steps = {"alpha_steps": 8, "curve_steps": 30}
+    radii = [certified_radius(model, x, labels, method=method, **steps) for method in ("crown", "alpha", "curve")]
     assert (radii[1] >= radii[0]).all() and (radii[2] >= radii[1]).all()
     assert float((radii[2] / radii[0]).mean()) > 1.1
     attacked = pgd(model, x, labels, radii[2]).margin
@@ -320,10 +319,19 @@ def test_tuning_stops_at_its_aim_and_at_its_deadline():
     assert aim < reached(1000, aim=aim) <= later + 0.1 * (later - start)
 
 
-@pytest.mark.parametrize("norm", [1.0, 2.0, INF])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+POINTS, BOXES = (30.0, 1e-9), (30.0, 0.05)
+ALWAYS = {(1.0, torch.float64, BOXES), (2.0, torch.float64, POINTS), (INF, torch.float64, BOXES)}
+ALWAYS |= {(1.0, torch.float32, POINTS), (2.0, torch.float32, BOXES), (INF, torch.float32, POINTS)}  # every pair once
+
+
 @pytest.mark.parametrize(
-    ("scale", "eps"), [(30.0, 0.05), pytest.param(1.0, 1e-9, marks=pytest.mark.full), (30.0, 1e-9)]
+    ("norm", "dtype", "scale", "eps"),
+    [
+        pytest.param(norm, dtype, *size, marks=[] if (norm, dtype, size) in ALWAYS else pytest.mark.full)
+        for size in (BOXES, POINTS, (1.0, 1e-9))
+        for dtype in (torch.float64, torch.float32)
+        for norm in (1.0, 2.0, INF)
+    ],
 )
 def test_curved_bounds_hold_where_gates_saturate_and_boxes_are_points(norm, dtype, scale, eps):
     model = network(nn.LSTM, num_layers=2)
@@ -331,8 +339,9 @@ def test_curved_bounds_hold_where_gates_saturate_and_boxes_are_points(norm, dtyp
         parameter.data *= scale
     x, labels = sequences(model)
     least = sampled_margins(model, x, labels, eps, norm)
-    margin = certified_margin(model, x.to(dtype), labels, eps, norm=norm, method="curve", curve_steps=2, dtype=dtype)
-    crown = certified_margin(model, x.to(dtype), labels, eps, norm=norm, dtype=dtype)
+    how = {"norm": norm, "dtype": dtype}
+    margin = certified_margin(model, x.to(dtype), labels, eps, method="curve", alpha_steps=2, curve_steps=2, **how)
+    crown = certified_margin(model, x.to(dtype), labels, eps, **how)
     assert (margin >= crown).all()
     slack = 1e-9 if dtype == torch.float64 else 1e-3
     assert (margin <= least + slack * (1.0 + least.abs())).all()
@@ -346,7 +355,8 @@ def test_curves_of_relu_certify_more_than_planes(norm):
     x = torch.randn(4, 5, 20, dtype=torch.float64)
     labels = model(x).argmax(dim=1)
     alpha, curved = (
-        certified_radius(model, x, labels, method=m, curve_steps=20, norm=norm) for m in ("alpha", "curve")
+        certified_radius(model, x, labels, method=m, alpha_steps=8, curve_steps=20, norm=norm)
+        for m in ("alpha", "curve")
     )
     assert (curved >= alpha).all() and float((curved / alpha).mean()) > 1.1
     assert (pgd(model, x, labels, curved, norm=norm).margin > 0).all()

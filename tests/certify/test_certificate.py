@@ -68,7 +68,7 @@ CASES = {
     "gru by intervals": ({"kind": "gru"}, {"method": "ibp"}),
     "lstm crown-ibp": ({"kind": "lstm"}, {"method": "crown-ibp", "relaxation": "line"}),
     "lstm constants": ({"kind": "lstm"}, {"relaxation": "constant"}),
-    "lstm alpha": ({"kind": "lstm"}, {"method": "alpha"}),
+    "lstm alpha": ({"kind": "lstm"}, {"method": "alpha", "alpha_steps": 8}),
     "rnn alpha, some frames": ({"kind": "rnn"}, {"method": "alpha", "frames": [0, 1], "norm": INF}),
     "lengths": ({"kind": "lstm", "bidirectional": True, "pooling": "mean"}, {"lengths": torch.tensor([3, 2, 1])}),
 }

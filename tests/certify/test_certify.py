@@ -49,7 +49,7 @@ def worst(model, x, labels, eps, frames=None, **options) -> torch.Tensor:
 # --- what a radius means --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ["all", "last", pytest.param("list", marks=pytest.mark.full), "mixed"])
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_certified_at_the_radius_failed_just_above_and_not_attacked_inside(threat, mask):
     frames = MASKS[mask]

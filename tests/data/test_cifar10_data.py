@@ -10,16 +10,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from cifar_files import ROWS, make_images, pixels_of
 
 from data.cifar10 import BATCHES, CLASS_NAMES, STORED, load_cifar10
 from data.mnist import DataError
-
-ROWS = 4  # images a file
-
-
-def pixels_of(seed: int, count: int = ROWS) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -32,15 +26,6 @@ def batches(tmp_path):
         with (folder / name).open("wb") as file:
             pickle.dump(content, file, protocol=2 if seed else 4)
     return tmp_path
-
-
-def make_images(folder, suffix=".png", names=("bird", "cat"), size=32):
-    for number, (part, name) in enumerate((part, name) for part in ("train", "test") for name in names):
-        (folder / part / name).mkdir(parents=True)
-        for n, image in enumerate(pixels_of(number, 2)):
-            picture = Image.fromarray(image.transpose(1, 2, 0)).resize((size, size))
-            picture.save(folder / part / name / f"{n:04d}{suffix}")
-    return folder
 
 
 @pytest.mark.parametrize("place", ["", STORED])

@@ -61,7 +61,9 @@ def random_change(shift: int, flip: bool) -> Change | None:
             columns = torch.where(mirrored[:, None], columns.flip(1), columns)
         padded = F.pad(images, (shift,) * 4)
         samples = torch.arange(len(images), device=images.device)[:, None, None]
-        return padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        moved = padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]]
+        # In torch 2.13 the gradient of a convolution over images whose channels come last can end in a double free.
+        return moved.permute(0, 3, 1, 2).contiguous()
 
     return change
 

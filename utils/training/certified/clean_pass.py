@@ -46,10 +46,17 @@ def clean_pass(model: nn.Module, x: Tensor) -> Iterator[Tensor | None]:
 
 @contextmanager
 def _fixed(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Iterator[None]:
-    before = layer.running_mean, layer.running_var
-    layer.running_mean, layer.running_var, layer.training = mean, variance, False
+    """Meanwhile the layer is a fixed map: torch's own function takes no gradients in statistics."""
+    factor = (variance + layer.eps).rsqrt()
+    factor = factor if layer.weight is None else factor * layer.weight
+    shift = -mean * factor if layer.bias is None else layer.bias - mean * factor
+
+    def forward(x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.dim() - 2))
+        return x * factor.reshape(shape) + shift.reshape(shape)
+
+    layer.forward = forward
     try:
         yield
     finally:
-        layer.running_mean, layer.running_var = before
-        layer.training = True
+        del layer.forward
