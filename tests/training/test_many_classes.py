@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peak import Peak
 from torch import Tensor, nn
 
 from utils.network import make_cnn
+from utils.peak import Peak
 from utils.perturbation.lp_ball import INF
 from utils.training.certified import margins
 from utils.training.certified.losses import Batch, robust_loss, rows_of
