@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from helpers import normal
-from peak import Peak
 from torch import Tensor, nn
 
 from utils.attack.pgd import pgd
@@ -22,6 +21,7 @@ from utils.certify.vnnlib_write import write_robustness
 from utils.graph.convolution import Convolution
 from utils.graph.nodes import Linear
 from utils.network.trace import trace
+from utils.peak import Peak
 from utils.perturbation.lp_ball import INF
 from utils.perturbation.sets import Perturbation
 from utils.question import margin_rows

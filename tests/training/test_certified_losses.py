@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from utils.network.models import SequenceClassifier
 from utils.perturbation.lp_ball import INF, lp_norm
+from utils.question import margin_rows
 from utils.training.certified import losses
-from utils.training.certified.losses import Batch, fused_loss, of_margins, robust_loss, rows_of
+from utils.training.certified.losses import Batch, fused_loss, of_margins, robust_loss
 from utils.training.certified.objective import Certified
 from utils.training.certified.penalties import input_weights, tightness
 from utils.training.certified.recipe import LOSSES, Moment, Recipe, moment_of, rate_factor, smoothed
@@ -86,8 +87,9 @@ def test_without_a_ball_it_is_the_cross_entropy(recipe):
 def test_the_check_catches_a_tangent_in_place_of_the_chord(monkeypatch):
     """exp lies above its tangents: a fused loss made of these is no bound."""
 
-    def tangent(bounds, rows, beta=1.0):
+    def tangent(bounds, y, beta=1.0):
         output = bounds.graph.output
+        rows = margin_rows(y, output.size).to(bounds.perturbation.x)
         upper, lower = -bounds.interval_lower_bound(output, rows), bounds.interval_lower_bound(output, -rows)
         slope = (0.5 * (lower + upper)).exp()
         constant = (slope - slope * 0.5 * (lower + upper)).sum(dim=1)
@@ -106,7 +108,7 @@ def test_fusion_is_one_row_and_exact_where_nothing_moves():
     stock = bounds.lower_bound
     bounds.lower_bound = lambda node, rows: (asked.append(rows.shape[1]), stock(node, rows))[1]
     clean = nn.functional.cross_entropy(batch.model(batch.x), batch.y, reduction="none")
-    torch.testing.assert_close(fused_loss(bounds, rows_of(batch, bounds)), clean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fused_loss(bounds, batch.y), clean, rtol=1e-5, atol=1e-6)
     assert asked == [1]
 
 

@@ -27,6 +27,7 @@ from ...graph.graph import Graph
 from ...network.reading import graph_of, read_for_step
 from ...question.specification import margin_rows
 from ...question.threat import Threat
+from .margins import difference_intervals, other_classes
 from .points import worst_points
 from .recipe import Moment, Recipe
 
@@ -90,8 +91,8 @@ def rows_of(batch: Batch, bounds: BoundPass) -> Tensor:
 
 def interval_loss(batch: Batch, centers: Tensor | None = None, share: float = 1.0) -> Tensor:
     """By intervals."""
-    bounds = batch.bounds("ibp", centers, share)
-    return of_margins(bounds.interval_lower_bound(bounds.graph.output, rows_of(batch, bounds)))
+    _, upper = difference_intervals(batch.bounds("ibp", centers, share), batch.y)
+    return torch.logsumexp(upper, dim=1)
 
 
 def mixed_bound_loss(batch: Batch) -> Tensor:
@@ -102,33 +103,40 @@ def mixed_bound_loss(batch: Batch) -> Tensor:
 def backward_loss(batch: Batch, method: str = "crown", beta: float = 1.0) -> Tensor:
     """By backward bounds, and 1 - beta of intervals; both are lower bounds, and so is any mean of them."""
     bounds = batch.bounds(method)
-    rows, output = rows_of(batch, bounds), bounds.graph.output
-    interval = bounds.interval_lower_bound(output, rows)
+    if beta > 0.0 and batch.recipe.fusion:
+        return fused_loss(bounds, batch.y, beta)
+    lower, upper = difference_intervals(bounds, batch.y)
     if beta == 0.0:
-        return of_margins(interval)
-    if batch.recipe.fusion:
-        return fused_loss(bounds, rows, beta)
-    return of_margins(beta * bounds.lower_bound(output, rows) + (1.0 - beta) * interval)
+        return torch.logsumexp(upper, dim=1)
+    rows = rows_of(batch, bounds)
+    interval = -_of_others(upper, batch.y)
+    return of_margins(beta * bounds.lower_bound(bounds.graph.output, rows) + (1.0 - beta) * interval)
 
 
-def fused_loss(bounds: BoundPass, rows: Tensor, beta: float = 1.0) -> Tensor:
-    """log of an upper bound of 1 + sum_i exp(v_i), (batch,), over the set, for v_i = z_i - z_y = -(rows @ z)_i.
+def fused_loss(bounds: BoundPass, y: Tensor, beta: float = 1.0) -> Tensor:
+    """log of an upper bound of 1 + sum_i exp(v_i), (batch,), over the set, for v_i = z_i - z_y, i not y.
 
     Over its interval [l, u] each exp lies below its chord, e^l + k (v - l), so the sum lies below a constant plus the
     one row  sum_i k_i v_i, which a backward pass bounds; ``beta`` mixes the sum of all e^u in.
     """
-    output = bounds.graph.output
-    upper, lower = (-bounds.interval_lower_bound(output, rows), bounds.interval_lower_bound(output, -rows))
+    lower, upper = (_of_others(end, y) for end in difference_intervals(bounds, y))
     shift = upper.detach().amax(dim=1, keepdim=True).clamp(min=0.0)
     ends = (lower - shift).exp(), (upper - shift).exp()
     width = upper - lower
     flat = width < 1e-4  # there a chord's slope would be all rounding; the steepest slope does as well
     slope = torch.where(flat, ends[1], (ends[1] - ends[0]) / torch.where(flat, 1.0, width))
     constant = (ends[0] - slope * lower).sum(dim=1)
-    linear = -bounds.lower_bound(output, slope.unsqueeze(1) @ rows).squeeze(1)
+    row = torch.zeros(len(y), bounds.graph.output.size, dtype=slope.dtype, device=slope.device)
+    row = row.scatter(1, other_classes(y, row.shape[1]), -slope).scatter_add(1, y[:, None], slope.sum(1, keepdim=True))
+    linear = -bounds.lower_bound(bounds.graph.output, row[:, None]).squeeze(1)
     total = beta * (constant + linear) + (1.0 - beta) * ends[1].sum(dim=1)
     own = (-shift).exp().squeeze(1)
     return shift.squeeze(1) + (own + total.clamp(min=0.0)).log()
+
+
+def _of_others(values: Tensor, y: Tensor) -> Tensor:
+    """Without those of the labels, (batch, classes - 1)."""
+    return values.gather(1, other_classes(y, values.shape[1]))
 
 
 def small_box_loss(batch: Batch) -> Tensor:
