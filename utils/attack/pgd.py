@@ -77,7 +77,10 @@ class AttackProblem:
         with torch.backends.cudnn.flags(enabled=False):
             logits = self.model(x.dtype)(x.flatten(0, -3))
         logits = logits.reshape(*x.shape[:-2], rows.shape[-1])
-        return torch.einsum("b...c,bsc->b...s", logits, rows)
+        margins, offsets = torch.einsum("b...c,bsc->b...s", logits, rows), self.question.offsets
+        if offsets is None:
+            return margins
+        return margins + offsets[chosen].to(margins).reshape(len(rows), *[1] * (margins.dim() - 2), -1)
 
     def worst_margin(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
         return self.margins(x, chosen).amin(dim=-1)

@@ -236,6 +236,7 @@ def decide(
         if name in threat:
             raise ValueError(f"decide goes from one method to the next by itself: leave out {name}")
     asked = Question(model, x, labels, targets, threat_of(lengths=lengths, **threat))
+    asked.check_picks_one("decisions")
     eps, x = asked.eps(eps, torch.float64), as_inputs(x)
     # The set that bounds hold for must not be smaller than the attack's.
     outer = eps.to(dtype)

@@ -46,7 +46,10 @@ def certified_margin(
             never changed.
         x: (batch, T, n) sequences in the model's input units. Inputs of a module may also be (batch, T) whole numbers
             of words, whose vectors are perturbed then, or of another shape, (batch, ...), which is one frame.
-        labels: (batch,) classes that must win.
+        labels: (batch,) classes that must win. Of a model with one score a sample, (batch,) or (batch, 1), 1 where the
+            score must stay positive (after a sigmoid: above 1/2) and 0 where it must stay negative. Of a model with
+            outputs of every step, (batch, T, classes) or one score a step, (batch, T): as in torch's losses, a step
+            with the label -100 asks for nothing.
         eps: radius in the units of x: a number, (batch,), or (batch, T) for one radius a frame.
         norm: p of the l_p balls: 1, 2 or inf, also as "l1", "l2", "linf".
         targets: classes to beat, one for all, (batch,) or (batch, n_specs); None for every other class.
@@ -71,7 +74,7 @@ def certified_margin(
 
     Returns:
         (batch, n_specs); a positive row cannot change sign inside the perturbation set (up to rounding; ``SLACK``).
-        Those of "bab" have no gradient.
+        Those of "bab" have no gradient. With labels (batch, T) they are (batch, T, n_specs), inf of steps without one.
 
     Raises:
         ValueError: an argument does not fit; the message says which.
@@ -79,17 +82,21 @@ def certified_margin(
     threat = Threat(norm, ball, frames, clip, lengths)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
-    x = problem.x
-    eps = problem.question.eps(eps, dtype or x.dtype)
-    if how.branches:
-        return best_margins(problem, eps.detach(), dtype or x.dtype)
-    margins = problem.margins(eps, dtype or x.dtype)
+    dtype = dtype or problem.x.dtype
+    eps = problem.question.eps(eps, dtype)
+    margins = best_margins(problem, eps.detach(), dtype) if how.branches else tuned_margins(problem, eps, dtype)
+    return problem.question.arranged(margins)
+
+
+def tuned_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Margins, (batch, n_specs), at eps, (batch,) or (batch, T), the best of what the method goes through."""
+    margins, how = problem.margins(eps, dtype), problem.method
     if how.tuned:
-        problem.tune(eps.detach(), TUNING, alpha_steps)
-        margins = torch.maximum(margins, problem.margins(eps, dtype or x.dtype))
+        problem.tune(eps.detach(), TUNING, how.alpha_steps)
+        margins = torch.maximum(margins, problem.margins(eps, dtype))
     if how.curved:
-        problem.tune_curves(eps.detach(), TUNING, curve_steps)
-        margins = torch.maximum(margins, problem.margins(eps, dtype or x.dtype))
+        problem.tune_curves(eps.detach(), TUNING, how.curve_steps)
+        margins = torch.maximum(margins, problem.margins(eps, dtype))
     return margins
 
 

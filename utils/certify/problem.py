@@ -90,12 +90,19 @@ class MarginProblem:
 
     def _margins_at(self, x: Tensor, dtype: torch.dtype, chosen: Tensor | slice) -> Tensor:
         logits = self.graph(dtype, chosen).evaluate(x)
-        return (self.rows[chosen].to(dtype) @ logits[..., None]).squeeze(-1)
+        return self._shifted((self.rows[chosen].to(dtype) @ logits[..., None]).squeeze(-1), chosen)
+
+    def _shifted(self, margins: Tensor, chosen: Tensor | slice) -> Tensor:
+        """With what the question adds to its rows."""
+        offsets = self.question.offsets
+        return margins if offsets is None else margins + offsets[chosen].to(margins)
 
     def slack(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """What the chosen samples' margins must exceed to count as positive, (m, n_specs); see ``SLACK``."""
         x, rows = self.x[chosen].to(dtype), self.rows[chosen].to(dtype)
-        return SLACK[dtype] * (1.0 + self.graph(dtype, chosen).term_sizes(x, rows))
+        sizes = 1.0 + self.graph(dtype, chosen).term_sizes(x, rows)
+        offsets = self.question.offsets
+        return SLACK[dtype] * (sizes if offsets is None else sizes + offsets[chosen].to(sizes).abs())
 
     def resolution(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """The spacing of floats of x's precision at the greatest number that moves, (m,): no smaller eps certifies."""
@@ -146,7 +153,7 @@ class MarginProblem:
         return max(4, CACHE_BYTES // (2 * self._widest * dtype.itemsize))
 
     def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool) -> Tensor:
-        return self.bounds(eps, chosen, dtype, sound).margin(self.rows[chosen].to(dtype))
+        return self._shifted(self.bounds(eps, chosen, dtype, sound).margin(self.rows[chosen].to(dtype)), chosen)
 
     def bounds(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool = True) -> BoundPass | ShellPass:
         """The pass that bounds some samples' margins, with what is tuned by now."""

@@ -4,7 +4,7 @@ from .checkpoint import CONFIG_KEYS, CheckpointError, build_model, load_checkpoi
 from .models import MLP, SequenceClassifier
 from .onnx_export import export_onnx
 from .onnx_graph import OnnxNetwork, import_onnx, read_onnx
-from .reading import Network, check_network, graph_of, num_classes, read_network
+from .reading import Network, check_network, graph_of, num_classes, output_shape, read_network
 from .symbolic import UnsupportedError
 from .trace import TracedModule
 from .unroll import Cell, unroll
@@ -26,6 +26,7 @@ __all__ = [
     "import_onnx",
     "load_checkpoint",
     "num_classes",
+    "output_shape",
     "read_network",
     "read_onnx",
     "save_checkpoint",
