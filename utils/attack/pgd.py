@@ -177,7 +177,7 @@ def is_inside(balls: FrameBalls, x: Tensor, eps: Tensor) -> Tensor:
     """Whether x, (m, T, n), lies in the set of radii eps, (m, groups), as float64 has it, (m,)."""
     delta = x.to(VERDICT) - balls.x.to(VERDICT)
     inside = (balls.sizes(delta) <= eps).all(dim=-1)
-    inside &= (delta == 0).all(dim=-1).logical_or(balls.mask).all(dim=-1)
+    inside &= (delta == 0).logical_or(balls.may_move()).flatten(1).all(dim=1)
     if balls.clip is not None:
         inside &= ((x >= balls.clip[0]) & (x <= balls.clip[1])).flatten(1).all(dim=1)
     return inside

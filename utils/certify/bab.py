@@ -248,7 +248,8 @@ def decide(
         end = asked.x.shape[1] if asked.threat.lengths is None else int(asked.threat.lengths[n])
         mine = x[own] if asked.threat.lengths is None else x[own, :end]
         radii = [part[own] if part.dim() == 1 else part[own, :end] for part in (eps, outer)]
-        question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end]}
+        question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end], "features": None}
+        question["scales"] = None if asked.threat.scales is None else asked.threat.scales[own, :end]
         started = now()
         deadline = started + time_limit
         found = search(model, mine, labels[own], radii[0], seed=seed, deadline=deadline, **question)

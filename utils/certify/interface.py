@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,8 @@ def certified_margin(
     method: str = "crown",
     relaxation: str = "plane",
     lengths: Tensor | None = None,
+    features: Any = None,
+    scales: Any = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
@@ -65,6 +69,10 @@ def certified_margin(
             (``utils.jacobian.shells``).
         relaxation: of an LSTM's or GRU's gate products: "plane", "volume", "line" or "constant" (``utils.relaxation``).
         lengths: (batch,) number of frames that count in each sample; those after are padding. None for all.
+        features: which elements are perturbed: numbers of a frame's elements, or a mask of bool, (n,), (T, n),
+            (batch, T, n) or of the shape of x; None for all.
+        scales: by what each element moves more than eps, likewise: ||(x' - x) / scales||_p <= eps, and what has scale 0
+            is exact. With ``eps=1`` they are an eps for every element.
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
         curve_steps: gradient steps of "curve", each at the price of a dozen bounds by planes or more.
         time_limit: seconds that "bab" may take for a sample, from its start: planes, tuned slopes and "curve" count.
@@ -79,7 +87,7 @@ def certified_margin(
     Raises:
         ValueError: an argument does not fit; the message says which.
     """
-    threat = Threat(norm, ball, frames, clip, lengths)
+    threat = Threat(norm, ball, frames, clip, lengths, features, scales)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
     dtype = dtype or problem.x.dtype
@@ -115,6 +123,8 @@ def certified_radius(
     method: str = "crown",
     relaxation: str = "plane",
     lengths: Tensor | None = None,
+    features: Any = None,
+    scales: Any = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
@@ -144,7 +154,7 @@ def certified_radius(
         The largest eps that certified, in the units of x; 0 where none did (a misclassified sample), or none that the
         floats of x resolve.
     """
-    threat = Threat(norm, ball, frames, clip, lengths)
+    threat = Threat(norm, ball, frames, clip, lengths, features, scales)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
     search = {

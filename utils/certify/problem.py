@@ -107,7 +107,10 @@ class MarginProblem:
     def resolution(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """The spacing of floats of x's precision at the greatest number that moves, (m,): no smaller eps certifies."""
         x = self.x[chosen].detach()
-        return torch.finfo(x.dtype).eps * (x.abs().amax(dim=2) * self.threat.frames[chosen]).amax(dim=1).to(dtype)
+        size, scales = x.abs(), self.threat.scales
+        if scales is not None:
+            size = torch.where(scales[chosen] > 0, size / scales[chosen].clamp(min=1e-300), 0.0)
+        return torch.finfo(x.dtype).eps * (size.amax(dim=2) * self.threat.frames[chosen]).amax(dim=1).to(dtype)
 
     def margins(
         self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None), sound: bool = True

@@ -34,6 +34,8 @@ def band_radius(
     clip: tuple[float, float] | None = None,
     ball: str = "frame",
     lengths: Tensor | None = None,
+    features: Any = None,
+    scales: Any = None,
     method: str = "crown",
     relaxation: str = "plane",
     **search: Any,
@@ -51,7 +53,7 @@ def band_radius(
         The largest eps that certified, in the units of x; 0 where none did, as where an output lies outside by itself.
     """
     how = Method(method, relaxation)
-    question = OutputQuestion(model, x, Threat(norm, ball, frames, clip, lengths), output)
+    question = OutputQuestion(model, x, Threat(norm, ball, frames, clip, lengths, features, scales), output)
     batch, shape = len(question.x), question.shape
     rows = question.rows.double() if C is None else as_rows(C, question)
     shape = shape if C is None else rows.shape[1:2]

@@ -11,7 +11,9 @@ from ...choices.method import ALPHA_STEPS, CURVE_STEPS, Method
 from ...graph.graph import Graph
 from ...network.outputs import SeveralOutputs
 from ...network.state import plain_state
+from ...perturbation.lp_ball import INF
 from ...question.arguments import as_tensor
+from ...question.elements import box_of
 from ...question.question import OutputQuestion, Question
 from ...question.threat import Frames, Threat
 from ..interface import tuned_margins
@@ -28,9 +30,11 @@ class OutputBounds(NamedTuple):
 @plain_state()
 def output_bounds(
     model: nn.Module | Graph,
-    x: Tensor,
-    eps: float | Tensor,
+    x: Tensor | None = None,
+    eps: float | Tensor | None = None,
     *,
+    lower: Tensor | None = None,
+    upper: Tensor | None = None,
     C: Tensor | None = None,
     output: Any = None,
     norm: float = 2.0,
@@ -40,6 +44,8 @@ def output_bounds(
     method: str = "crown",
     relaxation: str = "plane",
     lengths: Tensor | None = None,
+    features: Any = None,
+    scales: Any = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     chain: str = "chord",
@@ -52,6 +58,7 @@ def output_bounds(
 
     Args:
         model: any module that can be read, with outputs (batch, ...) of any shape, or tuples and dicts of such.
+        lower, upper: in place of x and eps a box, of the shape of the input: lower <= x' <= upper, for every element.
         C: linear functions of the outputs: (n_specs, outputs) for all samples or (batch, n_specs, outputs), where the
             outputs may be one axis or as many as the model has. The difference of two outputs is bounded tighter by
             a row of C than by their bounds. None for every output by itself.
@@ -70,7 +77,13 @@ def output_bounds(
     how = Method(method, relaxation, alpha_steps, curve_steps, chain=chain, layers=layers)
     if how.branches:
         raise ValueError("method bab decides signs of margins: take curve for bounds of outputs")
-    threat = Threat(norm, ball, frames, clip, lengths)
+    if lower is not None or upper is not None:
+        if x is not None or eps is not None or lower is None or upper is None or scales is not None:
+            raise ValueError("give x and eps, or lower and upper")
+        (x, scales), eps, norm = box_of(lower, upper), 1.0, INF
+    elif x is None or eps is None:
+        raise ValueError("give x and eps, or lower and upper")
+    threat = Threat(norm, ball, frames, clip, lengths, features, scales)
 
     def bounds_of(path: Any) -> OutputBounds | dict | tuple | list:
         try:
