@@ -30,7 +30,7 @@ from utils.runs.cli import apply_common_arguments
 from utils.runs.ranks import joined
 from utils.runs.results import check_writable
 from utils.training.certified.objective import Certified
-from utils.training.cnn import as_images, make_cnn_config, random_change
+from utils.training.cnn import as_images, make_cnn_config, random_change, settle_statistics
 from utils.training.loop import Objective, plot_history, rehearse, train
 from utils.training.mnist import accuracies, evaluate, hold_back
 from utils.training.state import TrainingState
@@ -60,6 +60,7 @@ def main() -> None:
         state = TrainingState(path, args, labels[0])
         seen = hold_back(images, labels, args.held_back)  # the training set's, and what is watched meanwhile
         history = train(model, *seen, args, state, objective, ranks, random_change(args.shift, args.flip))
+        settle_statistics(model, seen[0][0])
 
         # Evaluate, save and draw.
         if ranks.first:

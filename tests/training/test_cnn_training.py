@@ -17,7 +17,7 @@ from utils.training.certified.clean_pass import clean_pass
 from utils.training.certified.losses import LOSSES
 from utils.training.certified.objective import Certified
 from utils.training.certified.recipe import Recipe
-from utils.training.cnn import random_change
+from utils.training.cnn import random_change, settle_statistics
 
 MNIST, CIFAR = "cnn/train_cnn_mnist_classifier.py", "cnn/train_cnn_cifar_classifier.py"
 SMALL = ("--width", 2, "--batch-size", 50, "--threads", 1)
@@ -97,6 +97,17 @@ def test_a_failure_leaves_the_layers_as_they_were():
     after = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))  # running ones have moved
     assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
+def test_settled_statistics_are_those_of_all_images():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4))
+    x = torch.randn(6000, 2, 2) * torch.tensor([1.0, 5.0]) + 3.0
+    model[1].running_mean += 7.0
+    settle_statistics(model, x)
+    torch.testing.assert_close(model[1].running_mean, x.flatten(1).mean(dim=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model[1].running_var, x.flatten(1).var(dim=0), rtol=2e-2, atol=0.0)
+    assert not model.training and model[1].momentum == 0.1
+    settle_statistics(nn.Linear(2, 2), x)
 
 
 # --- changed images ---

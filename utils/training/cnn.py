@@ -6,7 +6,8 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.mnist import ImageData
 
@@ -14,7 +15,7 @@ from ..choices.tables import CNN_WIDTHS
 from ..network.checkpoint import Config
 from .certified.arguments import recipe_facts
 from .certified.recipe import Recipe
-from .loop import Change
+from .loop import EVALUATION_BATCH, Change
 from .mnist import data_facts
 
 
@@ -45,6 +46,26 @@ def make_cnn_config(args: argparse.Namespace, data: ImageData, recipe: Recipe | 
         **data_facts(args, data),
         **({} if recipe is None else recipe_facts(recipe) | {"held_back": args.held_back}),
     }
+
+
+@torch.no_grad()
+def settle_statistics(model: nn.Module, images: Tensor) -> None:
+    """Let normalisation take the statistics of all images, (N, ...), in place of the last batches' running ones.
+
+    A mean over large batches; does nothing where no layer normalises. The model is in evaluation mode afterwards.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # every batch counts alike
+    model.train()
+    if layers:
+        for batch in images.split(EVALUATION_BATCH)[: max(1, len(images) // EVALUATION_BATCH)]:
+            model(batch)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    model.eval()
 
 
 def random_change(shift: int, flip: bool) -> Change | None:
