@@ -26,6 +26,7 @@ from utils.choices.tables import CNN_WIDTHS
 from utils.runs.cli import ArgumentParser, ContradictionError, answer_early, positive_float, positive_int, run_main
 
 METHODS = ("ibp", "crown-ibp", "crown")
+LOSSES = ("ibp", "crown-ibp")  # the second with one row for all classes
 TASKS = {"TinyImageNet": (64, 200), "ImageNet 64": (64, 1000), "ImageNet 32": (32, 1000)}
 
 
@@ -37,6 +38,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["crown-ibp"], help="bounds")
     parser.add_argument("--eps", type=positive_float, default=1e-5, help="l_inf radius, in pixel values")
     parser.add_argument("--training", action="store_true", help="training steps in place of bounds")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of training steps")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), help="images and classes")
     args = parser.parse_args()
     args.models = args.models or (["cnn7"] if args.training else ["densenet", "resnext", "wide_resnet"])
@@ -139,7 +141,7 @@ def main() -> None:
         print(" | plain, s | certified, s | ratio", flush=True)
         for kind in args.models:
             for task in args.tasks:
-                for loss in ("ibp", "crown-ibp"):
+                for loss in args.losses:
                     print(step_line(kind, task, loss, args), flush=True)
         return
     print(f"{args.batch_size} images of 3 x 32 x 32, l_inf {args.eps:g}, float32, one thread")

@@ -18,6 +18,7 @@ from utils.graph.convolution import Convolution
 from utils.graph.graph import Graph
 from utils.graph.nonlinear import Activation
 from utils.graph.pooling import Maximum
+from utils.network.cnn import make_cnn
 from utils.network.trace import trace
 from utils.question import margin_rows
 from utils.relaxation.lines import Plane, Relaxation
@@ -149,6 +150,27 @@ def test_broken_bounds_are_caught(name, broken, monkeypatch):
     broken(monkeypatch)
     with pytest.raises(AssertionError):
         check_order(name, THREATS[2], EPS[INF], tuned=False)
+
+
+# --- the kinds of cnn/, small -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "width"), [pytest.param("densenet", 1, marks=pytest.mark.full), ("resnext", 2), ("wide_resnet", 1)]
+)
+def test_dense_grouped_and_wide_networks(kind, width):
+    """Random weights; statistics of their images. Backward bounds at every layer say something, intervals do not."""
+    torch.manual_seed(0)
+    net, x = make_cnn(kind, 1, 16, CLASSES, width, mean=0.5, std=0.25), torch.rand(1, 1, 16, 16)
+    with torch.no_grad():
+        net.train()(torch.rand(32, 1, 16, 16))
+    net, x = net.double().eval().requires_grad_(False), x.double()
+    labels, eps = net(x).argmax(dim=1), 5e-4
+    found = pgd(net, x, labels, eps, norm=INF, steps=5, restarts=1, dtype=torch.float64).margin
+    for method in METHODS:
+        worst = certified_margin(net, x, labels, eps, norm=INF, method=method).amin(dim=1)
+        check_below(worst, found, f"{kind}: {method} above an attack")
+    check_below(found - 1.0, worst, f"{kind}: crown far below")
 
 
 # --- four pixels: bounds against grids --------------------------------------------------------------------------------
