@@ -199,7 +199,7 @@ def test_verified_accuracy_by_the_cascade(folder, tmp_path):
 
 def test_decisions(folder, tmp_path):
     path = folder / "cnn_small_2" / "cnn"
-    given = ("--model", path, "--data-dir", folder, "--p", "inf", "--clip", "--time-limit", 2, "--threads", 1)
+    given = ("--model", path, "--data-dir", folder, "--p", "inf", "--clip", "--time-limit", 60, "--threads", 1)
     model, x, labels, kept = case(folder, 6)
     radius = certified_radius(model, x, labels, norm=INF, clip=(0.0, 1.0))
     for eps, verdict in ((0.9 * float(radius.min()), "certified"), (0.9, "falsified")):

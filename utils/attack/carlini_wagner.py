@@ -114,7 +114,7 @@ def minimise(problem: AttackProblem, rows: Tensor, clean: Tensor, c: Tensor, ste
 
 def _into_unit_balls(balls: FrameBalls, w: Tensor, unit: Tensor) -> Tensor:
     """w projected to the unit balls; the valid range concerns v w, not w."""
-    return FrameBalls(balls.x, balls.mask, balls.norm, balls.ball).project(w, unit)
+    return FrameBalls(balls.x, balls.mask, balls.norm, balls.ball, None, balls.stretch).project(w, unit)
 
 
 def _start(problem: AttackProblem, rows: Tensor, balls: FrameBalls, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,7 @@ def clever(
     if batches < 1 or points < 1:
         raise ValueError(f"batches and points must be at least 1, not {batches} and {points}")
     problem = AttackProblem(model, x, labels, **threat)
+    problem.question.threat.check_even("CLEVER scores")
     parts = [
         _scores(problem, rows, eps0, PointSource(batches, points, seed, sampling), dtype)
         for rows in torch.arange(len(problem), device=problem.balls.x.device).split(batch_size)

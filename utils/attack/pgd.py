@@ -77,7 +77,10 @@ class AttackProblem:
         with torch.backends.cudnn.flags(enabled=False):
             logits = self.model(x.dtype)(x.flatten(0, -3))
         logits = logits.reshape(*x.shape[:-2], rows.shape[-1])
-        return torch.einsum("b...c,bsc->b...s", logits, rows)
+        margins, offsets = torch.einsum("b...c,bsc->b...s", logits, rows), self.question.offsets
+        if offsets is None:
+            return margins
+        return margins + offsets[chosen].to(margins).reshape(len(rows), *[1] * (margins.dim() - 2), -1)
 
     def worst_margin(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
         return self.margins(x, chosen).amin(dim=-1)
@@ -174,7 +177,7 @@ def is_inside(balls: FrameBalls, x: Tensor, eps: Tensor) -> Tensor:
     """Whether x, (m, T, n), lies in the set of radii eps, (m, groups), as float64 has it, (m,)."""
     delta = x.to(VERDICT) - balls.x.to(VERDICT)
     inside = (balls.sizes(delta) <= eps).all(dim=-1)
-    inside &= (delta == 0).all(dim=-1).logical_or(balls.mask).all(dim=-1)
+    inside &= (delta == 0).logical_or(balls.may_move()).flatten(1).all(dim=1)
     if balls.clip is not None:
         inside &= ((x >= balls.clip[0]) & (x <= balls.clip[1])).flatten(1).all(dim=1)
     return inside

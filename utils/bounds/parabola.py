@@ -45,6 +45,8 @@ class ParabolaPass(BoundPass):
 
     def __init__(self, graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True):
         self._output, self._hidden, self._frame = _layers(graph)
+        if perturbation.stretch is not None and not perturbation.is_box:
+            raise ValueError("method parabola is for balls in which all elements count alike: leave out scales")
         super().__init__(graph, perturbation, "crown", slopes, sound)
 
     def margin(self, rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .lipschitz import (
     sampled_lipschitz,
     search_without_stationary_point,
 )
+from .outputs import OutputBounds, band_radius, output_bounds
 from .problem import MarginProblem, margin_problem
 from .radius import RadiusResult, search_radius
 from .verify import Verifier
@@ -26,9 +27,11 @@ __all__ = [
     "Effort",
     "LocalLipschitz",
     "MarginProblem",
+    "OutputBounds",
     "RadiusResult",
     "StageCost",
     "Verifier",
+    "band_radius",
     "cascade",
     "certified_margin",
     "certified_radius",
@@ -38,6 +41,7 @@ __all__ = [
     "margin_problem",
     "margin_rows",
     "model_hash",
+    "output_bounds",
     "radius_without_stationary_point",
     "read_vnnlib",
     "sampled_lipschitz",

@@ -236,6 +236,7 @@ def decide(
         if name in threat:
             raise ValueError(f"decide goes from one method to the next by itself: leave out {name}")
     asked = Question(model, x, labels, targets, threat_of(lengths=lengths, **threat))
+    asked.check_picks_one("decisions")
     eps, x = asked.eps(eps, torch.float64), as_inputs(x)
     # The set that bounds hold for must not be smaller than the attack's.
     outer = eps.to(dtype)
@@ -247,7 +248,8 @@ def decide(
         end = asked.x.shape[1] if asked.threat.lengths is None else int(asked.threat.lengths[n])
         mine = x[own] if asked.threat.lengths is None else x[own, :end]
         radii = [part[own] if part.dim() == 1 else part[own, :end] for part in (eps, outer)]
-        question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end]}
+        question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end], "features": None}
+        question["scales"] = None if asked.threat.scales is None else asked.threat.scales[own, :end]
         started = now()
         deadline = started + time_limit
         found = search(model, mine, labels[own], radii[0], seed=seed, deadline=deadline, **question)

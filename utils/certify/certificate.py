@@ -137,6 +137,8 @@ def save_certificates(
         OSError: the folder cannot be written.
     """
     problem = margin_problem(model, x, labels, **question)
+    problem.question.check_picks_one("certificates")
+    problem.threat.check_even("certificates")
     eps = problem.question.eps(eps, torch.float64)
     names = [f"{number:05d}" for number in range(len(eps))] if names is None else list(map(str, names))
     if len(names) != len(eps):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,8 @@ def certified_margin(
     method: str = "crown",
     relaxation: str = "plane",
     lengths: Tensor | None = None,
+    features: Any = None,
+    scales: Any = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
@@ -46,7 +50,10 @@ def certified_margin(
             never changed.
         x: (batch, T, n) sequences in the model's input units. Inputs of a module may also be (batch, T) whole numbers
             of words, whose vectors are perturbed then, or of another shape, (batch, ...), which is one frame.
-        labels: (batch,) classes that must win.
+        labels: (batch,) classes that must win. Of a model with one score a sample, (batch,) or (batch, 1), 1 where the
+            score must stay positive (after a sigmoid: above 1/2) and 0 where it must stay negative. Of a model with
+            outputs of every step, (batch, T, classes) or one score a step, (batch, T): as in torch's losses, a step
+            with the label -100 asks for nothing.
         eps: radius in the units of x: a number, (batch,), or (batch, T) for one radius a frame.
         norm: p of the l_p balls: 1, 2 or inf, also as "l1", "l2", "linf".
         targets: classes to beat, one for all, (batch,) or (batch, n_specs); None for every other class.
@@ -62,6 +69,10 @@ def certified_margin(
             (``utils.jacobian.shells``).
         relaxation: of an LSTM's or GRU's gate products: "plane", "volume", "line" or "constant" (``utils.relaxation``).
         lengths: (batch,) number of frames that count in each sample; those after are padding. None for all.
+        features: which elements are perturbed: numbers of a frame's elements, or a mask of bool, (n,), (T, n),
+            (batch, T, n) or of the shape of x; None for all.
+        scales: by what each element moves more than eps, likewise: ||(x' - x) / scales||_p <= eps, and what has scale 0
+            is exact. With ``eps=1`` they are an eps for every element.
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
         curve_steps: gradient steps of "curve", each at the price of a dozen bounds by planes or more.
         time_limit: seconds that "bab" may take for a sample, from its start: planes, tuned slopes and "curve" count.
@@ -71,25 +82,29 @@ def certified_margin(
 
     Returns:
         (batch, n_specs); a positive row cannot change sign inside the perturbation set (up to rounding; ``SLACK``).
-        Those of "bab" have no gradient.
+        Those of "bab" have no gradient. With labels (batch, T) they are (batch, T, n_specs), inf of steps without one.
 
     Raises:
         ValueError: an argument does not fit; the message says which.
     """
-    threat = Threat(norm, ball, frames, clip, lengths)
+    threat = Threat(norm, ball, frames, clip, lengths, features, scales)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
-    x = problem.x
-    eps = problem.question.eps(eps, dtype or x.dtype)
-    if how.branches:
-        return best_margins(problem, eps.detach(), dtype or x.dtype)
-    margins = problem.margins(eps, dtype or x.dtype)
+    dtype = dtype or problem.x.dtype
+    eps = problem.question.eps(eps, dtype)
+    margins = best_margins(problem, eps.detach(), dtype) if how.branches else tuned_margins(problem, eps, dtype)
+    return problem.question.arranged(margins)
+
+
+def tuned_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Margins, (batch, n_specs), at eps, (batch,) or (batch, T), the best of what the method goes through."""
+    margins, how = problem.margins(eps, dtype), problem.method
     if how.tuned:
-        problem.tune(eps.detach(), TUNING, alpha_steps)
-        margins = torch.maximum(margins, problem.margins(eps, dtype or x.dtype))
+        problem.tune(eps.detach(), TUNING, how.alpha_steps)
+        margins = torch.maximum(margins, problem.margins(eps, dtype))
     if how.curved:
-        problem.tune_curves(eps.detach(), TUNING, curve_steps)
-        margins = torch.maximum(margins, problem.margins(eps, dtype or x.dtype))
+        problem.tune_curves(eps.detach(), TUNING, how.curve_steps)
+        margins = torch.maximum(margins, problem.margins(eps, dtype))
     return margins
 
 
@@ -108,6 +123,8 @@ def certified_radius(
     method: str = "crown",
     relaxation: str = "plane",
     lengths: Tensor | None = None,
+    features: Any = None,
+    scales: Any = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
@@ -137,7 +154,7 @@ def certified_radius(
         The largest eps that certified, in the units of x; 0 where none did (a misclassified sample), or none that the
         floats of x resolve.
     """
-    threat = Threat(norm, ball, frames, clip, lengths)
+    threat = Threat(norm, ball, frames, clip, lengths, features, scales)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
     search = {

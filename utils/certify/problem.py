@@ -98,7 +98,12 @@ class MarginProblem:
 
     def _margins_at(self, x: Tensor, dtype: torch.dtype, chosen: Tensor | slice) -> Tensor:
         logits = self.graph(dtype, chosen).evaluate(x)
-        return (self.rows[chosen].to(dtype) @ logits[..., None]).squeeze(-1)
+        return self._shifted((self.rows[chosen].to(dtype) @ logits[..., None]).squeeze(-1), chosen)
+
+    def _shifted(self, margins: Tensor, chosen: Tensor | slice) -> Tensor:
+        """With what the question adds to its rows."""
+        offsets = self.question.offsets
+        return margins if offsets is None else margins + offsets[chosen].to(margins)
 
     def slack(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """What the chosen samples' margins must exceed to count as positive, (m, n_specs); see ``SLACK``."""
@@ -106,12 +111,17 @@ class MarginProblem:
         def sizes(own: Tensor) -> Tensor:
             return self.graph(dtype, own).term_sizes(self.x[own].to(dtype), self.rows[own].to(dtype))
 
-        return SLACK[dtype] * (1.0 + self._in_parts(sizes, dtype, chosen))
+        total = 1.0 + self._in_parts(sizes, dtype, chosen)
+        offsets = self.question.offsets
+        return SLACK[dtype] * (total if offsets is None else total + offsets[chosen].to(total).abs())
 
     def resolution(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """The spacing of floats of x's precision at the greatest number that moves, (m,): no smaller eps certifies."""
         x = self.x[chosen].detach()
-        return torch.finfo(x.dtype).eps * (x.abs().amax(dim=2) * self.threat.frames[chosen]).amax(dim=1).to(dtype)
+        size, scales = x.abs(), self.threat.scales
+        if scales is not None:
+            size = torch.where(scales[chosen] > 0, size / scales[chosen].clamp(min=1e-300), 0.0)
+        return torch.finfo(x.dtype).eps * (size.amax(dim=2) * self.threat.frames[chosen]).amax(dim=1).to(dtype)
 
     def margins(
         self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None), sound: bool = True
@@ -157,7 +167,7 @@ class MarginProblem:
         return max(4, CACHE_BYTES // (2 * self._widest * dtype.itemsize))
 
     def _margins(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool) -> Tensor:
-        return self.bounds(eps, chosen, dtype, sound).margin(self.rows[chosen].to(dtype))
+        return self._shifted(self.bounds(eps, chosen, dtype, sound).margin(self.rows[chosen].to(dtype)), chosen)
 
     def bounds(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool = True) -> BoundPass | ShellPass:
         """The pass that bounds some samples' margins, with what is tuned by now."""

@@ -5,7 +5,7 @@ from .cnn import CNN_KINDS, ImageClassifier, make_cnn
 from .models import MLP, SequenceClassifier
 from .onnx_export import export_onnx
 from .onnx_graph import OnnxNetwork, import_onnx, read_onnx
-from .reading import Network, check_network, graph_of, num_classes, read_network
+from .reading import Network, check_network, graph_of, num_classes, output_shape, read_network
 from .symbolic import UnsupportedError
 from .trace import TracedModule
 from .unroll import Cell, unroll
@@ -30,6 +30,7 @@ __all__ = [
     "load_checkpoint",
     "make_cnn",
     "num_classes",
+    "output_shape",
     "read_network",
     "read_onnx",
     "save_checkpoint",

@@ -23,7 +23,7 @@ CNN_KINDS = tuple(CNN_WIDTHS)
 
 
 class ImageClassifier(nn.Module):
-    """Logits, (batch, classes), of images, (batch, channels, height, width) or (batch, height, width) if grey.
+    """Logits, (batch, classes), of images, (batch, channels, height, width).
 
     Args:
         layers: what takes the normalised images.
@@ -37,8 +37,9 @@ class ImageClassifier(nn.Module):
             self.register_buffer(name, torch.as_tensor(value).float().reshape(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        images = x if x.dim() == 4 else x.unsqueeze(1)
-        return self.layers((images - self.mean) / self.std)
+        if len(x.shape) != 4:  # three axes would be read as a sequence, with a ball around every frame
+            raise ValueError(f"images must be (batch, channels, height, width), not {tuple(x.shape)}")
+        return self.layers((x - self.mean) / self.std)
 
 
 def make_cnn(

@@ -18,6 +18,7 @@ from ..graph.graph import Graph
 from .kept import Unknown, fingerprint
 from .models import SequenceClassifier
 from .modules import usable_model
+from .outputs import SCORES, Outputs
 from .state import user_state
 from .symbolic import as_graph
 from .trace import TracedModule
@@ -30,17 +31,18 @@ MOST = 4  # readings of one module, for inputs of several shapes
 _kept: weakref.WeakKeyDictionary[nn.Module, list[Reading]] = weakref.WeakKeyDictionary()
 
 
-def read_network(model: nn.Module | Graph, x: Tensor) -> tuple[Network, Tensor]:
+def read_network(model: nn.Module | Graph, x: Tensor, outputs: Outputs = SCORES) -> tuple[Network, Tensor]:
     """What is certified of ``model``, and its input as frames, (batch, T, n).
 
     A sequence classifier takes the frames as they are, with lengths if need be. Any other module is read by
-    ``utils.network.trace``. A graph's single frame takes all values of an input of another shape.
+    ``utils.network.trace``. A graph's single frame takes all values of an input of another shape. ``outputs`` says what
+    of a module's result is meant.
     """
     model = usable_model(model)
     if isinstance(model, Graph):
         return model, x if x.dim() == 3 or x.dim() < 2 else x.flatten(1)[:, None]
     if not isinstance(model, SequenceClassifier):
-        traced = read_module(model, x)
+        traced = read_module(model, x, outputs)
         return traced, traced.frames
     return model, x
 
@@ -50,15 +52,20 @@ def read_for_step(model: nn.Module, x: Tensor, check: bool) -> tuple[Network, Te
     model = usable_model(model)
     if isinstance(model, SequenceClassifier):
         return model, x
-    traced = TracedModule(model, x, check)
+    traced = TracedModule(model, x, check=check)
     traced.keep_graphs()
     return traced, traced.frames
 
 
-def num_classes(network: Network) -> int:
+def output_shape(network: Network) -> torch.Size:
+    """Of the outputs for a sample: (classes,) of a classifier."""
     if isinstance(network, Graph):
-        return network.output.size
-    return network.num_classes if isinstance(network, TracedModule) else network.head.out_features
+        return torch.Size((network.output.size,))
+    return network.output_shape if isinstance(network, TracedModule) else torch.Size((network.head.out_features,))
+
+
+def num_classes(network: Network) -> int:
+    return output_shape(network).numel()
 
 
 def graph_of(
@@ -126,23 +133,23 @@ class Reading:
         return self.state == state and all(map(torch.equal, self.tensors, tensors))
 
 
-def read_module(module: nn.Module, x: Tensor) -> TracedModule:
-    """``TracedModule(module, x)``, from an earlier reading where that is as good."""
+def read_module(module: nn.Module, x: Tensor, outputs: Outputs) -> TracedModule:
+    """``TracedModule(module, x, outputs)``, from an earlier reading where that is as good."""
     tensors = [*module.parameters(), *module.buffers()]
     learnt = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if learnt or not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) == 0:
-        return TracedModule(module, x)
+        return TracedModule(module, x, outputs)
     try:
-        state = (x.shape[1:], x.dtype, x.device, user_state(), fingerprint(module))
+        state = (x.shape[1:], x.dtype, x.device, outputs, user_state(), fingerprint(module))
     except Unknown:
-        return TracedModule(module, x)
+        return TracedModule(module, x, outputs)
     known = _kept.get(module, [])
     for reading in known:
         if reading.fits(state, tensors):
             traced = reading.traced.for_input(module, x)
             if traced is not None:
                 return traced
-    traced = TracedModule(module, x)
+    traced = TracedModule(module, x, outputs)
     traced.keep_graphs()
     if traced.is_pure:
         _kept[module] = [Reading(traced, state, tensors), *(one for one in known if one.state != state)][:MOST]

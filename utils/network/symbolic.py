@@ -150,6 +150,15 @@ class Builder:
         starts = torch.tensor(self._starts)
         return torch.where(ids == CONSTANT, -1, torch.searchsorted(starts, ids.contiguous(), right=True) - 1)
 
+    def nodes_of(self, x: Symbol) -> list[Node]:
+        """The node of each element, in the order of the elements; none may be a constant."""
+        ids = torch.where(x.ids == CONSTANT, CONSTANT, x.ids % SAMPLE).reshape(-1)
+        return [self.graph.nodes[index] for index in self._nodes_of(ids).tolist()]
+
+    def start_of(self, node: Node) -> int:
+        """Number of the node's first element."""
+        return self._starts[node.index]
+
     def _offsets(self, ids: Tensor, node: Node) -> Tensor:
         return ids - self._starts[node.index]
 

@@ -26,6 +26,7 @@ from ..graph.graph import Graph
 from . import images
 from .kept import kept
 from .modules import usable_model
+from .outputs import ENDS, SCORES, Outputs
 from .state import plain_state, user_defaults
 from .symbolic import Builder, Symbol, UnsupportedError, as_graph, check_scores, constant, join
 
@@ -496,8 +497,9 @@ def _silu(builder, x):
 @operation("softmax", "log_softmax")
 def _softmax(builder, x, dim=None, _stacklevel=3, dtype=None, name="softmax"):
     check_scores(x)
-    if len(x.shape) != 2 or dim not in (1, -1, None):
-        raise UnsupportedError("a softmax is supported at the end of the network only, over the classes")
+    last = len(x.shape) - 1
+    if last < 1 or (dim not in (last, -1) and not (dim is None and last == 1)):
+        raise UnsupportedError("a softmax is supported at the end of the network only, over the classes, the last axis")
     return Symbol(x.ids, x.scale, x.shift, name)
 
 
@@ -791,9 +793,10 @@ class TracedModule:
     Attributes:
         frames: the input as (batch, T, n): the sequence itself, the vectors of its words, or one frame of all values.
         softmax: name of the function that the forward ends with and the graph leaves out; "" if it has none.
+        output_shape: of the outputs for a sample, which the graph has as one vector.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor, check: bool = True):
+    def __init__(self, module: nn.Module, x: Tensor, outputs: Outputs = SCORES, check: bool = True):
         """``check`` says whether the graph must be found to compute what the module does."""
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedError("a scripted module's forward cannot be read: give the module that it was made from")
@@ -804,14 +807,13 @@ class TracedModule:
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ValueError(f"the model's parameter {name} is not finite")
-        self.module, self.x, self.softmax = module, x, ""
+        self.module, self.x, self.softmax, self.outputs = module, x, "", outputs
         like = next((value for value in module.parameters() if value.is_floating_point()), x)
         self.like = torch.empty(0, dtype=like.dtype, device=like.device)
         self.frames = x
         self.is_pure = True
         self._graphs: dict[tuple, Graph] | None = None
         self._plain = graph = self._trace("plane")
-        self.num_classes = graph.output.size
         if not x.is_floating_point():
             self.frames = self._table.detach()[x]
         else:
@@ -847,7 +849,7 @@ class TracedModule:
         twin = copy.copy(self)
         twin.module, twin.x, twin.frames = module, x, _frames(x)
         with user_defaults():
-            expected = module(x[:1].to(self.like))
+            expected = self.outputs.of(module(x[:1].to(self.like)))
         return twin if self._agrees(self._plain, twin.frames[:1], expected) else None
 
     def _trace(self, relaxation: str) -> Graph:
@@ -871,23 +873,23 @@ class TracedModule:
                 raise UnsupportedError(
                     f"the forward fails on x of shape {tuple(self.x.shape)}: {reason}{earlier}"
                 ) from error
-        if isinstance(output, (tuple, list, dict)):
-            raise UnsupportedError(
-                f"the forward must return the scores of the classes alone, not a {type(output).__name__}"
-            )
+        output = self.outputs.of(output)
         if not isinstance(output, Traced):
             raise UnsupportedError("the forward's result does not depend on the input")
         if tokens:
             self._table = given.table
-        self.softmax = output.symbol.softmax
-        return builder.finish(output.symbol)
+        symbol, self.output_shape = output.symbol, output.shape[1:]
+        if len(output.shape) == 0 or output.shape[0] != BATCH:
+            raise UnsupportedError(f"the output must be (batch, ...), not of shape {tuple(output.shape)}")
+        symbol, self.softmax = self.outputs.without_end(builder, symbol)
+        return builder.finish(symbol.view(lambda part: part.reshape(BATCH, -1)))
 
     @torch.no_grad()
     def _check(self, graph: Graph) -> None:
         """The graph must compute what the module does, or the forward has done something behind its back."""
         some = self.x[:4] if not self.x.is_floating_point() else self.x[:4].to(self.like)
         with kept(self.module) as keeper, user_defaults():
-            expected, again = self.module(some), self.module(some)
+            expected, again = self.outputs.of(self.module(some)), self.outputs.of(self.module(some))
             changed = keeper.changed()
         if changed and not torch.equal(expected, again):
             raise UnsupportedError(
@@ -903,9 +905,8 @@ class TracedModule:
 
     def _agrees(self, graph: Graph, frames: Tensor, expected: Tensor) -> bool:
         expected = expected.to("cpu", torch.float64)
-        found = graph.evaluate(frames.to("cpu", torch.float64))
-        if self.softmax:
-            found = getattr(torch, self.softmax)(found, dim=-1)
+        found = graph.evaluate(frames.to("cpu", torch.float64)).reshape(-1, *self.output_shape)
+        found = ENDS[self.softmax](found)
         room = SAME.get(self.like.dtype, SAME[torch.float32]) * (1.0 + expected.abs().amax())
         return expected.shape == found.shape and bool(((expected - found).abs() <= room).all())
 

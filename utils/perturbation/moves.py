@@ -21,6 +21,7 @@ class FrameBalls:
         norm: p, one of 1, 2 and inf.
         ball: a key of ``BALLS``, see ``utils.perturbation.balls``.
         clip: (lowest, highest) valid input value, for any p, or None.
+        stretch: by which every element's move is larger than that of a ball, (batch, T, n); None for 1.
 
     Perturbations are delta = x' - x, (batch, T,
     n) or with more dimensions between the batch and T; radii are eps, (batch, groups) or with the same dimensions.
@@ -31,6 +32,7 @@ class FrameBalls:
     norm: float = 2.0
     ball: str = "frame"
     clip: tuple[float, float] | None = None
+    stretch: Tensor | None = None
 
     def __post_init__(self):
         if self.norm not in NORMS:
@@ -41,7 +43,8 @@ class FrameBalls:
 
     def select(self, rows: Tensor | slice, dtype: torch.dtype) -> FrameBalls:
         """The set of some of the samples, in a precision."""
-        return FrameBalls(self.x[rows].to(dtype), self.mask[rows], self.norm, self.ball, self.clip)
+        stretch = None if self.stretch is None else self.stretch[rows].to(dtype)
+        return FrameBalls(self.x[rows].to(dtype), self.mask[rows], self.norm, self.ball, self.clip, stretch)
 
     @property
     def groups(self) -> int:
@@ -56,12 +59,29 @@ class FrameBalls:
         return tensor.reshape(tensor.shape[0], *([1] * (like.dim() - 3)), *tensor.shape[1:])
 
     def group(self, delta: Tensor) -> Tensor:
-        """(..., groups, elements) of what is perturbed, zeros elsewhere."""
-        return self._ball.group(delta * self._between(self.mask, delta)[..., None])
+        """(..., groups, elements) of the balls' own moves behind perturbations, zeros where nothing may move."""
+        delta = delta * self._between(self.mask, delta)[..., None]
+        if self.stretch is not None:
+            factor = self._between(self.stretch, delta).to(delta)
+            delta = torch.where(factor > 0, delta / torch.where(factor > 0, factor, 1.0), 0.0)
+        return self._ball.group(delta)
+
+    def gradient_group(self, gradient: Tensor) -> Tensor:
+        """Gradients with respect to the balls' own moves, (..., groups, elements), from those with respect to x."""
+        gradient = gradient * self._between(self.mask, gradient)[..., None]
+        if self.stretch is not None:
+            gradient = gradient * self._between(self.stretch, gradient).to(gradient)
+        return self._ball.group(gradient)
 
     def frames(self, grouped: Tensor) -> Tensor:
-        """Back from groups to (..., T, n)."""
-        return self._ball.frames(grouped, self.x.shape[1:])
+        """Perturbations (..., T, n) of the balls' own moves."""
+        delta = self._ball.frames(grouped, self.x.shape[1:])
+        return delta if self.stretch is None else delta * self._between(self.stretch, delta).to(delta)
+
+    def may_move(self) -> Tensor:
+        """Which elements are perturbed at all, (batch, T, n) or (batch, T, 1)."""
+        mask = self.mask[..., None]
+        return mask if self.stretch is None else mask & (self.stretch > 0)
 
     def sizes(self, delta: Tensor) -> Tensor:
         """||.||_p of each group, (..., groups)."""
@@ -73,7 +93,7 @@ class FrameBalls:
 
     def gradient_norms(self, gradient: Tensor) -> Tensor:
         """Most that a linear function of this gradient changes per unit of eps of each group, (..., groups)."""
-        return dual_norm(self.group(gradient), self.norm)
+        return dual_norm(self.gradient_group(gradient), self.norm)
 
     def steepest(self, gradient: Tensor, delta: Tensor) -> Tensor:
         """Direction of size 1 in each group along which a function of this gradient grows fastest from delta.
@@ -84,11 +104,13 @@ class FrameBalls:
             x = self._between(self.x, delta) + delta
             gradient = gradient.masked_fill((x >= self.clip[1]) & (gradient > 0), 0.0)
             gradient = gradient.masked_fill((x <= self.clip[0]) & (gradient < 0), 0.0)
-        return self.frames(steepest(self.group(gradient), self.norm))
+        return self.frames(steepest(self.gradient_group(gradient), self.norm))
 
     def scaled(self, delta: Tensor, eps: Tensor) -> Tensor:
-        """Each group of delta, (batch or 1, ..., T, n), times its eps, (batch, groups)."""
-        return self.frames(self.group(delta.expand(len(eps), *delta.shape[1:])) * self._spread(eps, delta)[..., None])
+        """Each group of moves of balls, (batch or 1, ..., T, n), times its eps, (batch, groups), as a perturbation."""
+        moves = delta.expand(len(eps), *delta.shape[1:])
+        moves = self._ball.group(moves * self._between(self.mask, moves)[..., None])
+        return self.frames(moves * self._spread(eps, delta)[..., None])
 
     def _spread(self, eps: Tensor, delta: Tensor) -> Tensor:
         return eps if eps.dim() == delta.dim() - 1 else self._between(eps[..., None], delta).squeeze(-1)
@@ -110,4 +132,4 @@ class FrameBalls:
         shape = (1, count, self.groups, self.x.shape[1:].numel() // self.groups)
         points = random_on_sphere(shape, self.norm, generator)
         points[:, ::2] = random_in_ball(shape, self.norm, generator)[:, ::2]
-        return self.frames(points).to(self.x)
+        return self._ball.frames(points, self.x.shape[1:]).to(self.x)

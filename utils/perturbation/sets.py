@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class InputSet:
 
     x: Tensor
     norm: float
+    stretch: Tensor | None = None  # by element; see ``Perturbation``
 
     @property
     def is_box(self) -> bool:
@@ -92,6 +94,8 @@ class Perturbation(InputSet):
         ball: a key of ``BALLS``. "frame": every frame has its own ball, ||x'_t - x_t||_p <= eps[:, t]; "sequence": one
             ball around the whole sequence, ||x' - x||_p <= eps, over the frames whose eps is not 0.
         clip: (lowest, highest) valid input value, to which l_inf boxes are cut, or None.
+        stretch: by which every element's move is larger than that of a ball, (batch, T, n), at least 0; None for 1. The
+            moves x' - x are those of balls, element by element times this.
     """
 
     x: Tensor
@@ -99,6 +103,7 @@ class Perturbation(InputSet):
     norm: float = 2.0
     ball: str = "frame"
     clip: tuple[float, float] | None = None
+    stretch: Tensor | None = None
 
     def __post_init__(self):
         if self.norm not in NORMS:
@@ -112,26 +117,31 @@ class Perturbation(InputSet):
         if not bool(((self.eps >= 0) & self.eps.isfinite()).all()):
             raise ValueError("eps must be a finite number >= 0 for every frame")
         self._ball.check(self.eps)
-        self._box = self._cut_box() if self.clip is not None else None
-        self._exact = (self.eps == 0).all(dim=0).tolist()
+        stretched = self.stretch is not None
+        self._box = self._uneven_box() if self.clip is not None or (stretched and self.norm == INF) else None
+        reach = self.eps * self.stretch.amax(dim=-1) if stretched else self.eps
+        self._exact = (reach == 0).all(dim=0).tolist()
 
-    def _cut_box(self) -> tuple[Tensor, Tensor]:
-        """Centre and half-width, (batch, T, n) each, of the boxes cut to the valid range (which must hold x itself).
+    def _uneven_box(self) -> tuple[Tensor, Tensor]:
+        """Centre and half-width, (batch, T, n) each, of boxes cut to the valid range (which must hold x itself).
 
-        Exact frames, such as padding, stay as they are, wherever they lie.
+        Exact frames and elements, such as padding, stay as they are, wherever they lie.
         """
-        low, high = self.clip
-        moved = self.eps[..., None] > 0
+        sides = self.eps[..., None] if self.stretch is None else self.eps[..., None] * self.stretch
+        low, high = (-math.inf, math.inf) if self.clip is None else self.clip
+        moved = sides > 0
         if bool((((self.x < low) | (self.x > high)) & moved).any()):
             raise ValueError(f"inputs lie outside the range [{low}, {high}] that they are to be clipped to")
-        below = torch.where(moved, (self.x - self.eps[..., None]).clamp(min=low), self.x)
-        above = torch.where(moved, (self.x + self.eps[..., None]).clamp(max=high), self.x)
-        return 0.5 * (below + above), 0.5 * (above - below)
+        below = torch.where(moved, (self.x - sides).clamp(min=low), self.x)
+        above = torch.where(moved, (self.x + sides).clamp(max=high), self.x)
+        center = 0.5 * (below + above)
+        return center, torch.maximum(above - center, center - below)  # both ends inside, however the centre was rounded
 
     def of_first(self, samples: int) -> Perturbation:
         """The part of the first samples of the batch."""
         part = copy.copy(self)
         part.x, part.eps = self.x[:samples], self.eps[:samples]
+        part.stretch = None if self.stretch is None else self.stretch[:samples]
         part._box = None if self._box is None else tuple(side[:samples] for side in self._box)
         return part
 
@@ -141,7 +151,25 @@ class Perturbation(InputSet):
         part.x, part.eps = (tensor.repeat_interleave(times, dim=0) for tensor in (self.x, self.eps))
         if self._box is not None:
             part._box = tuple(side.repeat_interleave(times, dim=0) for side in self._box)
+        if self.stretch is not None:
+            part.stretch = self.stretch.repeat_interleave(times, dim=0)
         return part
+
+    @property
+    def is_round(self) -> bool:
+        return self.norm == 2.0 and self.stretch is None
+
+    def _stretched(self, frame: int, coefficients: Tensor) -> Tensor:
+        """Coefficients of the ball's own moves, from those of the moves of x: (batch or 1, ..., n)."""
+        if self.stretch is None:
+            return coefficients
+        factor = self.stretch[:, frame]
+        return coefficients * (factor if coefficients.dim() == 2 else factor[:, None])
+
+    def _farthest(self, frame: int) -> Tensor:
+        """eps times the greatest factor of the frame, (batch,)."""
+        eps = self.eps[:, frame]
+        return eps if self.stretch is None else eps * self.stretch[:, frame].amax(dim=-1)
 
     @property
     def scales(self) -> bool:
@@ -160,11 +188,11 @@ class Perturbation(InputSet):
         """Half the sides of the frame's l_inf box, cut or not, (batch, n)."""
         if self._box is not None:
             return self._box[1][:, frame]
-        return self.eps[:, frame, None].expand_as(self.x[:, frame])
+        return self._stretched(frame, self.eps[:, frame, None].expand_as(self.x[:, frame]))
 
     @property
     def norms_weights(self) -> bool:
-        return self._box is None
+        return self._box is None and self.stretch is None
 
     def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
         """Most that A_t x'_t can deviate from A_t center_t, (batch, rows), for A_t (batch or 1, rows, n).
@@ -173,6 +201,7 @@ class Perturbation(InputSet):
         """
         if self._box is not None:
             return apply_rows(coefficients.abs(), self._box[1][:, frame])
+        coefficients = self._stretched(frame, coefficients)
         parts = coefficients.split(block_of(coefficients.shape[-1]), dim=-1)
         sizes = [dual_norm(part, self.norm) for part in parts]
         size = sizes[0] if len(parts) == 1 else dual_norm(torch.stack(sizes, dim=-1), self.norm)
@@ -187,14 +216,17 @@ class Perturbation(InputSet):
     ) -> Tensor:
         if self._box is not None:
             return absolute(self._box[1][:, frame])
-        eps = self.eps[samples, frame]
-        return (eps[:, None] if isinstance(samples, slice) else eps) * norms(self.norm)
+        eps = self._farthest(frame)[samples]
+        by_norms = (eps[:, None] if isinstance(samples, slice) else eps) * norms(self.norm)
+        if self.stretch is None:
+            return by_norms
+        return torch.minimum(by_norms, absolute(self.half_widths(frame)))  # a ball lies in its box
 
     # --- for gradients: ``utils.jacobian`` ---
 
     def sides(self, frame: int) -> tuple[Tensor, Tensor]:
         """How far below and above x the frame's box reaches, (batch, n) each, at least 0."""
-        side, at = self.eps[:, frame, None].expand_as(self.x[:, frame]), self.x[:, frame]
+        side, at = self._stretched(frame, self.eps[:, frame, None].expand_as(self.x[:, frame])), self.x[:, frame]
         if self.clip is None:
             return side, side
         low, high = self.clip
@@ -204,13 +236,14 @@ class Perturbation(InputSet):
     def frame_fall(self, frame: int, low: Tensor, high: Tensor) -> Tensor:
         """Most that -J (x'_t - x_t) can be for J in [low, high], (batch, n) each, if one frame moves, (batch,)."""
         if self._box is None:
-            return self.most(frame, dual_norm(torch.maximum(-low, high), self.norm))
+            size = dual_norm(self._stretched(frame, torch.maximum(-low, high)), self.norm)
+            return torch.where(self.eps[:, frame] > 0, self.eps[:, frame] * size, 0.0)
         down, up = self.sides(frame)
         return torch.maximum(-low * up, high * down).sum(dim=-1)
 
     def most(self, frame: int, size: Tensor) -> Tensor:
         """Most that J (x'_t - x_t) can be for gradients J of dual norm ``size``, (batch,)."""
-        eps = self.eps[:, frame]
+        eps = self._farthest(frame)
         return torch.where(eps > 0, eps * size, 0.0)  # however large it is
 
     def total_deviation(self, deviations: list[Tensor]) -> Tensor:
@@ -219,12 +252,17 @@ class Perturbation(InputSet):
 
     def linear_deviation(self, gradients: Tensor) -> Tensor:
         """Most that sum_t g_t x'_t can deviate, (batch,), for g of the shape of x: as if no range were valid."""
+        gradients = gradients if self.stretch is None else gradients * self.stretch
         return self._ball.total(self.eps * dual_norm(gradients, self.norm), self.norm)
 
     def ellipsoid(self, frames: list[int], squares: Tensor, widths: list[int]) -> tuple[Tensor, Tensor]:
         """``Ball.ellipsoid`` for some frames of such widths."""
         eps = torch.stack([self.eps[:, frame] for frame in frames], dim=-1)
-        return self._ball.ellipsoid(eps, squares, widths)
+        if self.stretch is None:
+            return self._ball.ellipsoid(eps, squares, widths)
+        factors = torch.cat([self.stretch[:, frame] for frame in frames], dim=-1)
+        scales, size = self._ball.ellipsoid(eps, squares * factors**2, widths)
+        return scales * factors, size
 
     def most_of_squares(self, frames: list[int], weights: Tensor, jacobian: Tensor) -> Tensor | None:
         """Over l_1 balls a convex function's maximum is at a vertex of each, and roots of frames add up."""
@@ -232,7 +270,7 @@ class Perturbation(InputSet):
             return None
         roots = []
         for frame, part in zip(frames, jacobian.split(jacobian.shape[-1] // len(frames), dim=-1), strict=True):
-            squares = (weights @ part**2).amax(dim=-1)
+            squares = (weights @ self._stretched(frame, part) ** 2).amax(dim=-1)
             # The root has no gradient at 0.
             root = torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
             roots.append(self.eps[:, frame, None] * root)

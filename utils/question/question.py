@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.graph import Graph
-from ..network.reading import Network, check_network, num_classes, read_network
+from ..network.outputs import Outputs
+from ..network.reading import Network, TracedModule, check_network, output_shape, read_network
 from .arguments import as_classes, as_eps, as_inputs
-from .specification import margin_rows
+from .specification import IGNORED, output_rows
 from .threat import Threat
 
 
@@ -22,9 +23,13 @@ class Question:
     Attributes:
         model: the network, as it was read.
         x: the inputs as frames, (batch, T, n).
-        rows: the spec matrix C, (batch, n_specs, classes).
+        rows: the spec matrix C, (batch, n_specs, outputs).
+        offsets: what is added to the margins, (batch, n_specs), or None.
         threat: to this batch.
+        picks_one: whether one of several classes has to win, and not one in every step, or a score to keep its sign.
     """
+
+    offsets: Tensor | None = None
 
     def __init__(
         self,
@@ -36,16 +41,39 @@ class Question:
     ):
         threat = threat or Threat()
         self.model, self.x = read_network(model, as_inputs(x))
-        labels = as_classes(labels, "labels", f"({len(self.x)},) of integers")
+        self.labels = labels = as_classes(labels, "labels", f"({len(self.x)},) of integers, or (batch, T), one a step")
         if targets is not None:
             targets = as_classes(targets, "targets", "(batch,) or (batch, n_specs) of integers, or one")
             targets = targets.expand(len(self.x)) if targets.dim() == 0 else targets
+        threat = self._checked(threat)
+        if labels.shape[:1] != self.x.shape[:1]:
+            raise ValueError(
+                f"labels must be ({len(self.x)},) of integers, not {tuple(labels.shape)} of {labels.dtype}"
+            )
+        shape = output_shape(self.model)
+        self.rows = output_rows(labels, shape, targets).to(self.x.device)
+        self.threat = threat.to(self.x)
+        self.picks_one = labels.dim() == 1 and shape.numel() > 1
+
+    def _checked(self, threat: Threat) -> Threat:
+        """The threat with lengths of whole numbers. Raises ValueError if inputs, model or lengths do not fit."""
         if threat.lengths is not None:
             lengths = as_classes(threat.lengths, "lengths", f"({len(self.x)},) of integers")
             threat = replace(threat, lengths=lengths)
-        check_inputs(self.model, self.x, labels, threat.lengths)
-        self.rows = margin_rows(labels, num_classes(self.model), targets).to(self.x.device)
-        self.threat = threat.to(self.x)
+        check_inputs(self.model, self.x, threat.lengths)
+        return threat
+
+    def check_picks_one(self, what: str) -> None:
+        """Raise ValueError unless one of several classes has to win; ``what`` asks for it."""
+        if not self.picks_one:
+            raise ValueError(f"{what} are for models with a score for each of several classes, and one label a sample")
+
+    def arranged(self, margins: Tensor) -> Tensor:
+        """Margins (batch, n_specs) as (batch, T, n_specs) where there is a label a step; inf of steps without one."""
+        if self.labels.dim() == 1:
+            return margins
+        apart = margins.unflatten(1, (self.labels.shape[1], -1))
+        return apart.masked_fill((self.labels == IGNORED).to(margins.device)[..., None], torch.inf)
 
     def eps(self, value: Any, dtype: torch.dtype) -> Tensor:
         """Radii of the samples, (batch,) or (batch, T), from what a user gave. Raises ValueError if they do not fit."""
@@ -55,15 +83,43 @@ class Question:
         """The question about some samples."""
         part = copy.copy(self)
         part.x, part.rows, part.threat = self.x[samples], self.rows[samples], self.threat.part(samples)
+        part.offsets = None if self.offsets is None else self.offsets[samples]
         return part
 
+    def row_by_row(self) -> Question:
+        """The question with a sample of its own for every row of every sample, in their order."""
+        batch, count = self.rows.shape[:2]
+        apart = self.part(torch.arange(batch, device=self.x.device).repeat_interleave(count))
+        apart.rows = self.rows.reshape(batch * count, 1, -1)
+        apart.offsets = None if self.offsets is None else self.offsets.reshape(-1, 1)
+        return apart
 
-def check_inputs(model: Network, x: Tensor, labels: Tensor, lengths: Tensor | None = None) -> None:
-    """Raise ValueError, saying what is wrong, unless x, (batch, T, n), labels and lengths, (batch,), fit the model."""
+
+class OutputQuestion(Question):
+    """How large linear functions of a module's outputs can get, as margins; what need not be a classifier.
+
+    Attributes:
+        shape: of a sample's outputs.
+    """
+
+    picks_one = False
+
+    def __init__(self, model: nn.Module | Graph, x: Tensor, threat: Threat, output: Any = None):
+        self.model, self.x = read_network(model, as_inputs(x), Outputs(output, scores=False))
+        if output is not None and not isinstance(self.model, TracedModule):
+            raise ValueError(f"the model returns one tensor: leave out output={output!r}")
+        threat = self._checked(threat)
+        self.shape = output_shape(self.model)
+        self.rows, self.threat = torch.eye(self.shape.numel(), device=self.x.device)[None], threat.to(self.x)
+
+    def arranged(self, margins: Tensor) -> Tensor:
+        return margins
+
+
+def check_inputs(model: Network, x: Tensor, lengths: Tensor | None = None) -> None:
+    """Raise ValueError, saying what is wrong, unless x, (batch, T, n), and lengths, (batch,), fit the model."""
     if x.dim() != 3 or x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"x must be (batch, T, n) with at least one sample and frame, not {tuple(x.shape)}")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels must be ({x.shape[0]},) of integers, not {tuple(labels.shape)} of {labels.dtype}")
     if lengths is not None:
         if lengths.shape != x.shape[:1]:
             raise ValueError(

@@ -13,6 +13,7 @@ from ..choices.tables import BALLS
 from ..perturbation.moves import FrameBalls
 from ..perturbation.sets import Perturbation, clip_of
 from .arguments import as_clip, as_norm, as_tensor, check_names
+from .elements import element_scales
 
 Frames = int | Sequence[int] | Tensor | None
 
@@ -48,6 +49,9 @@ class Threat:
         frames: which frames are perturbed; once the threat is ``to`` a batch, a mask, (batch, T) of bool.
         clip: valid input range (lowest, highest), or None.
         lengths: (batch,) number of frames that count in each sample; None for all.
+        features: which elements are perturbed: numbers of a frame's elements, or a mask of bool; None for all.
+        scales: by which every element's move is larger, at least 0; None for 1. Both may be (n,), (T, n) or
+            (batch, T, n), or have the shape of the input. Once ``to`` a batch, scales are (batch, T, n) and hold both.
     """
 
     norm: float = 2.0
@@ -55,6 +59,8 @@ class Threat:
     frames: Frames = None
     clip: tuple[float, float] | None = None
     lengths: Tensor | None = None
+    features: Any = None
+    scales: Any = None
 
     def __post_init__(self):
         for name, value in (("norm", as_norm(self.norm)), ("clip", as_clip(self.clip))):
@@ -68,21 +74,29 @@ class Threat:
         if lengths is not None:
             mask &= torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         clip = clip_of(self.clip, x.dtype)
-        return replace(self, frames=mask, clip=clip, lengths=lengths)
+        scales = element_scales(self.features, self.scales, x)
+        return replace(self, frames=mask, clip=clip, lengths=lengths, features=None, scales=scales)
+
+    def check_even(self, what: str) -> None:
+        """Raise ValueError if elements have scales of their own; ``what`` asks for it."""
+        if self.scales is not None:
+            raise ValueError(f"{what} are of balls in which all elements count alike: leave out features and scales")
 
     def part(self, samples: Tensor | slice) -> Threat:
         """The threat to some samples of its batch."""
         lengths = None if self.lengths is None else self.lengths[samples]
-        return replace(self, frames=self.frames[samples], lengths=lengths)
+        scales = None if self.scales is None else self.scales[samples]
+        return replace(self, frames=self.frames[samples], lengths=lengths, scales=scales)
 
     def around(self, x: Tensor, eps: Tensor) -> Perturbation:
         """The set for bounds, of size eps, (batch,) or (batch, T), around the batch x, (batch, T, n)."""
         eps = (eps[:, None] if eps.dim() == 1 else eps).to(x.dtype) * self.frames
-        return Perturbation(x, eps, self.norm, self.ball, self.clip)
+        return Perturbation(x, eps, self.norm, self.ball, self.clip, None if self.scales is None else self.scales.to(x))
 
     def moves(self, x: Tensor) -> FrameBalls:
         """The set for attacks, of any size, around the batch x, (batch, T, n)."""
-        return FrameBalls(x, self.frames, self.norm, self.ball, self.clip)
+        scales = None if self.scales is None else self.scales.to(x)
+        return FrameBalls(x, self.frames, self.norm, self.ball, self.clip, scales)
 
 
 def threat_of(**arguments: Any) -> Threat:

@@ -67,6 +67,8 @@ def cascade(
         raise ValueError("a cascade takes sequences of one length: leave out lengths, and cut x")
     limits = {name: getattr(effort, name) for name in ("alpha_steps", "curve_steps", "time_limit")}
     problem = MarginProblem(Question(model, x, labels, None, told), Method(relaxation=relaxation, **limits))
+    problem.question.check_picks_one("cascades")
+    problem.threat.check_even("cascades")
     run = _Cascade(problem, model, as_inputs(x), eps, effort, threat)
     with tqdm(total=len(problem.x), unit="sample", disable=None if progress else True) as bar:
         run.settle_all(bar)

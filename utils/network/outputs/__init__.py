@@ -1,0 +1,5 @@
+"""What of a forward's result is meant, and what of it the graph leaves out."""
+
+from .parts import ENDS, SCORES, Outputs, SeveralOutputs
+
+__all__ = ["ENDS", "SCORES", "Outputs", "SeveralOutputs"]

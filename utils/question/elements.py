@@ -1,0 +1,76 @@
+"""Which elements of the input move, and how far each: masks and scales as users have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import as_tensor
+
+SHAPES = "(n,), (T, n), (batch, T, n) or of the input's shape"
+
+
+def element_scales(features: Any, scales: Any, x: Tensor) -> Tensor | None:
+    """By what each element's move is larger, (batch, T, n) in float64, 0 where it is exact; None where all are 1.
+
+    Args:
+        features: numbers of a frame's elements, or a mask of bool; None for all.
+        scales: numbers of at least 0; None for 1.
+        x: frames, (batch, T, n).
+
+    Raises:
+        ValueError: they do not fit; the message says why.
+    """
+    if features is None and scales is None:
+        return None
+    total = torch.ones(x.shape, dtype=torch.float64, device=x.device)
+    if scales is not None:
+        given = as_tensor(scales, "scales", f"numbers of at least 0, {SHAPES}").to(x.device)
+        if given.is_complex() or not bool(((given >= 0) & given.isfinite()).all()):
+            raise ValueError("scales must be finite numbers of at least 0")
+        total = total * by_element(given.double(), "scales", x)
+    if features is not None:
+        total = total * _mask(features, x)
+    return total
+
+
+def _mask(features: Any, x: Tensor) -> Tensor:
+    given = as_tensor(features, "features", "numbers of elements, or a mask of bool").to(x.device)
+    if given.dtype == torch.bool:
+        return by_element(given, "features", x)
+    size, chosen = x.shape[2], given.reshape(-1).tolist()
+    if not chosen or given.is_floating_point() or any(not 0 <= number < size for number in chosen):
+        raise ValueError(f"features must be from 0 ... {size - 1}, or a mask of bool, not {chosen}")
+    mask = torch.zeros(size, dtype=torch.bool, device=x.device)
+    mask[chosen] = True
+    return mask.expand(x.shape)
+
+
+def by_element(given: Tensor, name: str, x: Tensor) -> Tensor:
+    """A tensor of numbers a feature, an element or an element of every sample, as (batch, T, n)."""
+    batch, frames, size = x.shape
+    if given.dim() == 0 or given.shape == (size,):
+        return given.expand(x.shape)
+    if given.numel() == batch * frames * size and len(given) == batch:
+        return given.reshape(x.shape)
+    if given.numel() == frames * size:
+        return given.reshape(frames, size).expand(x.shape)
+    raise ValueError(f"{name} must be {SHAPES}, with x (batch, T, n) = {tuple(x.shape)}, not {tuple(given.shape)}")
+
+
+def box_of(lower: Any, upper: Any) -> tuple[Tensor, Tensor]:
+    """The centre of a box and half its sides, (batch, ...) each; rounded so that both ends are inside.
+
+    ``certified_margin(model, x, labels, 1.0, norm=inf, scales=sides)`` is about the box then.
+    """
+    lower, upper = (as_tensor(end, name, "numbers") for end, name in ((lower, "lower"), (upper, "upper")))
+    if not lower.is_floating_point() or not upper.is_floating_point() or lower.shape != upper.shape:
+        raise ValueError("lower and upper must be floating-point numbers of one shape, that of the input")
+    if not bool((lower <= upper).all()) or not bool(torch.stack((lower, upper)).isfinite().all()):
+        raise ValueError("lower and upper must be finite, and lower nowhere above upper")
+    center = 0.5 * (lower + upper)
+    sides = torch.maximum(upper - center, center - lower)
+    above = torch.nextafter(sides, torch.full_like(sides, torch.inf))
+    return center, torch.where(upper > lower, above, 0.0)
