@@ -7,8 +7,9 @@
 Weights are random, images noise; normalisation has the statistics of the noise. "tensors" is the most that the tensors
 of a call hold at once, beside weights and inputs, counted operation by operation: the same on every machine. "process"
 is how much the process grew, which takes what its allocator keeps. A bound above the margin at a point that an attack
-finds would stop the script. Of a training step the memory and time of one image are the differences between two batch
-sizes; the rest, "fixed", is that of the weights: their gradients, and the bounds of them alone.
+finds would stop the script. Of a training step the memory of one image is the difference between two batch sizes; the
+rest, "fixed", is that of the weights: their gradients, and what is made of them alone. Its time is that of the larger
+step, divided.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from utils.choices.tables import CNN_WIDTHS
 from utils.runs.cli import ArgumentParser, ContradictionError, answer_early, positive_float, positive_int, run_main
 
 METHODS = ("ibp", "crown-ibp", "crown")
+LOSSES = ("ibp", "crown-ibp")  # the second with one row for all classes
 TASKS = {"TinyImageNet": (64, 200), "ImageNet 64": (64, 1000), "ImageNet 32": (32, 1000)}
 
 
@@ -37,6 +39,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["crown-ibp"], help="bounds")
     parser.add_argument("--eps", type=positive_float, default=1e-5, help="l_inf radius, in pixel values")
     parser.add_argument("--training", action="store_true", help="training steps in place of bounds")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of training steps")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), help="images and classes")
     args = parser.parse_args()
     args.models = args.models or (["cnn7"] if args.training else ["densenet", "resnext", "wide_resnet"])
@@ -121,13 +124,14 @@ def step_line(kind: str, task: str, loss: str, args: argparse.Namespace) -> str:
             step(model, objective, x, y)
             found[name, count] = measured(lambda objective=objective, x=x, y=y: step(model, objective, x, y))[1:3]
     few, many = args.batch_size, 2 * args.batch_size
-    image = {
-        name: [(b - a) / few for a, b in zip(found[name, few], found[name, many], strict=True)] for name in objectives
-    }
-    fixed = found[loss, few][1] - few * image[loss][1]
+    seconds, memory = {}, {}
+    for name in objectives:
+        (_, less), (duration, more) = found[name, few], found[name, many]
+        seconds[name], memory[name] = duration / many, (more - less) / few
+    fixed = found[loss, few][1] - few * memory[loss]
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
-    cells = [kind, task, loss, f"{weights:.0f}", f"{fixed:.0f}", f"{image['plain'][1]:.0f}", f"{image[loss][1]:.0f}"]
-    cells += [f"{image['plain'][0]:.3f}", f"{image[loss][0]:.3f}", f"{image[loss][0] / image['plain'][0]:.1f}"]
+    cells = [kind, task, loss, f"{weights:.0f}", f"{fixed:.0f}", f"{memory['plain']:.1f}", f"{memory[loss]:.1f}"]
+    cells += [f"{seconds['plain']:.3f}", f"{seconds[loss]:.3f}", f"{seconds[loss] / seconds['plain']:.1f}"]
     return " | ".join(cells)
 
 
@@ -139,7 +143,7 @@ def main() -> None:
         print(" | plain, s | certified, s | ratio", flush=True)
         for kind in args.models:
             for task in args.tasks:
-                for loss in ("ibp", "crown-ibp"):
+                for loss in args.losses:
                     print(step_line(kind, task, loss, args), flush=True)
         return
     print(f"{args.batch_size} images of 3 x 32 x 32, l_inf {args.eps:g}, float32, one thread")

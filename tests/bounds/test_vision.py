@@ -11,13 +11,15 @@ from helpers import INF, Threat, check_below, normal, project
 from torch import Tensor, nn
 
 from utils.attack.pgd import pgd
-from utils.bounds.neurons import windows
+from utils.bounds.neurons import tighten, windows
 from utils.bounds.passes import BoundPass
+from utils.bounds.rounding import check_meeting
 from utils.certify import certified_margin, certified_radius
 from utils.graph.convolution import Convolution
 from utils.graph.graph import Graph
 from utils.graph.nonlinear import Activation
 from utils.graph.pooling import Maximum
+from utils.network.cnn import make_cnn
 from utils.network.trace import trace
 from utils.question import margin_rows
 from utils.relaxation.lines import Plane, Relaxation
@@ -149,6 +151,27 @@ def test_broken_bounds_are_caught(name, broken, monkeypatch):
     broken(monkeypatch)
     with pytest.raises(AssertionError):
         check_order(name, THREATS[2], EPS[INF], tuned=False)
+
+
+# --- the kinds of cnn/, small -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "width"), [pytest.param("densenet", 1, marks=pytest.mark.full), ("resnext", 2), ("wide_resnet", 1)]
+)
+def test_dense_grouped_and_wide_networks(kind, width):
+    """Random weights; statistics of their images. Backward bounds at every layer say something, intervals do not."""
+    torch.manual_seed(0)
+    net, x = make_cnn(kind, 1, 16, CLASSES, width, mean=0.5, std=0.25), torch.rand(1, 1, 16, 16)
+    with torch.no_grad():
+        net.train()(torch.rand(32, 1, 16, 16))
+    net, x = net.double().eval().requires_grad_(False), x.double()
+    labels, eps = net(x).argmax(dim=1), 5e-4
+    found = pgd(net, x, labels, eps, norm=INF, steps=5, restarts=1, dtype=torch.float64).margin
+    for method in METHODS:
+        worst = certified_margin(net, x, labels, eps, norm=INF, method=method).amin(dim=1)
+        check_below(worst, found, f"{kind}: {method} above an attack")
+    check_below(found - 1.0, worst, f"{kind}: crown far below")
 
 
 # --- four pixels: bounds against grids --------------------------------------------------------------------------------
@@ -297,3 +320,29 @@ def test_a_grid_catches_what_is_wrong(name, broken, monkeypatch):
     with pytest.raises(AssertionError):
         for norm in (1.0, 2.0, INF):
             check_grid(*given, norm)
+
+
+# --- bounds that exclude each other -----------------------------------------------------------------------------------
+
+
+def test_bounds_that_exclude_each_other_are_no_bounds(monkeypatch):
+    """A backward bound that lies above the interval would be turned round in silence: it stops the pass instead."""
+    net, x, labels = asked("plain")
+    stock = tighten._by_windows
+
+    def shifted(bounds, *given):
+        low, high = stock(bounds, *given)
+        return low + 5.0, high + 5.0
+
+    monkeypatch.setattr(tighten, "_by_windows", shifted)
+    with pytest.raises(RuntimeError, match="node .*, Convolution exclude each other"):
+        certified_margin(net, x, labels, 0.01, norm=INF)
+
+
+def test_a_little_rounding_is_no_contradiction():
+    node = next(node for node in trace(plain_net(), torch.rand(1, 1, SIDE, SIDE).double()).nodes)
+    low, wrong = torch.tensor([1.0, -3.0]).double(), torch.tensor([0.0, 1e-4]).double()
+    check_meeting(node, low, low - 1e-9)
+    check_meeting(node, torch.tensor([torch.nan]).double(), torch.zeros(1).double())  # told elsewhere
+    with pytest.raises(RuntimeError):
+        check_meeting(node, low, low - wrong)

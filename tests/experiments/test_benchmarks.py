@@ -93,6 +93,19 @@ def test_training_steps_are_timed():
     ]
 
 
+def test_memory_of_convolutional_networks():
+    tiny = ("--width", 2, "--batch-size", 1)
+    done = call("benchmarks/measure_cnn_memory.py", *tiny, "--models", "resnet", "--methods", "ibp", "crown")
+    assert done.code == 0, done.err
+    by_method = {cells[1]: cells for cells in (line.split(" | ") for line in done.out.splitlines()[2:])}
+    assert set(by_method) == {"ibp", "crown"} and float(by_method["crown"][5]) >= 1
+    assert float(by_method["ibp"][7]) <= float(by_method["crown"][7]) <= float(by_method["crown"][8])
+    step = ("--training", "--tasks", "ImageNet 32", "--losses", "crown-ibp")
+    done = call("benchmarks/measure_cnn_memory.py", *tiny, *step, "--models", "small")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[1].startswith("small | ImageNet 32 | crown-ibp | ")
+
+
 def test_training_for_a_time(tmp_path):
     write_mnist_folder(tmp_path)
     tiny = ("--hidden-size", 4, "--N", 5, "--data-dir", tmp_path, "--dry-run", "--threads", 1)
