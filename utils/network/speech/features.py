@@ -41,11 +41,12 @@ class MelFeatures(nn.Module):
     def __init__(self, hop: int = 200, bands: int = 20, floor: float = 1e-4, rate: int = RATE):
         super().__init__()
         self.hop, self.bands, self.floor, self.rate = hop, bands, float(floor), rate
-        weights = mel_weights(2 * hop, bands, rate)
-        used = weights.sum(dim=0) > 0
-        wave = fourier_rows(2 * hop, used.nonzero().squeeze(-1))
-        weights = weights[:, used]
-        weights = weights / (weights @ (wave**2).sum(dim=-1).unflatten(0, (2, -1)).sum(dim=0))[:, None]
+        with torch.device("cpu"):  # even where others are only to have a shape
+            weights = mel_weights(2 * hop, bands, rate)
+            used = weights.sum(dim=0) > 0
+            wave = fourier_rows(2 * hop, used.nonzero().squeeze(-1))
+            weights = weights[:, used]
+            weights = weights / (weights @ (wave**2).sum(dim=-1).unflatten(0, (2, -1)).sum(dim=0))[:, None]
         self.register_buffer("wave", wave, persistent=False)  # cosines, then sines: (2 bins, 2 hop)
         self.register_buffer("mel", weights, persistent=False)  # (bands, bins)
 
@@ -69,7 +70,8 @@ def check_features(features: dict, bands: int) -> None:
         raise ValueError(f"features in the config must be positive numbers, not {features!r}")
     if features["bands"] != bands:
         raise ValueError(f"features in the config have {features['bands']} bands, input_size is {bands}")
-    mel_weights(2 * features["hop"], features["bands"], features["rate"])
+    with torch.device("cpu"):
+        mel_weights(2 * features["hop"], features["bands"], features["rate"])
 
 
 def mel_weights(size: int, bands: int, rate: int) -> Tensor:
