@@ -37,7 +37,7 @@ def relax_log1p(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
         slopes = _log1p_slopes(l, zero, u, values)
     low, high = slopes
     tiny = torch.finfo(l.dtype).tiny
-    touching = torch.maximum(1.0 / high.detach().clamp(min=tiny**0.5) - 1.0, zero)
+    touching = torch.maximum(1.0 / high.detach().clamp(min=tiny) - 1.0, zero)
     touching = torch.minimum(torch.maximum(touching, l), u)
     points = list(zip((l, zero, u), values, strict=True))
     below = least([guarded(value, low * y) for y, value in points])
@@ -50,7 +50,7 @@ def _log1p_slopes(l: Tensor, zero: Tensor, u: Tensor, values: list[Tensor]) -> t
     lower = torch.where((l < 0) & (middle < 0), 0.0, _chord(zero, u, values[1], values[2]))
     start = torch.minimum(log1p_tangent_point(l), u)
     whole = _chord(l, start, values[0], log1p(start))
-    return lower, torch.where((l < 0) & (middle < start), whole, 1.0 / (1.0 + middle.clamp(min=0.0)))
+    return lower, torch.where((l < 0) & (middle <= start), whole, 1.0 / (1.0 + middle.clamp(min=0.0)))
 
 
 @torch.no_grad()
@@ -75,4 +75,4 @@ def _chord(left: Tensor, right: Tensor, at_left: Tensor, at_right: Tensor) -> Te
     return torch.where(width > 0, slope.clamp(0.0, 1.0), derivative)
 
 
-ACTIVATIONS |= {"log1p": Activation(log1p, relax_log1p, 1.0)}
+ACTIVATIONS |= {"log1p": Activation(log1p, relax_log1p)}
