@@ -222,4 +222,3 @@ def test_what_does_not_fit_is_said(tmp_path):
     for wrong in ({"hop": 8}, {"hop": 8, "bands": 3, "floor": -1.0, "rate": 8000}):
         with pytest.raises(ValueError, match="features in the config"):
             check_features(wrong, 3)
-

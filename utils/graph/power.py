@@ -60,7 +60,9 @@ class BandPower(Node):
 
     meets_frames = True
 
-    def __init__(self, frames: tuple[Frame, ...], wave: Tensor, mel: Tensor, window: Tensor, shared: dict | None = None):
+    def __init__(
+        self, frames: tuple[Frame, ...], wave: Tensor, mel: Tensor, window: Tensor, shared: dict | None = None
+    ):
         super().__init__(len(mel), tuple(frames))
         self.wave, self.mel, self.window = wave, mel, window
         self.shared = {} if shared is None else shared

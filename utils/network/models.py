@@ -56,7 +56,9 @@ class SequenceClassifier(nn.Module):
         """Values of a frame of x."""
         return self.rnn.input_size
 
-    def enter(self, graph, frames: list[tuple], lengths: Tensor | None, dtype: torch.dtype) -> tuple[list, Tensor | None]:
+    def enter(
+        self, graph, frames: list[tuple], lengths: Tensor | None, dtype: torch.dtype
+    ) -> tuple[list, Tensor | None]:
         """Add to a graph what comes before the recurrent layer's frames: nothing; and the lengths that remain."""
         return frames, lengths
 
