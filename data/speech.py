@@ -1,10 +1,10 @@
 """Spoken digits: the recordings of the Free Spoken Digit Dataset in their published layout, or a few made-up tones.
 
-Recordings are recordings/{digit}_{speaker}_{index}.wav, 8,000 samples a second, of 16 bits. The published split takes the
-indices 0 to 4 of every speaker and digit for testing, the others for training.
+Recordings are recordings/{digit}_{speaker}_{index}.wav, 8,000 samples a second, of 16 bits. The published split takes
+the indices 0 to 4 of every speaker and digit for testing, the others for training.
 
-Waveforms are brought to a peak of 1 when they are read: recordings differ in level by 40 dB, and noise is measured below
-the peak of its utterance.
+Waveforms are brought to a peak of 1 when they are read: recordings differ in level by 40 dB, and noise is measured
+below the peak of its utterance.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _utterance(samples: np.ndarray, label: int, name: str, path: Path) -> Uttera
 
 
 def made_up_tones(seed: int = 0) -> SpeechData:
-    """Two tones a class, of random length, level and phase in a little noise: enough to try all scripts without data."""
+    """Two tones a class, of random length and phase in a little noise: enough to try all scripts without data."""
     random = np.random.default_rng(seed)
     parts: tuple[list[Utterance], list[Utterance]] = ([], [])
     for index in range(TONES_EACH):

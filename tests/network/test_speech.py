@@ -18,9 +18,10 @@ from torch import nn
 
 from utils.attack import pgd
 from utils.bounds import BoundPass
-from utils.certify import certified_margin, certified_radius
+from utils.certify import certified_margin, certified_radius, save_certificates
 from utils.graph import power
 from utils.graph.power import BandPower
+from utils.network import export_onnx
 from utils.network.speech import MelFeatures, SpeechClassifier, check_features
 from utils.network.unroll import unroll
 from utils.perturbation.lp_ball import INF
@@ -62,8 +63,8 @@ def test_features_are_those_of_an_ordinary_transform():
 
 
 def test_white_noise_has_a_mean_energy_of_one():
-    energies = MelFeatures().double().energies(normal(40, 20, 200, seed=2))
-    torch.testing.assert_close(energies.mean(dim=(0, 1)), torch.ones(20).double(), rtol=0.2, atol=0.0)
+    energies = MelFeatures().double().energies(normal(8, 12, 200, seed=2))
+    torch.testing.assert_close(energies.mean(dim=(0, 1)), torch.ones(20).double(), rtol=0.35, atol=0.0)
 
 
 @pytest.mark.parametrize("power_of", ["bands", "squares"])
@@ -95,7 +96,7 @@ def test_bounds_hold_at_points_corners_and_attacks(threat, power_of):
 
 
 def test_energies_lie_between_their_planes():
-    """At corners and vertices, where the quadratic part is greatest, and at the deviation that one eigenvector gives."""
+    """At corners and vertices, where the quadratic part is greatest, and along eigenvectors."""
     model, x = small(), waves()
     graph = unroll(model, CHUNKS)
     node = next(node for node in graph.nodes if isinstance(node, BandPower))
@@ -184,7 +185,7 @@ def test_silence_is_bounded_by_the_floor():
 
 @pytest.mark.parametrize("method", ["alpha", "curve"])
 def test_tuned_bounds_hold(method):
-    model, x = small("gru"), waves()
+    model, x = small("rnn"), waves()[:, :3]
     labels = model(x).argmax(dim=1)
     for norm in (2.0, INF):
         eps = 0.05
@@ -219,6 +220,10 @@ def test_what_does_not_fit_is_said(tmp_path):
         MelFeatures(HOP, 30)
     with pytest.raises(ValueError, match="x has 5 values a frame, the model takes 8"):
         certified_margin(small(), torch.zeros(1, 3, 5).double(), torch.tensor([0]), 0.1)
+    with pytest.raises(ValueError, match="cannot be written"):
+        export_onnx(small(), CHUNKS, tmp_path / "speech.onnx")
+    with pytest.raises(ValueError, match="certificates are written for"):
+        save_certificates(tmp_path, small(), waves(), torch.tensor([0, 0]), 0.1)
     for wrong in ({"hop": 8}, {"hop": 8, "bands": 3, "floor": -1.0, "rate": 8000}):
         with pytest.raises(ValueError, match="features in the config"):
             check_features(wrong, 3)

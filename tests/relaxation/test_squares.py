@@ -1,4 +1,4 @@
-"""Lines around squares: sound over the reals, tight; log(1 + max(y, 0)) is among the activations of test_relaxations.py."""
+"""Lines around squares: sound over the reals, tight; those of log1p are tested with the other activations."""
 
 from __future__ import annotations
 

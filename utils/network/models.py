@@ -51,6 +51,8 @@ class SequenceClassifier(nn.Module):
         self.register_buffer("c0", c0, persistent=False)
         self.register_load_state_dict_pre_hook(_accept_stock_names)
 
+    is_bare = True  # nothing but normalisation comes before the recurrent layer
+
     @property
     def input_size(self) -> int:
         """Values of a frame of x."""

@@ -28,7 +28,7 @@ def log1p(y: Tensor) -> Tensor:
 def relax_log1p(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
     """Lines around log(1 + max(y, 0)) on [l, u].
 
-    It is 0 and then concave, so that it less a y is least at an end or at 0, and greatest there or where 1 / (1 + y) = a.
+    It is 0 and then concave: it less a y is least at an end or at 0, and greatest there or where 1 / (1 + y) = a.
     By default the lines are of least volume: those that support the hull of the function at the middle.
     """
     zero = torch.zeros_like(l).clamp(l, u)
@@ -57,7 +57,7 @@ def _log1p_slopes(l: Tensor, zero: Tensor, u: Tensor, values: list[Tensor]) -> t
 def log1p_tangent_point(l: Tensor, newton_steps: int = 12) -> Tensor:  # noqa: E741
     """The t >= 0 whose tangent runs through (l, 0), for l < 0; 0 for other l.
 
-    Newton steps on s log s - s + 1 = -l for s = 1 + t, a convex function, from a greater s. Errors cost tightness alone.
+    Newton steps on s log s - s + 1 = -l for s = 1 + t, a convex function, from a greater s. Errors cost tightness.
     """
     away = (-l).clamp(min=0.0)
     t = (2.0 * away).sqrt() + away

@@ -58,7 +58,7 @@ def add_speech_bound_arguments(parser: argparse.ArgumentParser, architecture: st
         "--threat",
         choices=tuple(THREATS),
         default="noise",
-        help="noise: every sample moves by at most --level dB below the utterance's peak; snr: the noise's energy is that "
+        help="noise: every sample moves by at most --level dB of the utterance's peak; snr: the noise's energy is that "
         "of a signal-to-noise ratio of --level dB; features: every feature moves by at most --level nats",
     )
     group.add_argument("--level", type=float, help="see --threat (default: -90, 60 and 0.01)")

@@ -1,7 +1,7 @@
 """Log mel energies as the first layers of a recurrent classifier, which therefore reads waveforms.
 
 A waveform is a sequence of chunks of ``hop`` samples. A window spans two chunks, so windows overlap by half, and every
-sample is in one chunk alone: a ball of samples is a ball of chunks, and a span of time some of the chunks. Of a window v
+sample is in one chunk alone: a ball of samples is a ball of chunks, and a span of time some of them. Of a window v
 
     E_m  =  sum_k M_mk ((c_k . v)^2 + (s_k . v)^2),        f_m  =  log(1 + E_m / floor),
 
@@ -115,6 +115,8 @@ class SpeechClassifier(SequenceClassifier):
         if power not in POWERS:
             raise ValueError(f"power must be one of {', '.join(POWERS)}, not {power!r}")
         self.features, self.power = features.to(head.weight.dtype), power
+
+    is_bare = False
 
     @property
     def input_size(self) -> int:
