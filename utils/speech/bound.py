@@ -220,7 +220,8 @@ class SpeechRun:
         labels = torch.full((count,), one.label)
         model = self.classifier.double()
         same = x.expand(count, -1, -1)
-        radii = certified_radius(model, same, labels, norm=math.inf, frames=torch.eye(count).bool(), tol=self.args.tol)
+        how = {"norm": math.inf, "frames": torch.eye(count).bool(), "tol": self.args.tol, "method": self.args.method}
+        radii = certified_radius(model, same, labels, **how)
         return model.features(x)[0], 20.0 * radii.log10()
 
 
