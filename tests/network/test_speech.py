@@ -164,7 +164,7 @@ def test_the_check_of_planes_catches_broken_ones(monkeypatch, broken):
 def test_eigenvalues_are_bounded_and_nearly_met():
     features = MelFeatures(hop=200, bands=20).double()
     both = torch.cat((features.mel, features.mel), dim=1)
-    found = power._heaviest(features.wave, both)
+    found = power.heaviest(features.wave, both)
     for weights, bound in zip(both, found, strict=True):
         scaled = features.wave[weights > 0] * weights[weights > 0].sqrt()[:, None]
         true = torch.linalg.eigvalsh(scaled @ scaled.T)[-1]

@@ -93,12 +93,12 @@ class BandPower(Node):
     @property
     def heaviest(self) -> Tensor:
         """Upper bounds of lambda(Q), (bands,)."""
-        return self._kept("heaviest", lambda: _heaviest(self.wave, self.mel))
+        return self._kept("heaviest", lambda: heaviest(self.wave, self.mel))
 
     @property
     def heaviest_unwindowed(self) -> Tensor:
         """Upper bounds of lambda(R), (bands,)."""
-        return self._kept("unwindowed", lambda: _heaviest(self.wave / self.window, self.mel))
+        return self._kept("unwindowed", lambda: heaviest(self.wave / self.window, self.mel))
 
     # --- over a perturbation set ---
 
@@ -140,7 +140,7 @@ class BandPower(Node):
         return apply_rows(coefficients, energy) + apply_rows(negative, kappa)
 
 
-def _heaviest(rows: Tensor, mel: Tensor) -> Tensor:
+def heaviest(rows: Tensor, mel: Tensor) -> Tensor:
     """Upper bounds of the greatest eigenvalues of sum_k mel_mk rows_k rows_k', (bands,).
 
     They are those of the Gram matrix G of the rows times sqrt(mel), and of a matrix G and any v > 0 no eigenvalue is
