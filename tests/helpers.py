@@ -229,6 +229,8 @@ FUNCTIONS = {
     "arctan": mpmath.atan,
     "softplus": lambda y: max(y, mpmath.mpf(0)) + mpmath.log1p(mpmath.exp(-abs(y))),
     "elu": lambda y: y if y > 0 else mpmath.expm1(y),
+    "log1p": lambda y: mpmath.log1p(max(y, mpmath.mpf(0))),
+    "square": lambda y: y * y,
 }
 KNOTS = {"relu": [0], "leaky_relu": [0], "hardtanh": [-1, 1]}
 
@@ -237,6 +239,10 @@ def stationary_points(name: str, slope) -> list:
     """All real y with f'(y) = slope, in high precision, and the knots of piecewise-linear functions."""
     if name in KNOTS:
         return [mpmath.mpf(knot) for knot in KNOTS[name]]
+    if name == "square":
+        return [slope / 2]
+    if name == "log1p":
+        return [mpmath.mpf(0), *([1 / slope - 1] if 0 < slope < 1 else [])]
     slope = 4 * slope if name == "sigmoid" else slope
     if not 0 < slope < 1:
         return []

@@ -89,7 +89,7 @@ class CurvedPass(BoundPass):
         self._linear: dict[Node, Operand] = {}
         self._met: tuple[dict[Frame, Tensor], list[tuple[Node, Tensor]]] = ({}, [])
         moved = [frame for frame in graph.frames if not perturbation.is_exact(frame.frame)]
-        self._frames = [frame for frame in moved if frame.child_weights]  # a forward may leave some out
+        self._frames = [frame for frame in moved if frame.child_weights or frame.whole]  # a forward may leave some out
         super().__init__(graph, perturbation, "crown", sound=sound)
 
     # --- one backward pass ---
@@ -131,7 +131,7 @@ class CurvedPass(BoundPass):
         ]
 
     def _width(self, frame: Frame) -> int:
-        return self.ball_weight(frame, frame.child_weights[0]).shape[1]
+        return frame.size if frame.whole else self.ball_weight(frame, frame.child_weights[0]).shape[1]
 
     def _deviation(self, coefficients: list[Tensor]) -> Tensor:
         pairs = zip(self._frames, coefficients, strict=True)

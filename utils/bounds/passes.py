@@ -11,7 +11,7 @@ are the rows [I; -I] of one backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -67,6 +67,7 @@ class BoundPass:
         self.has_images = any(isinstance(node, Convolution) for node in graph.nodes)
         self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
+        self._made: dict[Node, tuple[Tensor, ...]] = {}
         self._weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._intervals: dict[Node, Interval] = dict(intervals or {})
         self._known = frozenset(self._intervals)
@@ -201,6 +202,17 @@ class BoundPass:
             return self.graph.once(what, made_of, lambda: node.row_norms(norm))
 
         return self._narrowed().map_deviation(frame.frame, node.absolute, norms)
+
+    def squared_radius(self, frames: Sequence[Frame]) -> Tensor:
+        """``Perturbation.squared_radius`` for the samples of the node at work."""
+        return self._narrowed().squared_radius([frame.frame for frame in frames])
+
+    def once(self, node: Node, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What a node makes of the perturbation set, (batch or 1, ...) each, for the samples of the node at work."""
+        if node not in self._made:
+            with self.at(node):
+                self._made[node] = make()
+        return tuple(map(self.fit, self._made[node]))
 
     def _narrowed(self) -> Perturbation:
         if self._samples is None:

@@ -153,7 +153,7 @@ def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names:
     Of tuned bounds ("alpha", "curve", "bab") those that the problem has are tried first, then ones that are tuned at
     eps, and for "bab" at last ones for every target by itself.
     """
-    if not isinstance(problem.model, SequenceClassifier):
+    if not isinstance(problem.model, SequenceClassifier) or not problem.model.is_bare:
         kind = type(problem.model).__name__
         raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
     if problem.method.name not in CERTIFIED_METHODS:

@@ -12,7 +12,7 @@ lower plane where a coefficient is positive and by its upper plane where it is n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -43,6 +43,12 @@ class Bounds(Protocol):
     def offset(self, node: Node) -> Tensor: ...
 
     def absolute(self, weight: Tensor) -> Tensor: ...
+
+    def half_widths(self, frame: Frame) -> Tensor: ...
+
+    def squared_radius(self, frames: Sequence[Frame]) -> Tensor: ...
+
+    def once(self, node: Node, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]: ...
 
     def weight_deviation(self, frame: Frame, weight: Tensor) -> Tensor: ...
 

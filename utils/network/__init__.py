@@ -6,6 +6,7 @@ from .models import MLP, SequenceClassifier
 from .onnx_export import export_onnx
 from .onnx_graph import OnnxNetwork, import_onnx, read_onnx
 from .reading import Network, check_network, graph_of, num_classes, output_shape, read_network
+from .speech import MelFeatures, SpeechClassifier
 from .symbolic import UnsupportedError
 from .trace import TracedModule
 from .unroll import Cell, unroll
@@ -17,9 +18,11 @@ __all__ = [
     "Cell",
     "CheckpointError",
     "ImageClassifier",
+    "MelFeatures",
     "Network",
     "OnnxNetwork",
     "SequenceClassifier",
+    "SpeechClassifier",
     "TracedModule",
     "UnsupportedError",
     "build_model",

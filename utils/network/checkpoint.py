@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .cnn import ALWAYS_NORMALISED, CNN_KINDS, ImageClassifier, make_cnn
 from .models import MLP, MLP_ACTIVATIONS, POOLINGS, SequenceClassifier
+from .speech import MelFeatures, SpeechClassifier, check_features
 
 ARCHITECTURES = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 ACTIVATIONS = ("tanh", "relu")
@@ -101,9 +102,11 @@ def build_model(config: Config, dtype: torch.dtype = torch.float32) -> Classifie
     )
     width = config["hidden_size"] * (2 if config["bidirectional"] else 1)
     head = nn.Linear(width, config["num_classes"], dtype=dtype)
-    return SequenceClassifier(
-        rnn, head, pooling=config["pooling"], mean=_statistic(config["input_mean"]), std=_statistic(config["input_std"])
-    )
+    statistics = {"mean": _statistic(config["input_mean"]), "std": _statistic(config["input_std"])}
+    if config.get("features"):
+        features = MelFeatures(**config["features"])
+        return SpeechClassifier(features, rnn, head, pooling=config["pooling"], **statistics)
+    return SequenceClassifier(rnn, head, pooling=config["pooling"], **statistics)
 
 
 def check_config(config: Config) -> None:
@@ -121,6 +124,8 @@ def check_config(config: Config) -> None:
     known = {"architecture": tuple(ARCHITECTURES), "activation": activations, "pooling": POOLINGS}
     _check_values(config, SIZES, FLAGS, known)
     _check_normalisation(config, "input_size")
+    if config.get("features"):
+        check_features(config["features"], config["input_size"])
 
 
 def _check_values(config: Config, sizes: Iterable[str], flags: Iterable[str], known: dict[str, tuple]) -> None:

@@ -51,6 +51,19 @@ class SequenceClassifier(nn.Module):
         self.register_buffer("c0", c0, persistent=False)
         self.register_load_state_dict_pre_hook(_accept_stock_names)
 
+    is_bare = True  # nothing but normalisation comes before the recurrent layer
+
+    @property
+    def input_size(self) -> int:
+        """Values of a frame of x."""
+        return self.rnn.input_size
+
+    def enter(
+        self, graph, frames: list[tuple], lengths: Tensor | None, dtype: torch.dtype
+    ) -> tuple[list, Tensor | None]:
+        """Add to a graph what comes before the recurrent layer's frames: nothing; and the lengths that remain."""
+        return frames, lengths
+
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits, (batch, classes), of x, (batch, T, n); frames at and after ``lengths`` (batch,) do not count."""
         frames = (x - self.mean) / self.std

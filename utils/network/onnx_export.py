@@ -20,8 +20,10 @@ def export_onnx(model: SequenceClassifier, num_frames: int, path: str | Path) ->
     """Write ``model`` over ``num_frames`` frames: float32, input "x" (1, T, n), output "logits" (1, classes).
 
     Raises:
-        ValueError: the onnx package is missing, or the weights are not finite.
+        ValueError: the onnx package is missing, the weights are not finite, or the model reads waveforms.
     """
+    if not model.is_bare:
+        raise ValueError(f"a {type(model).__name__} cannot be written: export its recurrent part, which reads features")
     onnx, path = import_onnx(), Path(path)
     rnn, head = model.rnn, model.head
     writer = _Writer(onnx)

@@ -89,8 +89,8 @@ def check_network(network: Network, x: Tensor, lengths: Tensor | None) -> None:
         if isinstance(network, Graph):
             _check_graph(network, x)
         return
-    if x.shape[2] != network.rnn.input_size:
-        raise ValueError(f"x has {x.shape[2]} values a frame, the model takes {network.rnn.input_size}")
+    if x.shape[2] != network.input_size:
+        raise ValueError(f"x has {x.shape[2]} values a frame, the model takes {network.input_size}")
     for name, parameter in (*network.named_parameters(), *network.named_buffers()):
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"the model's parameter {name} is not finite")

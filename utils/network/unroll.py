@@ -147,12 +147,13 @@ def unroll(
     graph = Graph()
     graph.recurrent = True
     counts = [int((lengths > t).sum()) for t in range(num_frames)] if falling else None
-    valid = _valid_frames(None if falling else lengths, num_frames, dtype)
     outputs = []
     for t in range(num_frames):
         graph.samples = counts[t] if counts else None
-        outputs.append((graph.add(Frame(rnn.input_size, t)),))
+        outputs.append((graph.add(Frame(model.input_size, t)),))
     graph.samples = None
+    outputs, lengths = model.enter(graph, outputs, lengths, dtype)
+    valid = _valid_frames(None if falling else lengths, len(outputs), dtype)
     directions = 2 if rnn.bidirectional else 1
     for layer in range(rnn.num_layers):
         runs = []

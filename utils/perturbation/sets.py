@@ -264,6 +264,12 @@ class Perturbation(InputSet):
         scales, size = self._ball.ellipsoid(eps, squares * factors**2, widths)
         return scales * factors, size
 
+    def squared_radius(self, frames: list[int]) -> Tensor:
+        """Most that the squares of all deviations of some frames add up to, (batch,), over l_1 and l_2 balls."""
+        widths = [self.x.shape[2]] * len(frames)
+        scales, size = self.ellipsoid(frames, self.x.new_ones(len(self.x), sum(widths)), widths)
+        return size * scales.amax(dim=-1) ** 2
+
     def most_of_squares(self, frames: list[int], weights: Tensor, jacobian: Tensor) -> Tensor | None:
         """Over l_1 balls a convex function's maximum is at a vertex of each, and roots of frames add up."""
         if self.norm != 1.0:

@@ -4,6 +4,7 @@ from .curves import CURVED, CurvedFunction, Curves, curved_relaxation, smooth_cu
 from .lines import ACTIVATIONS, Activation, Plane, Relaxation
 from .more_lines import relax_convex
 from .planes import PRODUCTS, relax_product
+from .squares import relax_square
 
 __all__ = [
     "ACTIVATIONS",
@@ -17,5 +18,6 @@ __all__ = [
     "curved_relaxation",
     "relax_convex",
     "relax_product",
+    "relax_square",
     "smooth_curves",
 ]

@@ -99,6 +99,10 @@ def states_before(model: SequenceClassifier, x: Tensor) -> tuple[Tensor, ...]:
 
 def check_steps(model: SequenceClassifier) -> None:
     """Raise ValueError if single steps of the model cannot be bounded from the state before them."""
+    if not model.is_bare:
+        raise ValueError(
+            f"single steps need a model whose recurrent layer reads x itself, not a {type(model).__name__}"
+        )
     if model.rnn.bidirectional:
         raise ValueError("single steps need a model that reads forwards only, not a bidirectional one")
     if model.pooling != "last":

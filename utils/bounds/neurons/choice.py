@@ -14,6 +14,7 @@ from ...graph.graph import Graph
 from ...graph.nodes import Bounds, Frame, Interval, Linear, Node
 from ...graph.nonlinear import Activation, NonLinear
 from ...graph.pooling import Maximum
+from ...graph.power import BandPower
 from ...relaxation.lines import pieces_of
 
 
@@ -27,8 +28,10 @@ def readers(graph: Graph) -> dict[Node, list[NonLinear]]:
 
 
 def is_exact_image(bounds: Bounds, node: Node) -> bool:
-    """Whether the node is an affine map of one frame and of nothing else that moves: then its interval is exact."""
+    """Whether rows would add nothing: of an affine map of one frame and of nothing else that moves, and of energies."""
     moved = [parent for parent in node.parents if not bounds.is_exact(parent)]
+    if isinstance(node, BandPower):  # its interval takes its planes in
+        return True
     return isinstance(node, (Linear, Convolution)) and len(moved) == 1 and isinstance(moved[0], Frame)
 
 

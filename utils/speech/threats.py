@@ -1,0 +1,66 @@
+"""Threat models of speech: levels in decibels and radii in samples, and the network that is asked about."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..network.models import SequenceClassifier
+from ..network.speech import SpeechClassifier
+
+
+@dataclass(frozen=True)
+class SpeechThreat:
+    """What may be done to utterances whose peak is 1.
+
+    Attributes:
+        kind: "noise": |d_j| <= 10^(level / 20) for every sample; "snr": |d|_2 <= |x|_2 10^(-level / 20), in all;
+            "features": every feature, a logarithm, moves by at most ``level``.
+        span: seconds between which chunks move, or None for all.
+    """
+
+    kind: str
+    level: float
+    span: tuple[float, float] | None = None
+
+    def model(self, classifier: SpeechClassifier) -> nn.Module:
+        """The network whose input moves."""
+        if self.kind != "features":
+            return classifier
+        parts = {"pooling": classifier.pooling, "mean": classifier.mean, "std": classifier.std}
+        return SequenceClassifier(classifier.rnn, classifier.head, **parts)
+
+    def inputs(self, classifier: SpeechClassifier, x: Tensor) -> Tensor:
+        """What moves, of chunks (batch, C, hop)."""
+        return classifier.features(x) if self.kind == "features" else x
+
+    def settings(self, classifier: SpeechClassifier, frames: int) -> dict[str, object]:
+        """Keyword arguments of ``certified_margin`` and of attacks. Raises ValueError if the span holds nothing."""
+        settings: dict[str, object] = {"norm": 2.0, "ball": "sequence"} if self.kind == "snr" else {"norm": math.inf}
+        if self.span is not None:
+            step = classifier.features.hop / classifier.features.rate
+            starts = torch.arange(frames) * step
+            settings["frames"] = (starts + step > self.span[0]) & (starts < self.span[1])
+            if not bool(settings["frames"].any()):
+                raise ValueError(f"no chunk lies between {self.span[0]:g} and {self.span[1]:g} seconds")
+        return settings
+
+    def eps(self, x: Tensor, level: float | None = None) -> Tensor:
+        """Radii of chunks (batch, C, hop), (batch,)."""
+        level = self.level if level is None else level
+        if self.kind == "features":
+            return torch.full((len(x),), level, dtype=x.dtype)
+        if self.kind == "noise":
+            return torch.full((len(x),), 10.0 ** (level / 20.0), dtype=x.dtype)
+        return x.flatten(1).norm(dim=1) * 10.0 ** (-level / 20.0)
+
+    def level_of(self, eps: Tensor, x: Tensor) -> Tensor:
+        """Inverse of ``eps``: dB of the peak, dB of signal to noise, or nats, (batch,)."""
+        if self.kind == "features":
+            return eps
+        if self.kind == "noise":
+            return 20.0 * eps.log10()
+        return 20.0 * (x.flatten(1).norm(dim=1) / eps).log10()
