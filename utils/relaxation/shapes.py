@@ -6,8 +6,8 @@ which bisection brackets: with g'(p) <= 0 at the left end p of a bracket [p, q],
 
     g(y) >= g(p) + g'(p) (q - p)        for all y in [p, q], since a tangent is below a convex function,
 
-so the intercept ends on the sound side, however wide the bracket is left. A line above f is one under -f. The range of f
-over an interval is its lines of slope 0.
+so the intercept ends on the sound side, however wide the bracket is left. A line above f is one under -f. The range of
+f over an interval is its lines of slope 0.
 """
 
 from __future__ import annotations
