@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.own.arguments import add_question, check_arguments
 from utils.runs.cli import (
     ArgumentParser,
     answer_early,
     apply_common_arguments,
     non_negative_int,
-    norm_value,
     positive_int,
     run_main,
 )
@@ -37,7 +37,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--epochs", type=non_negative_int, help=f"passes over the training data (default: {EPOCHS})")
     parser.add_argument("--weights", type=Path, help="load this state dict (torch, safetensors) instead of training")
     parser.add_argument("--save-weights", type=Path, help="write the state dict after training")
-    parser.add_argument("--p", type=norm_value, default=2.0, help=f"norm of the balls: 1, 2, inf; eps in {UNIT}")
+    add_question(parser)
     parser.add_argument("--samples", type=positive_int, default=20, help="test sequences to certify")
     parser.add_argument("--save-certificates", type=Path, metavar="FOLDER", help="for scripts/check_certificate.py")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of every random choice")
@@ -54,10 +54,13 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from utils.certify import certified_radius
 from utils.certify.certificate import save_certificates
 from utils.network.checkpoint import load_weights
 from utils.network.models import SequenceClassifier
+from utils.own.loading import load_array
+from utils.own.run import OwnRun
+from utils.runs.ranks import ALONE
+from utils.runs.work import batches
 
 NUM_FRAMES, FRAME_SIZE, NUM_CLASSES, HIDDEN_SIZE = 8, 4, 3, 16
 
@@ -95,6 +98,9 @@ def train(model: nn.Module, x: Tensor, labels: Tensor, epochs: int) -> None:
 
 def main() -> None:
     args = get_args()
+    check_arguments(args)
+    if args.save_certificates and args.target is not None:
+        raise ValueError("--save-certificates is against all other classes: leave out --target")
     device = apply_common_arguments(args)
     if args.weights and args.epochs is not None:
         raise ValueError("--epochs is for training, and --weights is loaded instead: leave out one of them")
@@ -116,15 +122,24 @@ def main() -> None:
     model.eval()
     with torch.no_grad():
         correct = model(x).argmax(dim=1) == labels
-    radius = certified_radius(model, x, labels, norm=args.p)
+    args.model, args.data, args.N = Path(__file__).name, "load_data", len(x)
+    args.batch_size = args.batch_size or 20
+    run = OwnRun(args, model, x, labels, None if args.scales is None else load_array(args.scales, "--scales"))
+    rows = [row for batch in batches(len(run.keys), args.batch_size) for row in run.search(batch)]
+    radius = torch.zeros(len(x), dtype=torch.float64, device=device)
+    for row in rows:
+        radius[row.index] = row.radius
     print(f"{int(correct.sum())} of {len(x)} classified correctly; certified radii in l_{args.p:g}, {UNIT}:")
     print("sequence  label      radius")
     for number, (label, value) in enumerate(zip(labels.tolist(), radius.tolist(), strict=True)):
         print(f"{number:8d}  {label:5d}  {value:10.6f}")
     print(f"mean {radius.mean().item():.6f}, least {radius.min().item():.6f}; 0 means that nothing was proved")
     if args.save_certificates and not args.dry_run:
-        paths = save_certificates(args.save_certificates, model, x, labels, radius, norm=args.p)
+        threat = {"norm": args.p, "ball": args.ball, "frames": args.frames, "clip": args.clip}
+        paths = save_certificates(args.save_certificates, model, x, labels, radius, method=args.method, **threat)
         print(f"{len(paths)} certificates: check them by python scripts/check_certificate.py {args.save_certificates}")
+    if args.out_dir and run.keys and not args.dry_run:  # the rows as certified_bound.csv, with figures
+        run.write(args.out_dir, run.record(device, {}), ALONE)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,19 @@ import torch
 from torch import nn
 
 from utils.attack import pgd
-from utils.certify import band_radius, cascade, certified_margin, certified_radius, decide, output_bounds
+from utils.certify import (
+    band_radius,
+    cascade,
+    certified_margin,
+    certified_radius,
+    decide,
+    local_lipschitz,
+    output_bounds,
+)
 from utils.certify.certificate import save_certificates
 from utils.certify.outputs import bounds as module_of_bounds
 from utils.network import UnsupportedError
+from utils.network.trace import trace
 from utils.perturbation.lp_ball import INF, project, random_on_sphere, steepest
 
 BATCH, T, N = 3, 3, 2
@@ -203,6 +212,16 @@ def test_a_sigmoid_is_bounded_itself_where_outputs_are_asked_for():
     assert (found.lower >= -1e-8).all() and (found.upper <= 1 + 1e-8).all()
     least, most = extremes(module, x, 3.0, 2.0)
     assert (found.lower <= least).all() and (most <= found.upper).all()
+
+
+def test_only_signs_leave_a_sigmoid_out():
+    """A graph is what the module computes, and so are its gradients."""
+    module, x = made(OneScore(nn.Sigmoid(), (1,))), inputs()
+    torch.testing.assert_close(trace(module, x).evaluate(x), module(x))
+    row = torch.ones(1, 1)
+    steep = local_lipschitz(module, x, 0.01, row).constant
+    of_score = local_lipschitz(made(OneScore(nn.Identity(), (1,))), x, 0.01, row).constant
+    assert (steep <= 0.26 * of_score).all()
 
 
 # --- classifiers of every step ----------------------------------------------------------------------------------------

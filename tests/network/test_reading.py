@@ -123,7 +123,7 @@ REFUSED = {
     "of a constant": (lambda m, x: m.last(torch.ones(3) / x), "^/: only a division by constants"),
     "norm": (lambda m, x: m.last(x / x.norm(dim=-1, keepdim=True)), "^norm: the length"),
     "attention": (attend, "^attention: attention multiplies"),
-    "power": (lambda m, x: m.last(x**2), r"^\*\*: a power"),
+    "power": (lambda m, x: m.last(x**0.5), r"^\*\*: a power"),
     "whole numbers": (lambda m, x: m.last(x // 2), "^//: it rounds"),
     "order": (lambda m, x: m.last(x.sort(dim=1)[0]), "^sort: an order"),
     "numpy": (lambda m, x: m.last(torch.from_numpy(x.numpy())), "^numpy: "),

@@ -11,6 +11,7 @@ from ..choices.method import Method
 from ..graph.graph import Graph
 from ..jacobian.passes import JacobianPass
 from ..jacobian.shells import values_pass
+from ..network.outputs import VALUES
 from ..network.state import plain_state
 from ..perturbation.lp_ball import dual_norm
 from ..question.question import Question
@@ -83,7 +84,7 @@ def local_lipschitz(
 
 def _problem(model, x: Tensor, rows: Tensor, threat: Threat, method: Method) -> MarginProblem:
     """The problem whose spec matrix is ``rows``, in place of margins of a label."""
-    question = Question(model, x, torch.zeros(len(x), dtype=torch.long), None, threat)
+    question = Question(model, x, torch.zeros(len(x), dtype=torch.long), None, threat, VALUES)
     rows = rows if rows.dim() == 3 else rows[None]
     if rows.shape[0] not in (1, len(question.x)) or rows.shape[2] != question.rows.shape[2]:
         wanted = f"(batch or 1, n_rows, {question.rows.shape[2]})"

@@ -64,7 +64,9 @@ def new_figure(results: Results, width: float = 6.0, height: float = 3.8) -> Fig
 
 def eps_label(results: Results, quantity: str) -> str:
     norm = f"{float(results.record['arguments']['p']):g}".replace("inf", r"\infty")
-    return rf"{quantity} ($\ell_{{{norm}}}$, pixel values in [0, 1])"
+    unit = results.record.get("unit", "pixel")
+    unit = "pixel values in [0, 1]" if unit.startswith("pixel") else unit
+    return rf"{quantity} ($\ell_{{{norm}}}$, {unit})"
 
 
 def plot_histogram(results: Results) -> Figure:

@@ -89,7 +89,8 @@ class Activation(NonLinear):
 
     def interval(self, bounds: Bounds) -> Interval:
         low, high = bounds.interval(self.parents[0])
-        return self.value(low), self.value(high)
+        image = ACTIVATIONS[self.name].image
+        return (self.value(low), self.value(high)) if image is None else image(low, high)
 
     def relax(self, operand: Interval, slopes=None) -> Relaxation:
         return ACTIVATIONS[self.name].relax(*operand, None if slopes is None else (slopes[0][0], slopes[1][0]))

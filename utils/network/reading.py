@@ -18,6 +18,7 @@ from ..graph.graph import Graph
 from .kept import Unknown, fingerprint
 from .models import SequenceClassifier
 from .modules import usable_model
+from .operations import functions  # noqa: F401 - what more the reading knows
 from .outputs import SCORES, Outputs
 from .state import user_state
 from .symbolic import as_graph

@@ -26,7 +26,7 @@ from ..graph.graph import Graph
 from . import images
 from .kept import kept
 from .modules import usable_model
-from .outputs import ENDS, SCORES, Outputs
+from .outputs import ENDS, SCORES, VALUES, Outputs
 from .state import plain_state, user_defaults
 from .symbolic import Builder, Symbol, UnsupportedError, as_graph, check_scores, constant, join
 
@@ -34,7 +34,7 @@ BATCH = 2  # samples that are traced together, to see that they are not mixed
 # Largest difference, relative to the largest output, between a graph and its module, by the module's precision.
 SAME = {torch.float32: 1e-3, torch.float64: 1e-9}
 HIDDEN_FILES = (str(Path(torch.__file__).parent), __file__, contextlib.__file__)
-HIDDEN_FILES += tuple(str(Path(__file__).with_name(name)) for name in ("symbolic.py", "state.py"))
+HIDDEN_FILES += tuple(str(Path(__file__).with_name(name)) for name in ("symbolic.py", "state.py", "operations"))
 
 Handler = Callable[..., object]
 OPERATIONS: dict[str, Handler] = {}
@@ -448,13 +448,6 @@ OPERATIONS["relu6"] = _activation("hardtanh(0,6)")
 OPERATIONS["arctan"] = OPERATIONS["atan"] = _activation("arctan")
 
 
-@operation("elu")
-def _elu(builder, x, alpha=1.0):
-    if alpha != 1.0:
-        raise UnsupportedError("elu is supported with alpha = 1 only")
-    return builder.activation(x, "elu")
-
-
 @operation("softplus")
 def _softplus(builder, x, beta=1.0, threshold=20.0):
     if threshold < 20.0:
@@ -487,11 +480,6 @@ OPERATIONS["clamp_max"] = lambda builder, x, max: _clip(builder, x, None, max)
 def _hardsigmoid(builder, x):
     shifted = builder.add(builder.scaled(x, constant(1 / 6)), constant(0.5))
     return builder.activation(shifted, "hardtanh(0,1)")
-
-
-@operation("silu")
-def _silu(builder, x):
-    return builder.multiply(x, builder.activation(x, "sigmoid"))
 
 
 @operation("softmax", "log_softmax")
@@ -929,4 +917,8 @@ def trace(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64, rela
     Raises:
         UnsupportedError: the forward does something that has no bound here; the message has its line.
     """
-    return TracedModule(usable_model(module), x).graph(dtype, relaxation)
+    traced = TracedModule(usable_model(module), x, VALUES)
+    if len(traced.output_shape) != 1:
+        shape = (len(x), *traced.output_shape)
+        raise UnsupportedError(f"the output must be (batch, classes), not of shape {shape}")
+    return traced.graph(dtype, relaxation)

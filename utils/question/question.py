@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.graph import Graph
-from ..network.outputs import Outputs
+from ..network.outputs import SCORES, Outputs
 from ..network.reading import Network, TracedModule, check_network, output_shape, read_network
 from .arguments import as_classes, as_eps, as_inputs
 from .specification import IGNORED, output_rows
@@ -38,10 +38,11 @@ class Question:
         labels: Tensor,
         targets: Tensor | None = None,
         threat: Threat | None = None,
+        outputs: Outputs = SCORES,
     ):
         threat = threat or Threat()
-        self.model, self.x = read_network(model, as_inputs(x))
-        self.labels = labels = as_classes(labels, "labels", f"({len(self.x)},) of integers, or (batch, T), one a step")
+        self.model, self.x = read_network(model, as_inputs(x), outputs)
+        self.labels = labels = as_classes(labels, "labels", f"({len(self.x)},) of integers")
         if targets is not None:
             targets = as_classes(targets, "targets", "(batch,) or (batch, n_specs) of integers, or one")
             targets = targets.expand(len(self.x)) if targets.dim() == 0 else targets

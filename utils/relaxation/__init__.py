@@ -4,17 +4,20 @@ from .curves import CURVED, CurvedFunction, Curves, curved_relaxation, smooth_cu
 from .lines import ACTIVATIONS, Activation, Plane, Relaxation
 from .more_lines import relax_convex
 from .planes import PRODUCTS, relax_product
+from .shapes import SHAPES, Shape
 from .squares import relax_square
 
 __all__ = [
     "ACTIVATIONS",
     "CURVED",
     "PRODUCTS",
+    "SHAPES",
     "Activation",
     "CurvedFunction",
     "Curves",
     "Plane",
     "Relaxation",
+    "Shape",
     "curved_relaxation",
     "relax_convex",
     "relax_product",

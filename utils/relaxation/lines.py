@@ -247,13 +247,18 @@ def relax_relu(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
 
 
 class Activation(NamedTuple):
-    """A monotone activation, its relaxation, and its greatest derivative (None: not known)."""
+    """An activation, its relaxation, and its greatest absolute derivative (None: not known).
+
+    ``image`` gives bounds of its values over intervals, from their ends; None if it grows: then these are at the ends.
+    """
 
     function: Callable[[Tensor], Tensor]
     relax: Callable[..., Relaxation]
     steepest: float | None = None
+    image: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
+MAKERS: dict[str, Callable[..., Activation]] = {}  # of other families, by name; called with the numbers behind it
 FAMILIES = {"leaky_relu": leaky_relu_pieces, "hardtanh": hardtanh_pieces}
 
 
@@ -261,19 +266,26 @@ def pieces_of(name: str) -> Pieces | None:
     """The piecewise-linear function of a name such as "relu" or "leaky_relu(0.2)", a family's name with numbers."""
     if name == "relu":
         return RELU
+    family, numbers = _family_of(name)
+    return FAMILIES[family](*numbers) if family in FAMILIES else None
+
+
+def _family_of(name: str) -> tuple[str, list[float]]:
     family, _, numbers = name.removesuffix(")").partition("(")
-    if family not in FAMILIES:
-        return None
-    return FAMILIES[family](*(float(number) for number in numbers.split(",") if number))
+    return family, [float(number) for number in numbers.split(",") if number]
 
 
 class Activations(dict):
-    """Activations by name; members of the piecewise-linear families are made when they are asked for."""
+    """Activations by name; members of families are made when they are asked for."""
 
     def __missing__(self, name: str) -> Activation:
         pieces = pieces_of(name)
         if pieces is None:
-            raise KeyError(name)
+            family, numbers = _family_of(name)
+            if family not in MAKERS:
+                raise KeyError(name)
+            self[name] = MAKERS[family](*numbers)
+            return self[name]
         self[name] = Activation(pieces.function, functools.partial(relax_pieces, pieces), max(pieces.slopes))
         return self[name]
 

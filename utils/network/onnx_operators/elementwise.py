@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..operations import functions
 from ..symbolic import Symbol, UnsupportedError, check_scores, constant
 from .table import OPERATORS, operator, symbol
 
@@ -66,9 +67,56 @@ def _softplus(reader, x):
 
 @operator("Elu")
 def _elu(reader, x, alpha=1.0):
-    if alpha != 1.0:
-        raise UnsupportedError("Elu is supported with alpha = 1 only")
-    return reader.builder.activation(x, "elu")
+    return functions.elu(reader.builder, x, alpha)
+
+
+@operator("Celu")
+def _celu(reader, x, alpha=1.0):
+    return functions.celu(reader.builder, x, alpha)
+
+
+@operator("Selu")
+def _selu(reader, x, alpha=functions.SELU_ALPHA, gamma=functions.SELU_SCALE):
+    return functions.selu(reader.builder, x, alpha, gamma)
+
+
+@operator("PRelu")
+def _prelu(reader, x, slope):
+    if isinstance(slope, Symbol) or (slope.numel() > 1 and slope.numel() != slope.shape[0]):
+        raise UnsupportedError("PRelu is supported with a constant slope for every channel")
+    return functions.prelu(reader.builder, x, slope)
+
+
+@operator("Gelu")
+def _gelu(reader, x, approximate="none"):
+    if approximate not in ("none", b"none"):
+        raise UnsupportedError("Gelu is supported as it is, not approximated by tanh")
+    return reader.builder.activation(x, "gelu")
+
+
+@operator("Pow")
+def _power(reader, x, exponent):
+    if isinstance(exponent, Symbol) or exponent.numel() != 1:
+        raise UnsupportedError("Pow is supported with one constant exponent")
+    return functions.power(reader.builder, x, float(exponent))
+
+
+@operator("Max")
+def _maximum(reader, first, *others):
+    for other in others:
+        first = functions.maximum(reader.builder, symbol(first), symbol(other))
+    return first
+
+
+@operator("Min")
+def _minimum(reader, first, *others):
+    for other in others:
+        first = functions.minimum(reader.builder, symbol(first), symbol(other))
+    return first
+
+
+SHAPES = {"Mish": "mish", "HardSwish": "hardswish", "Softsign": "softsign", "Erf": "erf", "Exp": "exp", "Abs": "abs"}
+OPERATORS |= {name: lambda reader, x, of=of: reader.builder.activation(x, of) for name, of in SHAPES.items()}
 
 
 @operator("LeakyRelu")

@@ -1,5 +1,5 @@
 """What of a forward's result is meant, and what of it the graph leaves out."""
 
-from .parts import ENDS, SCORES, Outputs, SeveralOutputs
+from .parts import ENDS, SCORES, VALUES, Outputs, SeveralOutputs
 
-__all__ = ["ENDS", "SCORES", "Outputs", "SeveralOutputs"]
+__all__ = ["ENDS", "SCORES", "VALUES", "Outputs", "SeveralOutputs"]

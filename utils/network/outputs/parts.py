@@ -41,11 +41,13 @@ class Outputs:
 
     Attributes:
         path: key of a part of a tuple or dict, or a tuple of keys one inside the other; None for the result itself.
-        scores: whether they are scores of classes, of which only order and sign matter.
+        scores: whether they are scores of classes, whose order alone matters: a softmax at the end is left out.
+        signs: whether, of scores, the sign of each decides, or their order: a sigmoid at the end is left out, too.
     """
 
     path: Any = None
     scores: bool = True
+    signs: bool = True
 
     @property
     def keys(self) -> tuple:
@@ -73,11 +75,12 @@ class Outputs:
                     f"a {symbol.softmax} has no bound here: let the forward return the scores before it"
                 )
             return symbol, symbol.softmax
-        before = _before_sigmoid(builder, symbol) if self.scores else None
+        before = _before_sigmoid(builder, symbol) if self.scores and self.signs else None
         return (symbol, "") if before is None else (before, "sigmoid")
 
 
 SCORES = Outputs()  # all that the forward returns, as scores of classes
+VALUES = Outputs(signs=False)  # likewise, with a sigmoid at the end, if there is one
 
 
 def _before_sigmoid(builder: Builder, symbol: Symbol) -> Symbol | None:

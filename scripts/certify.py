@@ -1,0 +1,99 @@
+"""Certified radii of your own model on your own data.
+
+    python scripts/certify.py --model my_model.py:Net --weights w.pt --data x.npy --labels y.npy
+    python scripts/certify.py --model net.onnx --data x.npz:x --labels x.npz:y --p inf --clip 0 1 --eps 0.01
+    torchrun --nproc-per-node 2 scripts/certify.py ... --out-dir FOLDER     # shared among processes, --resume goes on
+
+Writes certified_bound.csv, run.json and figures to --out-dir, certified/ unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.own.arguments import add_certificates, add_model_and_data, add_question, check_arguments
+from utils.runs.cli import ArgumentParser, add_common_arguments, answer_early, run_main
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_model_and_data(parser)
+    add_question(parser)
+    add_certificates(parser)
+    add_common_arguments(parser, data="not used: --data says where the inputs are")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_early(get_args)  # before the imports below, which take seconds
+
+import torch
+from torch import Tensor
+
+from utils.graph import Graph
+from utils.own.loading import load_array, load_model
+from utils.own.run import OwnRun
+from utils.runs.cli import apply_common_arguments
+from utils.runs.ranks import joined
+
+BATCH = 20
+
+
+def load_inputs(args: argparse.Namespace, like: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Inputs, classes and scales of the values; floats in the model's precision, whole numbers as words."""
+    x = load_array(args.data, "--data")[: args.N]
+    labels = None if args.labels is None else load_array(args.labels, "--labels").long()[: args.N]
+    scales = None if args.scales is None else load_array(args.scales, "--scales")
+    if args.shape:
+        if x[0].numel() != torch.Size(args.shape).numel():
+            raise ValueError(f"--shape {args.shape} does not fit inputs of {x[0].numel()} values")
+        x = x.reshape(len(x), *args.shape)
+    if x.dim() < 2 or len(x) == 0:
+        raise ValueError(f"--data must hold (batch, ...), not {tuple(x.shape)}")
+    if labels is not None and len(labels) != len(x):
+        raise ValueError(f"--labels holds {len(labels)} classes, --data {len(x)} inputs")
+    return (x.to(like) if x.is_floating_point() else x.long()), labels, scales
+
+
+def main() -> None:
+    args = get_args()
+    check_arguments(args)
+    device = apply_common_arguments(args)
+    args.batch_size = args.batch_size or BATCH
+    with joined(device) as ranks:
+        model = load_model(args.model, args.weights)
+        like = torch.float64
+        if not isinstance(model, Graph):
+            model = model.to(device)
+            like = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        x, labels, scales = load_inputs(args, like)
+        if isinstance(model, Graph) and x.dim() > 1:
+            frames = model.frames
+            x = x.to(like).reshape(len(x), len(frames), frames[0].size)
+        args.N = len(x)  # a later run may have more
+        if args.dry_run:
+            x, labels = x[:1], None if labels is None else labels[:1]
+        run = OwnRun(args, model, x.to(device), None if labels is None else labels.to(device), scales)
+        run.check()
+        counts = run.counts
+        print(f"{args.model}: {counts['drawn']} inputs of {args.data}, {counts['misclassified']} misclassified", end="")
+        print(f", {counts['kept']} to certify in l_{args.p:g} by {args.method}", flush=True)
+        if args.dry_run:
+            print(f"dry run: input 0 has radius {run.search([0])[0].radius:.4g}, nothing written")
+            return
+        files = {"model": args.model.rpartition(":")[0] or args.model, "weights": args.weights}
+        hashes = {
+            f"{name}_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            for name, file in files.items()
+            if file
+        }
+        run.write(args.out_dir or Path("certified"), run.record(device, hashes), ranks)
+
+
+if __name__ == "__main__":
+    run_main(main)

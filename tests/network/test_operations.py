@@ -1,0 +1,169 @@
+"""Functions and layouts that are read: values as the module's, no attack outside the bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_output_bounds import extremes
+from torch import nn
+
+from utils.certify import output_bounds
+from utils.network import UnsupportedError
+from utils.network.trace import trace
+from utils.relaxation.lines import ACTIVATIONS, Relaxation
+
+T, N = 4, 6
+W = torch.linspace(-1.0, 1.0, N * 3, dtype=torch.float64).reshape(N, 3).sin()
+CONSTANT = torch.linspace(-1.0, 1.0, N, dtype=torch.float64)
+
+
+class Does(nn.Module):
+    """A linear layer, what is tested, and another one on all that it gives."""
+
+    def __init__(self, function, shape=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.function, self.shape = nn.Linear(N, N).double(), function, shape
+        if isinstance(function, nn.Module):
+            self.part = function.double()
+        x = torch.zeros(1, T, N, dtype=torch.float64)
+        size = function(self.first(x).reshape(1, *(shape or (T, N)))).numel()
+        self.last = nn.Linear(size, 2).double()
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.function(h.reshape(len(x), *(self.shape or (T, N)))).flatten(1))
+
+
+def channels(weight) -> nn.PReLU:
+    layer = nn.PReLU(T)
+    layer.weight.data = torch.tensor(weight)
+    return layer.double()
+
+
+IMAGE = (2, 3, 4)
+READ = {
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "mish": nn.Mish(),
+    "hardswish": nn.Hardswish(),
+    "softsign": nn.Softsign(),
+    "tanhshrink": nn.Tanhshrink(),
+    "logsigmoid": nn.LogSigmoid(),
+    "softshrink": nn.Softshrink(0.3),
+    "elu": nn.ELU(1.7),
+    "celu": nn.CELU(0.6),
+    "selu": nn.SELU(),
+    "rrelu": nn.RReLU(),
+    "threshold": nn.Threshold(0.2, 0.2),
+    "prelu": nn.PReLU(),
+    "prelu of channels": channels([0.1, -0.3, 0.25, 1.5]),
+    "glu": nn.GLU(),
+    "exp": lambda h: torch.exp(-h),
+    "abs": lambda h: abs(h) + h.abs(),
+    "square and cube": lambda h: h**2 + 0.1 * torch.pow(h, 3) + h.square(),
+    "erf": torch.erf,
+    "maximum": lambda h: torch.maximum(h[:, :2], h[:, 2:]) + torch.max(h[:, 1:3], CONSTANT),
+    "minimum": lambda h: torch.minimum(CONSTANT, h) - torch.min(h, h.flip(1)),
+    "lerp": lambda h: torch.lerp(h[:, :2], h[:, 2:], 0.3),
+    "addcmul": lambda h: torch.addcmul(h, h.sigmoid(), h, value=0.5),
+    "cumsum": lambda h: h.cumsum(1) + h.cumsum(dim=-1),
+    "reflect": lambda h: F.pad(h, (2, 1), mode="reflect"),
+    "replicate and circular": lambda h: F.pad(h, (1, 2), mode="replicate") + F.pad(h, (2, 1), mode="circular"),
+    "windows": lambda h: h.unfold(1, 2, 1),
+    "einsum": lambda h: torch.einsum("btn,nk->bkt", h, W),
+}
+IMAGES = {
+    "nearest": nn.Upsample(scale_factor=2),
+    "bilinear": lambda h: F.interpolate(h, size=(5, 3), mode="bilinear", align_corners=False),
+    "columns": nn.Unfold(2, padding=1),
+    "pixel shuffle": lambda h: F.pixel_unshuffle(F.pad(h, (0, 0, 0, 1)), 2),
+    "channel shuffle": lambda h: F.channel_shuffle(h, 2),
+}
+
+
+def made(name: str) -> Does:
+    shape = IMAGE if name in IMAGES else None
+    return Does((READ | IMAGES)[name], shape).eval().requires_grad_(False)
+
+
+def check(name: str, eps: float = 0.4) -> None:
+    module = made(name)
+    x = torch.randn(2, T, N, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(trace(module, x).evaluate(x), module(x), rtol=1e-9, atol=1e-9)
+    least, most = extremes(module, x, eps, 2.0)
+    for method in ("ibp", "crown"):
+        found = output_bounds(module, x, eps, method=method)
+        assert (found.lower <= least).all() and (most <= found.upper).all()
+        assert found.lower.isfinite().all() and found.upper.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*READ, *IMAGES])
+def test_what_is_read_is_bounded(name):
+    check(name)
+
+
+def test_lines_that_cross_the_function_are_noticed(monkeypatch):
+    honest = ACTIVATIONS["gelu"]
+
+    def raised(*ends):
+        lower, upper = honest.relax(*ends)
+        return Relaxation(lower._replace(intercept=lower.intercept + 0.2), upper)
+
+    monkeypatch.setitem(ACTIVATIONS, "gelu", honest._replace(relax=raised))
+    with pytest.raises(AssertionError):
+        check("gelu")
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (nn.GELU(approximate="tanh"), "approximated by tanh"),
+        (nn.Threshold(0.2, 5.0), "jumps"),
+        (lambda h: h.amax(1), "no bound"),
+        (lambda h: h.max(1).values, "over an axis"),
+        (lambda h: h**0.5, "whole exponent"),
+        (lambda h: torch.einsum("btn,btn->bt", h, h), "both depend"),
+    ],
+)
+def test_what_is_not_read_is_said(function, words):
+    module = Does(lambda h: h)
+    module.function = function
+    with pytest.raises(UnsupportedError, match=words):
+        trace(module, torch.randn(2, T, N, dtype=torch.float64))
+
+
+ONNX = {
+    "Elu": {"alpha": 1.7},
+    "Celu": {"alpha": 0.6},
+    "Selu": {},
+    "PRelu": {},
+    "Gelu": {},
+    "Pow": {},
+    "Max": {},
+    "Min": {},
+    "Mish": {},
+    "HardSwish": {},
+    "Softsign": {},
+    "Erf": {},
+    "Exp": {},
+    "Abs": {},
+}
+
+
+@pytest.mark.parametrize("kind", ONNX)
+def test_operators_of_onnx_files(kind, tmp_path):
+    """Reading compares with onnxruntime at random inputs."""
+    pytest.importorskip("onnx")
+    from test_onnx import node, write
+
+    from utils.network.onnx_graph import read_onnx
+
+    given = {"w": torch.linspace(-1.0, 1.0, 3 * 3).sin().reshape(3, 3)}
+    second = {"PRelu": torch.tensor(0.2), "Pow": torch.tensor(3.0), "Max": torch.tensor(-0.1), "Min": torch.tensor(0.1)}
+    names = ["h", *["s"] * (kind in second)]
+    given |= {"s": second[kind]} if kind in second else {}
+    nodes = [node("MatMul", "x", "w", output="h"), node(kind, *names, output="y", **ONNX[kind])]
+    opset = {"Gelu": 20, "Mish": 18}.get(kind, 17)
+    assert read_onnx(write(tmp_path / "net.onnx", nodes, given, (4, 3), opset)).runs

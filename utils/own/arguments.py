@@ -1,0 +1,87 @@
+"""The flags of ``scripts/certify.py``, which its template has as well."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from ..choices.method import CERTIFIED_METHODS
+from ..choices.tables import BALLS, RELAXATIONS
+from ..experiments.arguments import (
+    add_method_arguments,
+    add_search_arguments,
+    fill_in,
+    target_choice,
+)
+from ..runs.cli import finite, non_negative_int, norm_value, positive_float, positive_int
+
+
+def add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    """Where model and data lie."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
+        "--model",
+        required=True,
+        metavar="FILE.py:NAME",
+        help="a module, what gives one without arguments, or FILE.onnx",
+    )
+    group.add_argument("--weights", type=Path, help="its state dict (torch, safetensors)")
+    group.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="inputs, (batch, ...): npy, npz, csv or torch; FILE:KEY of several",
+    )
+    group.add_argument("--labels", metavar="FILE", help="classes, (batch,) (default: what the model says)")
+    group.add_argument("--shape", type=positive_int, nargs="+", help="of one input, such as T N, if data is flat")
+    group.add_argument("--N", type=positive_int, help="only the first N inputs (default: all)")
+
+
+def add_question(parser: argparse.ArgumentParser) -> None:
+    """What is certified, and how."""
+    group = parser.add_argument_group("what is certified (eps and radii are in the units of the data)")
+    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the perturbation: 1, 2 or inf")
+    group.add_argument("--eps", type=positive_float, help="certify at this radius (default: search the largest)")
+    group.add_argument(
+        "--target",
+        type=target_choice,
+        metavar="{random,runnerup,least,K}",
+        help="class to keep away from (default: all other classes)",
+    )
+    group.add_argument("--frames", type=non_negative_int, nargs="+", help="perturb only these frames")
+    group.add_argument("--ball", choices=tuple(BALLS), default="frame", help="a ball around every frame, or around all")
+    group.add_argument("--clip", type=finite, nargs=2, metavar=("LOW", "HIGH"), help="valid inputs (only for --p inf)")
+    group.add_argument("--features", type=non_negative_int, nargs="+", help="perturb only these values of a frame")
+    group.add_argument(
+        "--scales", metavar="FILE", help="by what each value moves more than eps, (n,), (T, n) or (N, T, n)"
+    )
+    group = parser.add_argument_group("how")
+    add_method_arguments(group)
+    group.add_argument("--relaxation", choices=tuple(RELAXATIONS), help="bounds of gates' products (default: plane)")
+    add_search_arguments(group)
+    group.add_argument("--max-eps", type=positive_float, default=1e6, help="largest eps of the search")
+
+
+def add_certificates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--save-certificate",
+        action="store_true",
+        help="write a file for every radius that scripts/check_certificate.py can confirm (of a SequenceClassifier)",
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError if flags contradict each other."""
+    fill_in(args, [args.method])
+    if args.clip and args.p != math.inf:
+        raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
+    flag = next((name for name in ("save_certificate", "save_certificates") if getattr(args, name, None)), None)
+    if flag is not None:
+        flag = f"--{flag.replace('_', '-')}"
+        if args.method not in CERTIFIED_METHODS:
+            raise ValueError(f"{flag} is for --method {', '.join(CERTIFIED_METHODS)}, not {args.method}")
+        if args.features or args.scales:
+            raise ValueError(f"{flag} knows balls and boxes alone: leave out --features and --scales")
+    if args.eps is not None and (args.method == "bab" or args.eps0 is not None):
+        raise ValueError("--eps asks at one radius: leave out --eps0, and of methods take another than bab")
