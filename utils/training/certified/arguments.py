@@ -58,6 +58,11 @@ def add_certified_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tightness", type=non_negative_float, help="weight of a penalty on boxes that grow")
     group.add_argument("--hidden-scale", type=non_negative_float, help="factor of the initial W_hh of recurrent layers")
     group.add_argument(
+        "--hidden-shift",
+        type=non_negative_float,
+        help="what every unit of a recurrent layer hands on to the next one, at the start (0: nothing)",
+    )
+    group.add_argument(
         "--held-back",
         type=positive_int,
         help="training images kept for the training curve, on which choices can be made (default: 5000)",

@@ -23,10 +23,12 @@ class Certified(Objective):
 
     @torch.no_grad()
     def prepare(self, model: nn.Module) -> None:
-        """Scale hidden-to-hidden weights: boxes grow by them from step to step."""
-        for name, weight in model.named_parameters():
-            if "weight_hh" in name:
-                weight *= self.recipe.hidden_scale
+        """Start hidden-to-hidden weights so that the state is kept and boxes hardly grow."""
+        for layer in model.modules():
+            if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+                for name, weight in layer.named_parameters():
+                    if name.startswith("weight_hh"):
+                        start_shifted(weight, self.recipe.hidden_scale, self.recipe.hidden_shift)
 
     def rate(self, step: int, total_steps: int) -> float:
         return rate_factor(self.recipe, step / total_steps)
@@ -61,3 +63,15 @@ class Certified(Objective):
             bounds = batch.bounds(method, sound=True)
             verified += int((bounds.margin(rows_of(batch, bounds)) > 0).all(dim=1).sum())
         return {"accuracy": accuracy(model, x, y), "verified": verified / len(y)}
+
+
+def start_shifted(weight: Tensor, scale: float, shift: float) -> None:
+    """Scale a layer's W_hh, (gates * hidden, hidden), in place, and add ``shift`` from every unit to the next one.
+
+    Rows of a shift have one entry: boxes do not grow by it, and a unit's state says what came, and how long ago. Of
+    gated cells only the new values g and n (the third block of rows) take it.
+    """
+    hidden = weight.shape[1]
+    new = weight[2 * hidden : 3 * hidden] if len(weight) > hidden else weight
+    weight *= scale
+    new += shift * torch.eye(hidden).to(weight).roll(1, dims=0)

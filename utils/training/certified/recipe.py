@@ -28,6 +28,7 @@ class Recipe:
         input_penalty: weight of the sum of the dual norms of all rows of weights that meet the input.
         tightness: weight of a penalty on how fast boxes grow through the network, during the ramp.
         hidden_scale: factor of a recurrent layer's initial hidden-to-hidden weights, by which boxes grow every step.
+        hidden_shift: what every unit hands on to the next one in the beginning; see ``objective.start_shifted``.
     """
 
     loss: str = "ibp"
@@ -48,7 +49,8 @@ class Recipe:
     attack_steps: int = 1
     input_penalty: float = 1e-4
     tightness: float = 0.0
-    hidden_scale: float = 0.2
+    hidden_scale: float = 0.1
+    hidden_shift: float = 0.9
 
     def __post_init__(self):
         if self.loss not in LOSSES:
