@@ -63,6 +63,11 @@ def add_certified_arguments(parser: argparse.ArgumentParser) -> None:
         help="what every unit of a recurrent layer hands on to the next one, at the start (0: nothing)",
     )
     group.add_argument(
+        "--input-rate",
+        type=positive_float,
+        help="learning rate of recurrent weights that meet the input, as a multiple of --lr",
+    )
+    group.add_argument(
         "--held-back",
         type=positive_int,
         help="training images kept for the training curve, on which choices can be made (default: 5000)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,8 @@ from .penalties import input_weights, tightness
 from .recipe import Moment, Recipe, moment_of, rate_factor
 
 WATCHED_AT_ONCE = 500
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+FIRST = "weight_ih(_l0(_reverse)?)?"
 
 
 class Certified(Objective):
@@ -25,13 +28,19 @@ class Certified(Objective):
     def prepare(self, model: nn.Module) -> None:
         """Start hidden-to-hidden weights so that the state is kept and boxes hardly grow."""
         for layer in model.modules():
-            if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+            if isinstance(layer, RECURRENT):
                 for name, weight in layer.named_parameters():
                     if name.startswith("weight_hh"):
                         start_shifted(weight, self.recipe.hidden_scale, self.recipe.hidden_shift)
 
     def rate(self, step: int, total_steps: int) -> float:
         return rate_factor(self.recipe, step / total_steps)
+
+    def rates(self, model: nn.Module) -> dict[nn.Parameter, float]:
+        """Weights that meet the input learn faster: the few that outweigh the ball have a long way to go."""
+        layers = [layer for layer in model.modules() if isinstance(layer, RECURRENT)]
+        named = [pair for layer in layers for pair in layer.named_parameters()]
+        return {weight: self.recipe.input_rate for name, weight in named if re.fullmatch(FIRST, name)}
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
         moment = moment_of(self.recipe, progress)

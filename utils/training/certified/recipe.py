@@ -28,6 +28,7 @@ class Recipe:
         input_penalty: weight of the sum of the dual norms of all rows of weights that meet the input.
         tightness: weight of a penalty on how fast boxes grow through the network, during the ramp.
         hidden_scale: factor of a recurrent layer's initial hidden-to-hidden weights, by which boxes grow every step.
+        input_rate: learning rate of a recurrent layer's weights that meet the input, as a multiple of all others'.
         hidden_shift: what every unit hands on to the next one in the beginning; see ``objective.start_shifted``.
     """
 
@@ -51,6 +52,7 @@ class Recipe:
     tightness: float = 0.0
     hidden_scale: float = 0.1
     hidden_shift: float = 0.9
+    input_rate: float = 3.0
 
     def __post_init__(self):
         if self.loss not in LOSSES:
