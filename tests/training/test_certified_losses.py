@@ -256,7 +256,8 @@ def test_weights_that_meet_the_input_learn_faster():
     model = SequenceClassifier(rnn, nn.Linear(10, CLASSES))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     args = Namespace(lr=1e-3, weight_decay=0.0, batch_size=BATCH, seed=0)
-    optimizer = make_optimizer(model, args, 10, Certified(Recipe(input_rate=4.0)))
+    optimizer = make_optimizer(model, args, 10, Certified(Recipe(input_rate=4.0, adam_beta2=0.9)))
+    assert {group["betas"] for group in optimizer.adam.param_groups} == {(0.9, 0.9)}
     sum(value.sum() for value in model.parameters()).backward()
     optimizer.adam.step()
     fast = {"rnn.weight_ih_l0", "rnn.weight_ih_l0_reverse"}

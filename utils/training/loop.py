@@ -42,7 +42,13 @@ class History:
 
 
 class Objective:
-    """What a training minimises, how its rate goes and what is watched; plain training. Others override."""
+    """What a training minimises, how its rate goes and what is watched; plain training. Others override.
+
+    Attributes:
+        betas: how much of the running means of gradients and of their squares Adam keeps at a step.
+    """
+
+    betas = (0.9, 0.999)
 
     def prepare(self, model: nn.Module) -> None:
         """Change an untrained model's weights to what the training had better begin with."""
@@ -162,7 +168,7 @@ def make_optimizer(
     special = objective.rates(model)
     usual = [parameter for parameter in model.parameters() if parameter not in special]
     groups = [{"params": usual}, *({"params": [one], "lr": args.lr * by} for one, by in special.items())]
-    adam = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    adam = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, betas=objective.betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: objective.rate(step, total_steps))
     return Optimizer(adam, schedule, args.batch_size, Order().manual_seed(args.seed), total_steps)
 

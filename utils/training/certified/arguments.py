@@ -67,6 +67,7 @@ def add_certified_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         help="learning rate of recurrent weights that meet the input, as a multiple of --lr",
     )
+    group.add_argument("--adam-beta2", type=probability, help="share of the mean of squared gradients that Adam keeps")
     group.add_argument(
         "--held-back",
         type=positive_int,

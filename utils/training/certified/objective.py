@@ -23,6 +23,7 @@ class Certified(Objective):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self.betas = (0.9, recipe.adam_beta2)
 
     @torch.no_grad()
     def prepare(self, model: nn.Module) -> None:

@@ -29,6 +29,7 @@ class Recipe:
         tightness: weight of a penalty on how fast boxes grow through the network, during the ramp.
         hidden_scale: factor of a recurrent layer's initial hidden-to-hidden weights, by which boxes grow every step.
         input_rate: learning rate of a recurrent layer's weights that meet the input, as a multiple of all others'.
+        adam_beta2: share of the running mean of squared gradients that Adam keeps at a step.
         hidden_shift: what every unit hands on to the next one in the beginning; see ``objective.start_shifted``.
     """
 
@@ -53,6 +54,7 @@ class Recipe:
     hidden_scale: float = 0.1
     hidden_shift: float = 0.9
     input_rate: float = 3.0
+    adam_beta2: float = 0.99
 
     def __post_init__(self):
         if self.loss not in LOSSES:
