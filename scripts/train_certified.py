@@ -29,7 +29,7 @@ KINDS = {
 # How the trainings began that were not done anew when the defaults changed.
 OLD = "--hidden-scale 0.2 --hidden-shift 0 --input-rate 1 --adam-beta2 0.999"
 MODELS = [
-    ("rnn_{}_128_relu_mean", 7, "inf", 0.1, 20, "--overshoot 1.0"),
+    ("rnn_{}_128_relu_mean", 7, "inf", 0.1, 15, "--overshoot 1.0"),
     ("lstm_{}_64", 7, "inf", 0.1, 20, OLD),
     ("gru_{}_64", 7, "inf", 0.1, 20, OLD),
     ("rnn_{}_64_tanh", 7, "inf", 0.1, 30, OLD),
