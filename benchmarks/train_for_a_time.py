@@ -2,7 +2,6 @@
 
     python benchmarks/train_for_a_time.py                  # 190 s, as measured for that example with 64 units
     python benchmarks/train_for_a_time.py --seconds 60 --loss crown-ibp
-    python benchmarks/train_for_a_time.py --hidden-scale 0.2 --hidden-shift 0
 
 The LSTM reads an image as 8 slices of 98 pixels; the mean of its states is classified. Boxes of --eps (0.1 in the
 normalised units of that example, 0.0308 in pixel values) around all pixels, not cut. The schedule follows the clock.
@@ -24,12 +23,11 @@ from utils.runs.cli import (
     add_common_arguments,
     answer_early,
     apply_common_arguments,
-    non_negative_float,
     positive_float,
     positive_int,
     run_main,
 )
-from utils.training.certified.recipe import LOSSES, Recipe, rate_factor
+from utils.training.certified.recipe import LOSSES
 
 
 def get_args() -> argparse.Namespace:
@@ -38,8 +36,6 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--loss", choices=LOSSES, default="ibp", help="certified loss")
     parser.add_argument("--eps", type=positive_float, default=0.0308, help="half-width of the boxes, in pixel values")
     parser.add_argument("--hidden-size", type=positive_int, default=64, help="size of the hidden state")
-    parser.add_argument("--hidden-scale", type=non_negative_float, default=Recipe.hidden_scale, help="as in training")
-    parser.add_argument("--hidden-shift", type=non_negative_float, default=Recipe.hidden_shift, help="likewise")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="images per step")
     parser.add_argument("--lr", type=positive_float, default=1e-2, help="largest learning rate of Adam")
     parser.add_argument("--N", type=positive_int, default=1000, help="test images")
@@ -57,6 +53,7 @@ from data.mnist import load_mnist
 from utils.certify import certified_margin
 from utils.network.models import SequenceClassifier
 from utils.training.certified.objective import Certified
+from utils.training.certified.recipe import Recipe, rate_factor
 from utils.training.loop import CLIP_NORM
 
 SLICES, CLASSES = 8, 10
@@ -91,8 +88,7 @@ def main() -> None:
     ).to(device)
     seconds = 1.0 if args.dry_run else args.seconds
     args.seconds = seconds
-    recipe = Recipe(args.loss, eps=args.eps, hidden_scale=args.hidden_scale, hidden_shift=args.hidden_shift)
-    steps = fit(model, x, data.train_y.to(device), recipe, args)
+    steps = fit(model, x, data.train_y.to(device), Recipe(args.loss, eps=args.eps), args)
     x, y = test[: args.N], data.test_y[: args.N].to(device)
     clean = (model(x).argmax(dim=1) == y).double().mean().item()
     print(f"{steps} steps in {seconds:g} s; {len(y)} images of {data.source}: clean {100 * clean:.1f} %", flush=True)

@@ -26,21 +26,21 @@ KINDS = {
     "lstm_{}_64": ("lstm", "lstm", "--hidden-size 64 --lr 1e-2"),
     "gru_{}_64": ("gru", "gru", "--hidden-size 64 --lr 1e-2"),
 }
-# How the trainings began that were not done anew when the defaults changed.
-OLD = "--hidden-scale 0.2 --hidden-shift 0 --input-rate 1 --adam-beta2 0.999"
+# Another start and faster input weights: 15 epochs do as much as 30 without.
+FAST = "--overshoot 1.0 --hidden-scale 0.1 --hidden-shift 0.9 --input-rate 3 --adam-beta2 0.99"
 MODELS = [
-    ("rnn_{}_128_relu_mean", 7, "inf", 0.1, 15, "--overshoot 1.0"),
-    ("lstm_{}_64", 7, "inf", 0.1, 20, OLD),
-    ("gru_{}_64", 7, "inf", 0.1, 20, OLD),
-    ("rnn_{}_64_tanh", 7, "inf", 0.1, 30, OLD),
-    ("rnn_{}_128_relu_mean", 7, "inf", 0.02, 30, OLD),
-    ("lstm_{}_64", 7, "inf", 0.02, 15, OLD),
-    ("gru_{}_64", 7, "inf", 0.02, 15, OLD),
-    ("rnn_{}_64_tanh", 7, "inf", 0.02, 30, OLD),
-    ("rnn_{}_128_relu_mean", 7, "2", 0.2, 30, OLD),
-    ("lstm_{}_64", 7, "2", 0.2, 15, OLD),
-    ("gru_{}_64", 7, "2", 0.2, 15, OLD),
-    ("rnn_{}_64_tanh", 7, "2", 0.2, 30, OLD),
+    ("rnn_{}_128_relu_mean", 7, "inf", 0.1, 15, FAST),
+    ("lstm_{}_64", 7, "inf", 0.1, 20, ""),
+    ("gru_{}_64", 7, "inf", 0.1, 20, ""),
+    ("rnn_{}_64_tanh", 7, "inf", 0.1, 30, ""),
+    ("rnn_{}_128_relu_mean", 7, "inf", 0.02, 30, ""),
+    ("lstm_{}_64", 7, "inf", 0.02, 15, ""),
+    ("gru_{}_64", 7, "inf", 0.02, 15, ""),
+    ("rnn_{}_64_tanh", 7, "inf", 0.02, 30, ""),
+    ("rnn_{}_128_relu_mean", 7, "2", 0.2, 30, ""),
+    ("lstm_{}_64", 7, "2", 0.2, 15, ""),
+    ("gru_{}_64", 7, "2", 0.2, 15, ""),
+    ("rnn_{}_64_tanh", 7, "2", 0.2, 30, ""),
 ]
 
 

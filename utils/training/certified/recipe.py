@@ -51,10 +51,10 @@ class Recipe:
     attack_steps: int = 1
     input_penalty: float = 1e-4
     tightness: float = 0.0
-    hidden_scale: float = 0.1
-    hidden_shift: float = 0.9
-    input_rate: float = 3.0
-    adam_beta2: float = 0.99
+    hidden_scale: float = 0.2
+    hidden_shift: float = 0.0
+    input_rate: float = 1.0
+    adam_beta2: float = 0.999
 
     def __post_init__(self):
         if self.loss not in LOSSES:
