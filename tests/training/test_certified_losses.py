@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from utils.network.models import SequenceClassifier
 from utils.perturbation.lp_ball import INF, lp_norm
 from utils.question import margin_rows
 from utils.training.certified import losses
-from utils.training.certified.losses import Batch, fused_loss, of_margins, robust_loss
-from utils.training.certified.objective import Certified
+from utils.training.certified.losses import Batch, fused_loss, of_margins, robust_loss, rows_of
+from utils.training.certified.objective import Certified, start_shifted
 from utils.training.certified.penalties import input_weights, tightness
 from utils.training.certified.recipe import LOSSES, Moment, Recipe, moment_of, rate_factor, smoothed
+from utils.training.loop import make_optimizer
 
 FRAMES, SIZE, CLASSES, BATCH = 3, 4, 4, 6
 EPS = 0.2
@@ -227,3 +229,40 @@ def test_what_is_watched_is_verified():
         measured = Certified(Recipe(eps=eps)).measure(batch.model, batch.x, labels)
         assert measured == {"accuracy": 1.0, "verified": least}
     assert not math.isnan(rate_factor(Recipe(ramp=1.0), 1.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shift_hands_states_on(kind):
+    """Without other weights the part of the state that is new is the last one's, moved by one unit."""
+    model = model_of(kind)
+    before = model.rnn.weight_hh_l0.detach().clone()
+    Certified(Recipe(hidden_scale=0.5, hidden_shift=0.75)).prepare(model)
+    added = (model.rnn.weight_hh_l0.detach() - 0.5 * before).split(5)
+    new = 0 if kind in ("relu", "tanh") else 2  # of (i, f, g, o) and (r, z, n)
+    state = normal(5, seed=3)
+    for block, rows in enumerate(added):
+        expected = 0.75 * state[[4, 0, 1, 2, 3]] if block == new else 0.0 * state
+        assert torch.allclose(rows @ state, expected)
+
+
+def test_a_shift_keeps_the_size_of_boxes():
+    weight = normal(6, 6, seed=4)
+    start_shifted(weight, 0.0, 1.0)
+    widths = normal(6, seed=5).abs()
+    assert (weight.abs() @ widths).sum().isclose(widths.sum())
+
+
+def test_weights_that_meet_the_input_learn_faster():
+    """A first step of Adam is as long as the rate, wherever there is a gradient."""
+    rnn = nn.GRU(SIZE, 5, num_layers=2, bidirectional=True, batch_first=True)
+    model = SequenceClassifier(rnn, nn.Linear(10, CLASSES))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    args = Namespace(lr=1e-3, weight_decay=0.0, batch_size=BATCH, seed=0)
+    optimizer = make_optimizer(model, args, 10, Certified(Recipe(input_rate=4.0, adam_beta2=0.9)))
+    assert {group["betas"] for group in optimizer.adam.param_groups} == {(0.9, 0.9)}
+    sum(value.sum() for value in model.parameters()).backward()
+    optimizer.adam.step()
+    fast = {"rnn.weight_ih_l0", "rnn.weight_ih_l0_reverse"}
+    for name, value in model.named_parameters():
+        moved = (before[name] - value.detach()).mean().item()
+        assert math.isclose(moved, 4e-3 if name in fast else 1e-3, rel_tol=1e-3), name

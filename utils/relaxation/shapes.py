@@ -136,7 +136,7 @@ def supporting_slope(shape: Shape, l: Tensor, u: Tensor) -> Tensor:  # noqa: E74
 
 SQRT2, ROOT_PI = math.sqrt(2.0), math.sqrt(math.pi)
 SILU_TURN = 2.3993572805154677
-MISH_TURNS = (-2.2563763927863608, 1.4905711794854285)
+MISH_TURNS = (-2.2563763963607931, 1.4905711794854285)
 
 
 def softplus(y: Tensor) -> Tensor:

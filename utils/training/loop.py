@@ -45,7 +45,13 @@ class History:
 
 
 class Objective:
-    """What a training minimises, how its rate goes and what is watched; plain training. Others override."""
+    """What a training minimises, how its rate goes and what is watched; plain training. Others override.
+
+    Attributes:
+        betas: how much of the running means of gradients and of their squares Adam keeps at a step.
+    """
+
+    betas = (0.9, 0.999)
 
     def prepare(self, model: nn.Module) -> None:
         """Change an untrained model's weights to what the training had better begin with."""
@@ -57,6 +63,10 @@ class Objective:
     def rate(self, step: int, total_steps: int) -> float:
         """Share of the largest learning rate."""
         return rate_factor(step, total_steps)
+
+    def rates(self, model: nn.Module) -> dict[nn.Parameter, float]:
+        """Parameters whose learning rate is a multiple of the others', and that multiple."""
+        return {}
 
     def measure(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
         """An epoch's entries in the history besides the loss."""
@@ -162,9 +172,12 @@ def make_optimizer(
     change: Change | None = None,
 ) -> Optimizer:
     """Adam with decoupled weight decay, and the objective's rates."""
-    rate = (objective or Objective()).rate
-    adam = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, total_steps))
+    objective = objective or Objective()
+    special = objective.rates(model)
+    usual = [parameter for parameter in model.parameters() if parameter not in special]
+    groups = [{"params": usual}, *({"params": [one], "lr": args.lr * by} for one, by in special.items())]
+    adam = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, betas=objective.betas)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: objective.rate(step, total_steps))
     return Optimizer(adam, schedule, args.batch_size, Order().manual_seed(args.seed), total_steps, change)
 
 

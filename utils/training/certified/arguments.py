@@ -50,6 +50,17 @@ def add_certified_arguments(parser: argparse.ArgumentParser, of_sequences: bool 
     group.add_argument("--attack-steps", type=positive_int, help="gradient steps to the points of sabr and mtl-ibp")
     group.add_argument("--tightness", type=non_negative_float, help="weight of a penalty on boxes that grow")
     group.add_argument(
+        "--hidden-shift",
+        type=non_negative_float,
+        help="what every unit of a recurrent layer hands on to the next one, at the start (0: nothing)",
+    )
+    group.add_argument(
+        "--input-rate",
+        type=positive_float,
+        help="learning rate of recurrent weights that meet the input, as a multiple of --lr",
+    )
+    group.add_argument("--adam-beta2", type=probability, help="share of the mean of squared gradients that Adam keeps")
+    group.add_argument(
         "--held-back",
         type=positive_int,
         help="training images kept for the training curve, on which choices can be made (default: 5000)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,8 @@ from .penalties import input_weights, tightness
 from .recipe import Moment, Recipe, moment_of, rate_factor
 
 WATCHED_AT_ONCE = 500
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+FIRST = "weight_ih(_l0(_reverse)?)?"
 
 
 class Certified(Objective):
@@ -22,16 +25,25 @@ class Certified(Objective):
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self._checked: set[torch.Size] = set()  # shapes of inputs that the model was read for
+        self.betas = (0.9, recipe.adam_beta2)
 
     @torch.no_grad()
     def prepare(self, model: nn.Module) -> None:
-        """Scale hidden-to-hidden weights: boxes grow by them from step to step."""
-        for name, weight in model.named_parameters():
-            if "weight_hh" in name:
-                weight *= self.recipe.hidden_scale
+        """Start hidden-to-hidden weights so that the state is kept and boxes hardly grow."""
+        for layer in model.modules():
+            if isinstance(layer, RECURRENT):
+                for name, weight in layer.named_parameters():
+                    if name.startswith("weight_hh"):
+                        start_shifted(weight, self.recipe.hidden_scale, self.recipe.hidden_shift)
 
     def rate(self, step: int, total_steps: int) -> float:
         return rate_factor(self.recipe, step / total_steps)
+
+    def rates(self, model: nn.Module) -> dict[nn.Parameter, float]:
+        """Weights that meet the input learn faster: the few that outweigh the ball have a long way to go."""
+        layers = [layer for layer in model.modules() if isinstance(layer, RECURRENT)]
+        named = [pair for layer in layers for pair in layer.named_parameters()]
+        return {weight: self.recipe.input_rate for name, weight in named if re.fullmatch(FIRST, name)}
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, progress: float) -> Tensor:
         moment = moment_of(self.recipe, progress)
@@ -66,3 +78,15 @@ class Certified(Objective):
             bounds = batch.bounds(method, sound=True)
             verified += int((bounds.margin(rows_of(batch, bounds)) > 0).all(dim=1).sum())
         return {"accuracy": accuracy(model, x, y), "verified": verified / len(y)}
+
+
+def start_shifted(weight: Tensor, scale: float, shift: float) -> None:
+    """Scale a layer's W_hh, (gates * hidden, hidden), in place, and add ``shift`` from every unit to the next one.
+
+    Rows of a shift have one entry: boxes do not grow by it, and a unit's state says what came, and how long ago. Of
+    gated cells only the new values g and n (the third block of rows) take it.
+    """
+    hidden = weight.shape[1]
+    new = weight[2 * hidden : 3 * hidden] if len(weight) > hidden else weight
+    weight *= scale
+    new += shift * torch.eye(hidden).to(weight).roll(1, dims=0)

@@ -28,6 +28,9 @@ class Recipe:
         input_penalty: weight of the sum of the dual norms of all rows of weights that meet the input.
         tightness: weight of a penalty on how fast boxes grow through the network, during the ramp.
         hidden_scale: factor of a recurrent layer's initial hidden-to-hidden weights, by which boxes grow every step.
+        input_rate: learning rate of a recurrent layer's weights that meet the input, as a multiple of all others'.
+        adam_beta2: share of the running mean of squared gradients that Adam keeps at a step.
+        hidden_shift: what every unit hands on to the next one in the beginning; see ``objective.start_shifted``.
     """
 
     loss: str = "ibp"
@@ -49,6 +52,9 @@ class Recipe:
     input_penalty: float = 1e-4
     tightness: float = 0.0
     hidden_scale: float = 0.2
+    hidden_shift: float = 0.0
+    input_rate: float = 1.0
+    adam_beta2: float = 0.999
 
     def __post_init__(self):
         if self.loss not in LOSSES:
