@@ -14,7 +14,7 @@ from utils.network.models import SequenceClassifier
 from utils.perturbation.lp_ball import INF, lp_norm
 from utils.question import margin_rows
 from utils.training.certified import losses
-from utils.training.certified.losses import Batch, fused_loss, of_margins, robust_loss, rows_of
+from utils.training.certified.losses import Batch, fused_loss, of_margins, robust_loss
 from utils.training.certified.objective import Certified, start_shifted
 from utils.training.certified.penalties import input_weights, tightness
 from utils.training.certified.recipe import LOSSES, Moment, Recipe, moment_of, rate_factor, smoothed
