@@ -66,6 +66,12 @@ def add_speech_bound_arguments(parser: argparse.ArgumentParser, architecture: st
         "--span", type=float, nargs=2, metavar=("FROM", "TO"), help="only chunks in this span of seconds move"
     )
     group = parser.add_argument_group("how")
+    group.add_argument(
+        "--power",
+        choices=("bands", "squares"),
+        default="bands",
+        help="energies as quadratic forms, or square by square",
+    )
     group.add_argument("--method", choices=SPEECH_METHODS, default="crown", help="how margins are bounded")
     group.add_argument(
         "--search", action="store_true", help="also find the loudest noise that is certified, and that breaks"

@@ -108,7 +108,8 @@ def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ra
 def result_folder_name(args: argparse.Namespace) -> str:
     """noise_-90_norm_bound_crown, noise_-60_0.1_0.2_norm_bound_crown for a span."""
     span = [f"{end:g}" for end in args.span or ()]
-    return "_".join([args.threat, f"{args.level:g}", *span, "norm_bound", args.method])
+    squares = ["squares"] * (args.power == "squares")
+    return "_".join([args.threat, f"{args.level:g}", *span, "norm_bound", args.method, *squares])
 
 
 class SpeechRun:
@@ -118,6 +119,7 @@ class SpeechRun:
         if len(data.test) < args.N:
             raise ValueError(f"--N {args.N} is more than the {len(data.test)} test utterances of {data.source}")
         self.args, self.classifier, self.data = args, classifier, data
+        classifier.power = args.power
         self.threat = SpeechThreat(args.threat, args.level, args.span and tuple(args.span))
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(args.seed))[: args.N]
         drawn = [data.test[n] for n in order.tolist()]
