@@ -43,9 +43,9 @@ def counted(monkeypatch) -> list:
     found = []
     whole = TracedModule.__init__
 
-    def counting(self, module, x):
+    def counting(self, module, x, *outputs):
         found.append(module)
-        whole(self, module, x)
+        whole(self, module, x, *outputs)
 
     monkeypatch.setattr(TracedModule, "__init__", counting)
     return found

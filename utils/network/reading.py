@@ -134,7 +134,7 @@ class Reading:
         return self.state == state and all(map(torch.equal, self.tensors, tensors))
 
 
-def read_module(module: nn.Module, x: Tensor, outputs: Outputs) -> TracedModule:
+def read_module(module: nn.Module, x: Tensor, outputs: Outputs = SCORES) -> TracedModule:
     """``TracedModule(module, x, outputs)``, from an earlier reading where that is as good."""
     tensors = [*module.parameters(), *module.buffers()]
     learnt = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
