@@ -1,4 +1,4 @@
-"""Train the shipped models that can be verified, those that are not there yet: RNN, LSTM and GRU on MNIST's slices.
+"""Train the shipped models that can be verified, those that are not there yet: RNN, LSTM, GRU and CNN on MNIST.
 
     python scripts/train_certified.py                                # all of them, some hours
     python scripts/train_certified.py --dry-run                      # their commands
@@ -40,6 +40,14 @@ MODELS = [
     ("gru_{}_64", 7, "2", 0.2, 15),
     ("rnn_{}_64_tanh", 7, "2", 0.2, 30),
 ]
+# Convolutional networks, by folder.
+NORMALISED = "--model small --width 32 --batch-norm --batch-size 256 --lr 2e-3 --clip"
+CNNS = {
+    "cnn_small_32_bn_ibp_inf_0.3_clip": f"{NORMALISED} --certified ibp --train-eps 0.3 --epochs 36 "
+    "--clean-share 0.03 --ramp-share 0.45",
+    "cnn_small_32_bn_sabr_inf_0.1_clip": f"{NORMALISED} --certified sabr --train-eps 0.1 --epochs 26 "
+    "--clean-share 0.04 --ramp-share 0.4",
+}
 
 
 def commands(models_dir: Path) -> dict[str, list[str]]:
@@ -52,6 +60,9 @@ def commands(models_dir: Path) -> dict[str, list[str]]:
             script = f"{folder}/train_{checkpoint}_mnist_classifier.py"
             ball = f"--certified ibp --p {norm} --train-eps {eps:g}"
             found[name] = [script, *f"--time-step {frames} {flags} --epochs {epochs} {ball}".split()]
+    for name, flags in CNNS.items():
+        if not (models_dir / name / "cnn").exists():
+            found[name] = ["cnn/train_cnn_mnist_classifier.py", *flags.split()]
     return found
 
 
