@@ -11,9 +11,8 @@ from helpers import INF, Threat, check_below, normal, project
 from torch import Tensor, nn
 
 from utils.attack.pgd import pgd
-from utils.bounds.neurons import tighten, windows
+from utils.bounds.neurons import windows
 from utils.bounds.passes import BoundPass
-from utils.bounds.rounding import check_meeting
 from utils.certify import certified_margin, certified_radius
 from utils.graph.convolution import Convolution
 from utils.graph.graph import Graph
@@ -320,29 +319,3 @@ def test_a_grid_catches_what_is_wrong(name, broken, monkeypatch):
     with pytest.raises(AssertionError):
         for norm in (1.0, 2.0, INF):
             check_grid(*given, norm)
-
-
-# --- bounds that exclude each other -----------------------------------------------------------------------------------
-
-
-def test_bounds_that_exclude_each_other_are_no_bounds(monkeypatch):
-    """A backward bound that lies above the interval would be turned round in silence: it stops the pass instead."""
-    net, x, labels = asked("plain")
-    stock = tighten._by_windows
-
-    def shifted(bounds, *given):
-        low, high = stock(bounds, *given)
-        return low + 5.0, high + 5.0
-
-    monkeypatch.setattr(tighten, "_by_windows", shifted)
-    with pytest.raises(RuntimeError, match="node .*, Convolution exclude each other"):
-        certified_margin(net, x, labels, 0.01, norm=INF)
-
-
-def test_a_little_rounding_is_no_contradiction():
-    node = next(node for node in trace(plain_net(), torch.rand(1, 1, SIDE, SIDE).double()).nodes)
-    low, wrong = torch.tensor([1.0, -3.0]).double(), torch.tensor([0.0, 1e-4]).double()
-    check_meeting(node, low, low - 1e-9)
-    check_meeting(node, torch.tensor([torch.nan]).double(), torch.zeros(1).double())  # told elsewhere
-    with pytest.raises(RuntimeError):
-        check_meeting(node, low, low - wrong)

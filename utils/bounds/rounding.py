@@ -25,13 +25,11 @@ import weakref
 import torch
 from torch import Tensor
 
-from ..graph.nodes import Bounds, Constant, Frame, Interval, Node, apply_rows
+from ..graph.nodes import Bounds, Constant, Frame, Node, apply_rows
 from ..graph.nonlinear import NonLinear
 from ..relaxation.lines import GUARD_ULPS, Plane, Relaxation
 
 NOISE_RUNS, NOISE_FACTOR = 3, 8.0
-# What bounds may cross by, as a share of 1 and their size: the room that they have for rounding is of first order.
-CROSSED = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
 class Rounding:
@@ -141,23 +139,3 @@ class Rounding:
         seed = torch.Generator().manual_seed(node.index)
         signs = torch.randint(0, 2, (NOISE_RUNS, 1, node.size), generator=seed).to(value) * 2.0 - 1.0
         return [run + self.gamma_of(node) * size * sign for run, sign in zip(runs, signs, strict=True)]
-
-
-def check_meeting(node: Node, low: Tensor, high: Tensor) -> None:
-    """Raise RuntimeError if a lower bound of some element exceeds an upper one by more than rounding could explain."""
-    low, high = low.detach(), high.detach()
-    if not bool((low - high).max() > 0.0):
-        return
-    room = CROSSED[low.dtype] * (1.0 + low.abs() + high.abs())
-    if bool((low - high > room).any()):
-        kind = f"node {node.index}, {type(node).__name__}"
-        raise RuntimeError(
-            f"bounds of {kind} exclude each other, by {float((low - high).max()):.3g}: one of them is wrong"
-        )
-
-
-def intersect(first: Interval, second: Interval) -> Interval:
-    """Both intervals hold, so their intersection does; rounding must not turn a point inside out."""
-    lower = torch.maximum(first[0], second[0])
-    upper = torch.minimum(first[1], second[1])
-    return torch.minimum(lower, upper), torch.maximum(lower, upper)
