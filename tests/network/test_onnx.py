@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from helpers import Threat, check_below, classifier, lowest_margins, normal
+from test_operations import ONNX
 from torch import nn
 
 from utils.bounds.passes import BoundPass
@@ -305,6 +306,7 @@ def test_operators(name, tmp_path):
 
 def test_every_operator_is_tested():
     used = {kind.op_type for nodes, _ in (OTHERS | IMAGES).values() for kind in nodes} | {"RNN", "LSTM", "GRU", "Size"}
+    used |= set(ONNX)
     assert set(OPERATORS) <= used | {"If", "Loop", "Scan", "ReverseSequence"}
 
 

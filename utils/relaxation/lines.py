@@ -272,7 +272,10 @@ def pieces_of(name: str) -> Pieces | None:
 
 def _family_of(name: str) -> tuple[str, list[float]]:
     family, _, numbers = name.removesuffix(")").partition("(")
-    return family, [float(number) for number in numbers.split(",") if number]
+    try:
+        return family, [float(number) for number in numbers.split(",") if number]
+    except ValueError:  # a product's name
+        return name, []
 
 
 class Activations(dict):

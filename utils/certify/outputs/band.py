@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...choices.method import Method
+from ...choices.method import ALPHA_STEPS, CURVE_STEPS, Method
 from ...graph.graph import Graph
 from ...network.state import plain_state
 from ...question.arguments import as_tensor
@@ -38,6 +38,8 @@ def band_radius(
     scales: Any = None,
     method: str = "crown",
     relaxation: str = "plane",
+    alpha_steps: int = ALPHA_STEPS,
+    curve_steps: int = CURVE_STEPS,
     **search: Any,
 ) -> Tensor:
     """Radius per sample, (batch,), within which no perturbation takes an output out of [low, high].
@@ -52,7 +54,7 @@ def band_radius(
     Returns:
         The largest eps that certified, in the units of x; 0 where none did, as where an output lies outside by itself.
     """
-    how = Method(method, relaxation)
+    how = Method(method, relaxation, alpha_steps, curve_steps)
     question = OutputQuestion(model, x, Threat(norm, ball, frames, clip, lengths, features, scales), output)
     batch, shape = len(question.x), question.shape
     rows = question.rows.double() if C is None else as_rows(C, question)
