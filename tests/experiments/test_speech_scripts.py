@@ -100,6 +100,16 @@ def test_searched_levels_lie_below_attacked_ones_and_figures_are_drawn(folder, t
     assert row.certified_level > row.attacked_level and (results.parent / "spectrograms.png").stat().st_size > 1000
 
 
+def test_a_radius_above_an_attack_s_stops_the_script(folder, tmp_path, monkeypatch):
+    from utils.speech import bound as module
+
+    monkeypatch.setattr(module, "certified_radius", lambda model, x, labels, **how: torch.full((len(x),), 1e3))
+    flags = ("--search", "--tol", 0.5, "--attack-steps", 2, "--method", "ibp", "--out-dir", tmp_path)
+    done = call(BOUND, *SIZE, "--work-dir", folder, "--N", 1, *flags)
+    assert done.code == 3 and done.err.startswith("CONTRADICTION: ") and done.err.count("\n") == 1
+    assert len(list(tmp_path.rglob("contradiction.pt"))) == 1
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

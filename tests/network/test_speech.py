@@ -183,6 +183,40 @@ def test_silence_is_bounded_by_the_floor():
         assert (bounds.interval(node)[0] <= 0).all() and (bounds.interval(node)[1] < 0.2).all()
 
 
+@pytest.mark.parametrize("ball", ["frame", "sequence"])
+@pytest.mark.parametrize("norm", [1.0, 2.0, INF])
+def test_bounds_hold_where_samples_move_unevenly(norm, ball):
+    """Scales with zeros, of which a frame has none; and they are what a module computes that scales its input."""
+    model, x, labels = small(), waves(), torch.tensor([0, 1])
+    scales = normal(CHUNKS, HOP, seed=9).abs() + 0.1
+    scales[0], scales[1:, :3] = 0.0, 0.0
+    for eps in (0.0, 0.3):
+        bound = certified_margin(model, x, labels, eps, norm=norm, ball=ball, scales=scales)
+        found = pgd(model, x, labels, eps, norm=norm, ball=ball, scales=scales, steps=20, restarts=2).margin
+        assert (bound.amin(dim=1) <= found + 1e-9).all()
+    even = certified_margin(model, x, labels, 0.3, norm=norm, ball=ball)
+    twice = certified_margin(model, x, labels, 0.15, norm=norm, ball=ball, scales=torch.full((HOP,), 2.0))
+    torch.testing.assert_close(even, twice, rtol=1e-9, atol=1e-9)
+
+
+def test_bounds_hold_in_single_precision_two_layers_and_one_frame():
+    """Scales of the input from quiet to far beyond the floor, where sums of squares cancel nothing but are large."""
+    rnn, head = nn.LSTM(BANDS, 3, 2, batch_first=True), nn.Linear(3, 3)
+    for number, parameter in enumerate((*rnn.parameters(), *head.parameters())):
+        parameter.data = normal(*parameter.shape, seed=number).float()
+    model = SpeechClassifier(MelFeatures(HOP, BANDS, 0.3), rnn, head, mean=1.0, std=2.0).requires_grad_(False)
+    labels = torch.tensor([0, 1])
+    for loudness in (1e-3, 1.0, 1e3):
+        for norm in (1.0, 2.0, INF):
+            x, eps = loudness * waves(), 0.2 * loudness
+            how = {"norm": norm, "frames": [2]}
+            exact = certified_margin(model.double(), x, labels, eps, **how)
+            found = pgd(model.double(), x, labels, eps, steps=20, restarts=2, **how).margin
+            single = certified_margin(model.float(), x.float(), labels, eps, **how)
+            assert (single.double().amin(dim=1) <= found + 1e-9).all() and (exact.amin(dim=1) <= found + 1e-9).all()
+            assert (single.double() <= exact + 1e-4 * (1.0 + exact.abs())).all()
+
+
 @pytest.mark.parametrize("method", ["alpha", "curve"])
 def test_tuned_bounds_hold(method):
     model, x = small("rnn"), waves()[:, :3]

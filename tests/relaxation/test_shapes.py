@@ -112,6 +112,16 @@ def test_lines_are_sound_and_touch(name):
     check_lines(name, torch.float32, loose=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in EXACT if ACTIVATIONS[name].steepest is not None])
+def test_nothing_is_steeper_than_is_said(name):
+    """``Activation.steepest``, which norm balls go by: above all derivatives, and hardly above their greatest."""
+    y = torch.linspace(-40.0, 40.0, 400_001, dtype=torch.float64)
+    values = ACTIVATIONS[name].function(y)
+    found = float(((values[1:] - values[:-1]) / (y[1:] - y[:-1])).abs().max())
+    assert found <= ACTIVATIONS[name].steepest * (1.0 + 1e-9)
+    assert ACTIVATIONS[name].steepest <= 1.02 * found
+
+
 def test_a_wrong_turn_and_a_bracket_ended_on_the_wrong_side_are_noticed(monkeypatch):
     silu = shapes.SHAPES["silu"]
     for broken in (silu._replace(turns=(-1.0, 1.0)), silu._replace(convex=(False, False, False))):

@@ -57,7 +57,7 @@ def test_with_no_room_the_loss_and_its_gradients_are_those_of_plain_training(kin
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_loss_bounds_what_attacks_find_under_the_same_statistics(loss):
-    """All losses but sabr's, which bounds what is in its small ball only, and mtl-ibp's share of an attack."""
+    """Sabr bounds its small ball only, and mtl-ibp has a share of an attack: they are above the clean loss."""
     model, (x, y) = network(), batch()
     recipe = Recipe(loss, eps=0.05, kappa=(0.0, 0.0), beta=(0.5, 0.5), overshoot=1.0, input_penalty=0.0)
     value = float(Certified(recipe).loss(model, x, y, 1.0).detach())
@@ -67,7 +67,8 @@ def test_the_loss_bounds_what_attacks_find_under_the_same_statistics(loss):
             float(nn.functional.cross_entropy(model(x + 0.05 * (2 * torch.rand_like(x) - 1).sign()), y).detach())
             for _ in range(50)
         )
-    assert value == pytest.approx(value) and (loss in ("sabr", "mtl-ibp") or value >= found)
+        clean = float(nn.functional.cross_entropy(model(x), y).detach())
+    assert found > clean and value > (clean if loss in ("sabr", "mtl-ibp") else found)
 
 
 def test_running_statistics_in_place_of_the_batch_s_would_be_noticed():

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from data.speech import SpeechData, Utterance, as_chunks, load_speech, write_wav
 
-from ..attack.pgd import attack_radius, pgd
+from ..attack.attack_file import save_attack
+from ..attack.pgd import AttackResult, attack_radius, pgd
 from ..certify.interface import certified_margin, certified_radius
 from ..certify.problem import margin_problem
 from ..experiments.arguments import result_folder
 from ..network.checkpoint import CheckpointError, Config, load_checkpoint, missing
 from ..network.speech import SpeechClassifier
-from ..runs.cli import apply_common_arguments, checkpoint_facts, run_facts, utc_now
+from ..runs.cli import ContradictionError, apply_common_arguments, checkpoint_facts, run_facts, utc_now
 from ..runs.ranks import Ranks, joined
 from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive, read_record, replacing
 from ..runs.rows import KeyedRow
@@ -34,6 +35,7 @@ from .threats import SpeechThreat
 
 UNITS = {"noise": "dB of the peak", "snr": "dB of signal to noise", "features": "nats"}
 WAVES = "falsified"  # folder of counter-examples
+EVIDENCE = "contradiction.pt"
 DPI = 150
 
 
@@ -210,9 +212,21 @@ class SpeechRun:
         broken = nothing
         if not self.args.no_attack:
             steps = {"steps": self.args.attack_steps, "restarts": 1, "tol": self.args.tol, "seed": self.args.seed}
-            broken = attack_radius(*question, **steps, **settings).radius
-        levels = (self.threat.level_of(found.double(), x) for found in (radius, broken))
+            found = attack_radius(*question, **steps, **settings)
+            broken = found.radius
+            if bool((broken < radius).any()):
+                self.contradicted(found, question, settings)
+        levels = (self.threat.level_of(size.double(), x) for size in (radius, broken))
         return dict(zip(("certified_level", "attacked_level"), levels, strict=True))
+
+    def contradicted(self, found: AttackResult, question, settings) -> None:
+        """Raise ContradictionError: an attack is smaller than a certified radius; it is saved."""
+        where = ""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            where = f", which is saved as {self.folder / EVIDENCE}"
+            save_attack(self.folder / EVIDENCE, found, question[1], question[2], **settings)
+        raise ContradictionError(f"a certified radius is contradicted by an attack{where}")
 
     @torch.no_grad()
     def radii_of_chunks(self, one: Utterance) -> tuple[Tensor, Tensor]:
