@@ -24,12 +24,10 @@ from ..graph.nonlinear import NonLinear
 from ..perturbation.lp_ball import dual_norm
 from ..perturbation.sets import Perturbation
 from ..relaxation.lines import Plane, Relaxation
+from .backward import Contribution, FrameSources, Sources, gather, spread
 from .balls import Balls
 from .neurons import is_exact_image, readers, tightened
 from .rounding import Rounding
-
-# Coefficients handed to a node: for its elements and its samples from these on; None for all elements.
-_Contribution = tuple[int | None, int, Tensor]
 
 METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify.interface`` adds those that take several
 
@@ -77,7 +75,7 @@ class BoundPass:
         nonlinear = [node for node in graph.nodes if isinstance(node, NonLinear)]
         self._slopes = dict(zip(nonlinear, slopes, strict=True)) if slopes is not None else {}
         self._samples: int | None = None  # how many samples the node at work has
-        self._pending: list[list[_Contribution]] = []
+        self._pending: list[list[Contribution]] = []
         self._parts: tuple[Tensor, Tensor, Tensor] | None = None
         if method == "crown":
             self._tighten_operands()
@@ -175,13 +173,13 @@ class BoundPass:
         """``Perturbation.frame_deviation`` for the samples of the node at work."""
         return self._narrowed().frame_deviation(frame.frame, coefficients)
 
-    def weight_deviation(self, frame: Frame, weight: Tensor) -> Tensor:
-        """``deviation`` for a Linear child's weight, (size, frame size); frames that share it share the work."""
+    def weight_reach(self, frame: Frame, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``Perturbation.frame_reach`` for a Linear child's weight; frames that share it share the work."""
         perturbation = self._narrowed()
         if perturbation.norms_weights:
             norms = self._of_weight("norm", weight, lambda: dual_norm(weight, perturbation.norm))
-            return perturbation.eps[:, frame.frame, None] * norms
-        return perturbation.frame_deviation(frame.frame, weight[None])
+            return (perturbation.eps[:, frame.frame, None] * norms,) * 2
+        return perturbation.frame_reach(frame.frame, weight)
 
     def absolute(self, weight: Tensor) -> Tensor:
         """The absolute values of a weight, made once for the nodes that share it."""
@@ -193,15 +191,15 @@ class BoundPass:
             self._weights[key] = (weight, make())  # the weight is kept, so that its id stays its own
         return self._weights[key][1]
 
-    def map_deviation(self, frame: Frame, node: Convolution) -> Tensor:
-        """Most that each element of a convolution of the frame can deviate, (batch, size)."""
+    def map_reach(self, frame: Frame, node: Convolution) -> tuple[Tensor, Tensor]:
+        """Most that each element of a convolution of the frame can fall and rise, (batch, size) each."""
         made_of = (node.weight,)
 
         def norms(norm: float) -> Tensor:
             what = ("rows", norm, node.windows, node.transposed)
             return self.graph.once(what, made_of, lambda: node.row_norms(norm))
 
-        return self._narrowed().map_deviation(frame.frame, node.absolute, norms)
+        return self._narrowed().map_reach(frame.frame, node.apply, node.absolute, norms)
 
     def squared_radius(self, frames: Sequence[Frame]) -> Tensor:
         """``Perturbation.squared_radius`` for the samples of the node at work."""
@@ -281,8 +279,7 @@ class BoundPass:
     def interval_lower_bound(self, node: Node, rows: Tensor) -> Tensor:
         """Lower bound of ``rows @ node`` from intervals alone, with the rows folded into a Linear node."""
         if isinstance(node, Linear) and not self.is_exact(node):
-            center, radius = node.center_radius(self, rows)
-            return self._lowered(center - radius, node, rows)
+            return self._lowered(node.lowest(self, rows), node, rows)
         low, high = self.interval(node)
         lowest = apply_rows(rows.clamp(min=0.0), low) + apply_rows(rows.clamp(max=0.0), high)
         return self._lowered(lowest, node, rows)
@@ -302,7 +299,7 @@ class BoundPass:
         self._pending = [[] for _ in range(node.index + 1)]
         self.pass_to(node, rows if everyone is None else rows.expand(everyone, -1, -1))
         constants: list[Tensor] = []
-        deviations: list[Tensor] = []
+        sources = self.sources()
         for current in reversed(self.graph.nodes[: node.index + 1]):
             contributions = self._pending.pop()
             if not contributions:
@@ -310,19 +307,24 @@ class BoundPass:
             batch = None
             if asked is None and current.samples is not None:  # fewer samples have this node than were asked for
                 batch = self._samples = current.samples
-            coefficients = _gather(contributions, current.size, batch)
+            coefficients = gather(contributions, current.size, batch)
             gained = self._meet(current, coefficients)
             if gained is not None:
                 constants.append(gained)
-            if isinstance(current, Frame):
-                deviations.append(_spread(self.deviation(current, coefficients), 0, everyone))
-                continue
-            constant = current.backward(coefficients, self)
+            if sources.takes(current):
+                constant = sources.meet(current, coefficients, everyone)
+            else:
+                constant = current.backward(coefficients, self)
             if constant is not None:
                 constants.append(constant)
         self._samples, self._parts = asked, None
-        total = sum(_spread(constant, 0, everyone) for constant in constants)
-        return total - self.perturbation.total_deviation(deviations) if deviations else total
+        total = sum(spread(constant, 0, everyone) for constant in constants)
+        deviation = sources.deviation()
+        return total if deviation is None else total - deviation
+
+    def sources(self) -> Sources:
+        """Where the next backward pass ends."""
+        return FrameSources(self)
 
     def _meet(self, node: Node, coefficients: Tensor) -> Tensor | None:
         """Called with a node and all its coefficients when a backward pass comes to it; what rows gain, (batch, rows).
@@ -361,35 +363,6 @@ def ball(graph: Graph, perturbation: Perturbation, slopes: list | None = None, s
 
 def crown_ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
     return BoundPass(graph, perturbation, "crown-ibp", slopes, sound)
-
-
-def _spread(tensor: Tensor, first: int, batch: int | None) -> Tensor:
-    """A tensor of some samples with zeros for the others of a batch; as it is for batch None."""
-    after = 0 if batch is None else batch - first - tensor.shape[0]
-    if first == 0 and after == 0:
-        return tensor
-    return torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (first, after))
-
-
-def _gather(contributions: list[_Contribution], size: int, batch: int | None) -> Tensor:
-    """Sum of what children handed over; slices are put side by side if they tile the node, else padded with zeros.
-
-    With a ``batch``, children may have fewer samples than that.
-    """
-    whole = [_spread(part, first, batch) for start, first, part in contributions if start is None]
-    parts = sorted(((start, part) for start, _, part in contributions if start is not None), key=lambda part: part[0])
-    if parts:
-        whole.append(_tile(parts, size))
-    return whole[0] if len(whole) == 1 else sum(whole[1:], start=whole[0])
-
-
-def _tile(parts: list[tuple[int, Tensor]], size: int) -> Tensor:
-    batch = max(part.shape[0] for _, part in parts)
-    parts = [(start, part.expand(batch, -1, -1)) for start, part in parts]
-    ends = [start + part.shape[-1] for start, part in parts]
-    if [start for start, _ in parts] == [0, *ends[:-1]] and ends[-1] == size:
-        return torch.cat([part for _, part in parts], dim=-1)
-    return sum(torch.nn.functional.pad(part, (start, size - start - part.shape[-1])) for start, part in parts)
 
 
 def intersect(first: Interval, second: Interval) -> Interval:

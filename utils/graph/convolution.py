@@ -154,11 +154,11 @@ class Convolution(Node):
         (parent,) = self.parents
         center = bounds.offset(self)
         if isinstance(parent, Frame):
-            radius = bounds.map_deviation(parent, self)
-        else:
-            low, high = bounds.interval(parent)
-            center = center + self.apply(0.5 * (low + high))
-            radius = self.absolute(0.5 * (high - low))
+            below, above = bounds.map_reach(parent, self)
+            return center - below, center + above
+        low, high = bounds.interval(parent)
+        center = center + self.apply(0.5 * (low + high))
+        radius = self.absolute(0.5 * (high - low))
         return center - radius, center + radius
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor:

@@ -38,7 +38,7 @@ class Bounds(Protocol):
 
     def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor: ...
 
-    def map_deviation(self, frame: Frame, node: Node) -> Tensor: ...
+    def map_reach(self, frame: Frame, node: Node) -> tuple[Tensor, Tensor]: ...
 
     def offset(self, node: Node) -> Tensor: ...
 
@@ -50,7 +50,7 @@ class Bounds(Protocol):
 
     def once(self, node: Node, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]: ...
 
-    def weight_deviation(self, frame: Frame, weight: Tensor) -> Tensor: ...
+    def weight_reach(self, frame: Frame, weight: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def relaxation(self, node: Node) -> Relaxation: ...
 
@@ -268,29 +268,36 @@ class Linear(Node):
         ]
 
     def interval(self, bounds: Bounds) -> Interval:
-        center, radius = self.center_radius(bounds, None)
-        return center - radius, center + radius
-
-    def center_radius(self, bounds: Bounds, rows: Tensor | None) -> Interval:
-        """Interval of ``rows @ node`` as centre and radius, (batch, n_rows).
-
-        Rows are (batch or 1, n_rows, size), or None for the node itself. They are
-        folded into the weights first: the interval of a difference, not the difference of intervals.
-        """
-        center, radius = bounds.offset(self), 0.0
-        if rows is not None:
-            center = apply_rows(rows, center)
+        center, below = bounds.offset(self), 0.0
+        above = below
         for parent, weight in self.inexact_parents(bounds):
-            folded = weight[None] if rows is None else rows @ weight
             if isinstance(parent, Frame):
-                own = bounds.weight_deviation(parent, weight) if rows is None else bounds.deviation(parent, folded)
-                radius = radius + own
+                down, up = bounds.weight_reach(parent, weight)
+            else:
+                low, high = bounds.interval(parent)
+                center = center + apply_rows(weight[None], 0.5 * (low + high))
+                down = up = apply_rows(bounds.absolute(weight)[None], 0.5 * (high - low))
+            same = above is below and up is down
+            below = below + down
+            above = below if same else above + up
+        return center - below, center + above
+
+    def lowest(self, bounds: Bounds, rows: Tensor) -> Tensor:
+        """Lower bound of ``rows @ node`` from the parents' intervals, (batch, n_rows).
+
+        Rows are (batch or 1, n_rows, size). They are folded into the weights first: the interval of a difference, not
+        the difference of intervals.
+        """
+        center, below = apply_rows(rows, bounds.offset(self)), 0.0
+        for parent, weight in self.inexact_parents(bounds):
+            folded = rows @ weight
+            if isinstance(parent, Frame):
+                below = below + bounds.deviation(parent, folded)
                 continue
             low, high = bounds.interval(parent)
-            sizes = bounds.absolute(weight)[None] if rows is None else folded.abs()
             center = center + apply_rows(folded, 0.5 * (low + high))
-            radius = radius + apply_rows(sizes, 0.5 * (high - low))
-        return center, radius
+            below = below + apply_rows(folded.abs(), 0.5 * (high - low))
+        return center - below
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor:
         for parent, weight in self.inexact_parents(bounds):

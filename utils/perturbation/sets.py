@@ -31,6 +31,7 @@ class InputSet:
     x: Tensor
     norm: float
     stretch: Tensor | None = None  # by element; see ``Perturbation``
+    is_symmetric = True  # about its centre
 
     @property
     def is_box(self) -> bool:
@@ -49,6 +50,28 @@ class InputSet:
     def half_widths(self, frame: int) -> Tensor:
         """Half the sides of the frame's box, (batch, n)."""
         raise NotImplementedError
+
+    def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
+        """Most that A_t x'_t can lie below A_t center_t, (batch, rows), for A_t (batch or 1, rows, n)."""
+        raise NotImplementedError
+
+    def frame_reach(self, frame: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Most that W x'_t can fall below and rise above W center_t, (batch, size) each, for W (size, n).
+
+        Of sets that look the same from their centre in both directions they are one tensor.
+        """
+        down = self.frame_deviation(frame, weight[None])
+        return down, down if self.is_symmetric else self.frame_deviation(frame, -weight[None])
+
+    def map_reach(
+        self,
+        frame: int,
+        apply: Callable[[Tensor], Tensor],
+        absolute: Callable[[Tensor], Tensor],
+        norms: Callable[[float], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """``frame_reach`` by a W without a matrix: ``apply`` gives W times vectors; see ``map_deviation``."""
+        return (self.map_deviation(frame, absolute, norms),) * 2
 
     def map_deviation(
         self,
