@@ -30,7 +30,7 @@ Synonyms = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence as it is written, its class (1: positive), and for each word the word and its substitutes, if given."""
+    """A sentence as it is written, its class (1: positive), and for each word it and its substitutes, if given."""
 
     text: str
     label: int
@@ -153,9 +153,7 @@ def read_sst(folder: Path, needs_synonyms: bool = True) -> SentimentData:
     synonyms = read_synonyms(files[0]) if files else {}
     names += [path.name for path in files]
     source = f"{'sst2' if of_json else 'glue-sst2'}-{len(train)}+{len(dev)}+{len(test)}"
-    return SentimentData(
-        source, train, dev, test, phrases, synonyms, {name: sha256(folder / name) for name in names}
-    )
+    return SentimentData(source, train, dev, test, phrases, synonyms, {name: sha256(folder / name) for name in names})
 
 
 def read_json_file(path: Path) -> list[Sentence]:

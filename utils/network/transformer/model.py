@@ -2,12 +2,12 @@
 
 With x_1 ... x_T between two vectors of its own,
 
-    h = norm(entry([CLS], x_1, ..., x_T, [SEP]))                         position vectors are added before, if it has any
+    h = norm(entry([CLS], x_1, ..., x_T, [SEP]))
     h = norm(h + out(attention(h)));   h = norm(h + outer(relu(inner(h))))            in each layer
     logits = head(tanh(pooler(h at [CLS])))
 
-The attention of each head is  softmax(q k' / sqrt(width of a head)) v.  There is no mask: all sequences of a batch have
-one length.
+Before the entry the vectors of places are added, if it has any. The attention of each head is
+softmax(q k' / sqrt(width of a head)) v.  There is no mask: all sequences of a batch have one length.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class SequenceTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.max_frames is not None and x.shape[1] > self.max_frames:
-            raise ValueError(f"a sequence of {x.shape[1]} is longer than the {self.max_frames} that there are places for")
+            raise ValueError(f"a sequence of {x.shape[1]} is longer than the {self.max_frames} places that there are")
         ends = x.shape[0], 1, self.input_size
         h = torch.cat((self.first.expand(ends), x, self.last.expand(ends)), dim=1)
         if self.places is not None:
