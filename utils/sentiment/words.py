@@ -58,21 +58,22 @@ def group_by_length(
     for place, row in enumerate(words):
         if max_words is None or len(row) <= max_words:
             by_length.setdefault(len(row), []).append(place)
+    table = _padded([substitutes_of(vocabulary.words, vocabulary, synonyms)], vocabulary)[0]
     groups = []
     for _, places in sorted(by_length.items()):
-        lists = [substitutes_of(words[n], vocabulary, synonyms, sentences[n].candidates) for n in places]
-        groups.append(
-            Group(
-                torch.tensor(places),
-                torch.tensor([vocabulary.encode(words[n]) for n in places]),
-                torch.tensor([sentences[n].label for n in places]),
-                _padded([[vocabulary.encode(given) for given in row] for row in lists]),
-            )
-        )
+        numbers = torch.tensor([vocabulary.encode(words[n]) for n in places])
+        if all(sentences[n].candidates is None for n in places):
+            choices = table[numbers]
+        else:
+            given = [substitutes_of(words[n], vocabulary, synonyms, sentences[n].candidates) for n in places]
+            choices = _padded(given, vocabulary)
+        labels = torch.tensor([sentences[n].label for n in places])
+        groups.append(Group(torch.tensor(places), numbers, labels, choices))
     return groups
 
 
-def _padded(numbers: list[list[list[int]]]) -> Tensor:
-    """(N, T, S) of lists of lists of numbers; S is at least 1."""
-    most = max(1, *(len(given) for row in numbers for given in row))
-    return torch.tensor([[given + [PADDING] * (most - len(given)) for given in row] for row in numbers])
+def _padded(lists: list[list[list[str]]], vocabulary: Vocabulary) -> Tensor:
+    """(N, T, S) numbers of lists of lists of words; S is at least 1."""
+    most = max(1, *(len(given) for row in lists for given in row))
+    filled = [[vocabulary.encode(given) + [PADDING] * (most - len(given)) for given in row] for row in lists]
+    return torch.tensor(filled)
