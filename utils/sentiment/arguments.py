@@ -18,6 +18,9 @@ from ..training.arguments import probability
 from .naming import EMBEDDING_SIZE
 from .recipe import LOSSES, Recipe
 
+DRAWN = 200  # sentences, unless told otherwise
+METHODS = ("ibp", "crown-ibp", "crown", "decide")
+EVERY_WORD = "all"
 FOLDER = ROOT / "models" / "sentiment_classifier"
 # Flags by field of a recipe.
 FLAGS = {"budget": "train_budget", "clean": "clean_share", "ramp": "ramp_share"}
@@ -90,6 +93,58 @@ def _add_certified_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kappa", help="share of the clean loss when the ramp begins, and once it is over", **pair)
     group.add_argument("--beta", help="likewise of backward bounds against intervals, of mixed", **pair)
     group.add_argument("--hidden-scale", type=non_negative_float, help="factor of the initial W_hh of recurrent layers")
+
+
+def add_sentiment_bound_arguments(parser: argparse.ArgumentParser, architecture: str) -> None:
+    """Add the flags of a bound script and the common ones."""
+    group = add_model_arguments(parser, architecture)
+    group.add_argument("--recipe", choices=LOSSES, help="the model that was trained with --certified RECIPE")
+    group.add_argument("--work-dir", type=Path, default=FOLDER, help="folder of the model folders")
+    group.add_argument("--model-name", default=architecture, help="name of the checkpoint in its model folder")
+    group = parser.add_argument_group("what is certified")
+    group.add_argument(
+        "--budgets",
+        type=budget,
+        nargs="+",
+        default=[1, 2, 3, 6],
+        metavar="K",
+        help="how many words may be replaced at most, each a question of its own; all: every word",
+    )
+    group.add_argument("--N", type=positive_int, help=f"sentences drawn (default: {DRAWN})")
+    group.add_argument("--part", choices=("test", "dev"), default="test", help="part of the data they are drawn from")
+    group.add_argument("--max-words", type=positive_int, help="draw from sentences of at most so many words")
+    group.add_argument(
+        "--text", action="append", metavar="TEXT", help="certify this sentence instead; may be given several times"
+    )
+    group = parser.add_argument_group("how")
+    group.add_argument(
+        "--methods",
+        choices=METHODS,
+        nargs="+",
+        default=["ibp", "crown-ibp", "decide"],
+        help="bounds by intervals, by a backward pass over intervals, or over backward bounds of all layers; decide "
+        "divides the sets that these leave open until each is certified or falsified",
+    )
+    group.add_argument(
+        "--time-limit", type=positive_float, default=5.0, help="seconds of decide, a sentence and budget"
+    )
+    group.add_argument("--beam", type=non_negative_int, default=8, help="width of the attack's search; 0: greedy")
+    group.add_argument(
+        "--exhaustive", type=positive_int, default=5000, help="the attack tries all sentences where there are so few"
+    )
+    group.add_argument("--batch-size", type=positive_int, default=32, help="sentences of one length bounded at a time")
+    group.add_argument(
+        "--out-dir", type=Path, metavar="FOLDER", help="folder of the results (default: beside the checkpoint)"
+    )
+    group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
+    group.add_argument("--overwrite", action="store_true", help="replace results of another run in the folder")
+    group.add_argument("--show", type=positive_int, default=10, help="sentences printed")
+    _add_data_arguments(parser)
+
+
+def budget(text: str) -> int | str:
+    """argparse type: a number of words, or all."""
+    return text if text == EVERY_WORD else positive_int(text)
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
