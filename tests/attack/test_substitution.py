@@ -14,7 +14,7 @@ BUDGETS = [0, 1, 2, 3, None]
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = SequenceTransformer(4, 3, width=8, heads=2, inner=6).double().eval()
+    model = SequenceTransformer(4, 3, width=8, heads=2, inner=6).double().eval().requires_grad_(False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.8)
     return model

@@ -20,6 +20,7 @@ from ..runs.cli import apply_common_arguments, checkpoint_facts, run_facts, utc_
 from ..runs.ranks import Ranks, joined
 from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive
 from ..runs.work import Job, explained, find_rows
+from ..steps.word_summary import counted
 from ..training.text_models import TextModel, load_text_model
 from .arguments import DRAWN, EVERY_WORD
 from .naming import model_name
@@ -67,7 +68,7 @@ def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ra
     )
     source = "given by --text" if args.text else f"{args.part} set of {data.source}"
     record = make_record(run, name, path, source, data.sha256)
-    print(f"{name}: {len(drawn)} sentence{'s' * (len(drawn) > 1)}, {source}")
+    print(f"{name}: {counted(len(drawn), 'sentence')}, {source}")
     print(f"at most {', '.join(map(str, args.budgets))} words are replaced; {', '.join(args.methods)}", flush=True)
     if args.dry_run:
         row = run.search(run.parts[0])[0]
@@ -255,7 +256,7 @@ def make_record(run: SentenceRun, name: str, path: Path, source: str, checksums:
     config = {key: value for key, value in model.config.items() if key not in ("vocabulary", "embeddings")}
     budgets = ", ".join(map(str, args.budgets))
     return {
-        "title": f"{len(run.drawn)} sentences, at most {budgets} words replaced",
+        "title": f"{counted(len(run.drawn), 'sentence')}, at most {budgets} words replaced",
         "class_names": list(model.config["class_names"]),
         "model": checkpoint_facts(path, name, config) | {"words": len(model.vocabulary)},
         "data": {"source": source, "sha256": checksums, "drawn_sha256": digest(run.drawn_bytes())},

@@ -81,8 +81,8 @@ def html_page(rows: Sequence[SentenceRow], sentences: Sequence[Shown], record: R
     body = [
         f"<h1>{title}</h1>",
         '<p>Words that may be <span class="free">replaced</span> are underlined; point at one for its substitutes. '
-        'Words in <span class="unknown">italics</span> are not in the vocabulary. For each budget, the most words that are '
-        "replaced, there is the worst replacement found: ruled out as an attack where the sentence is "
+        'Words in <span class="unknown">italics</span> are not in the vocabulary. For each budget, the most words that '
+        "are replaced, there is the worst replacement found: ruled out as an attack where the sentence is "
         '<b class="certified">certified</b>, for then none changes the class.</p>',
         f"<pre>{html.escape(chr(10).join(summary_lines(record['summary'])))}</pre>",
     ]
