@@ -50,9 +50,8 @@ def summary_lines(summary: Record) -> list[str]:
     """The table of the console: percentages of all sentences, and seconds a sentence."""
     methods = list(summary["budgets"][0]["by_method"])
     names = ["clean", "attacked", *methods, "verified", "open"]
-    lines = [
-        f"{counted(summary['sentences'], 'sentence')}; right, not broken by the attack, and verified, in per cent of them"
-    ]
+    of = counted(summary["sentences"], "sentence")
+    lines = [f"{of}; right, not broken by the attack, and verified, in per cent of them"]
     lines.append(f"{'budget':<8}" + "".join(f"{name:>11}" for name in names))
     for row in summary["budgets"]:
         shares = [row["clean"], row["attacked"], *(row["by_method"][name] for name in methods), row["verified"]]
