@@ -1,0 +1,41 @@
+"""Certify sentences against the replacement of words by their substitutes, for a Transformer.
+
+    python transformer/bound_transformer_sentiment.py --recipe ibp
+    python transformer/bound_transformer_sentiment.py --methods crown --budgets 1 all
+    python transformer/bound_transformer_sentiment.py --text "A warm , funny and moving film ."
+
+Reads WORK_DIR/transformer_1_64_ibp/transformer (after the flags); writes a row for every sentence and budget
+(certified_bound.csv), the sentences with their substitutes (sentences.csv), run.json and sentences.html to
+substitution_bound_ibp_crown-ibp_decide/ (after the methods) beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.runs.cli import ArgumentParser, answer_early, run_main
+from utils.sentiment.arguments import add_sentiment_bound_arguments
+
+
+def get_args() -> argparse.Namespace:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_sentiment_bound_arguments(parser, "transformer")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_early(get_args)  # before the imports below, which take seconds
+
+from utils.sentiment.bound import bound_sentiment_classifier
+
+
+def main() -> None:
+    bound_sentiment_classifier(get_args(), "transformer")
+
+
+if __name__ == "__main__":
+    run_main(main)
