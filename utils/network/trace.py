@@ -320,11 +320,14 @@ for _name in ("view", "view_as", "reshape_as"):
 OPERATIONS["expand_as"] = _shaped(lambda part, shape: part.expand(shape))
 
 
-@operation("T", "mT")
+@operation("T")
 def _transposed(builder, x):
     if len(x.shape) != 2:
-        raise UnsupportedError("T and mT are read of matrices only")
+        raise UnsupportedError("T is read of matrices only")
     return x.view(lambda part: part.T)
+
+
+OPERATIONS["mT"] = lambda builder, x: x.view(lambda part: part.mT)
 
 
 @operation("__iter__")

@@ -53,10 +53,10 @@ class Substitutions(InputSet):
         if counts.is_floating_point() or bool((counts < 0).any()):
             raise ValueError(f"budgets must be whole numbers of at least 0, or None, not {budget}")
         self.x, self.budget = x, counts.clamp(max=frames)
-        moves = torch.where(valid[..., None], vectors - x[:, :, None], 0.0)
+        usable = valid & (self.budget > 0)[:, None, None]
+        moves = torch.where(usable[..., None], vectors - x[:, :, None], 0.0)
         self.moves = torch.cat((torch.zeros_like(moves[:, :, :1]), moves), dim=2)
-        usable = valid.any(dim=2) & (self.budget > 0)[:, None]
-        self._exact = (~usable).all(dim=0).tolist()
+        self._exact = (~usable.any(dim=2)).all(dim=0).tolist()
 
     @property
     def is_box(self) -> bool:

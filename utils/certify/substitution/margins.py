@@ -90,31 +90,40 @@ def _read(model: nn.Module | Graph, x: Tensor, check: bool) -> tuple[Network, Te
 def budget_margins(
     graph: Graph, x: Tensor, rows: Tensor, substitutes: Substitutes, budgets: Sequence[int | None], method: str
 ) -> Tensor:
-    """Lower bounds of ``rows @ output``, (batch, n_specs, budgets).
+    """Lower bounds of ``rows @ output``, (batch, n_specs, budgets); what holds for a budget holds for smaller ones.
 
     Intervals are the same for all budgets of more than one word, and so is what passes back through planes of them:
     passes but "crown" are made once for the largest, and end anew for every other one.
     """
     frames = x.shape[1]
     counts = [frames if budget is None else min(budget, frames) for budget in budgets]
-    if method == "crown":
-        return _side_by_side(graph, x, rows, substitutes, counts)
-    found: dict[int, Tensor] = {}
-    bounds: BoundPass | None = None
-    for count in sorted(set(counts), reverse=True):
+    falling = sorted(set(counts), reverse=True)
+    of_method = _side_by_side if method == "crown" else _one_by_one
+    found = of_method(graph, x, rows, substitutes, falling, method)
+    found = found.cummax(dim=-1).values
+    return found[..., [falling.index(count) for count in counts]]
+
+
+def _one_by_one(
+    graph: Graph, x: Tensor, rows: Tensor, substitutes: Substitutes, counts: list[int], method: str
+) -> Tensor:
+    found, bounds = [], None
+    for count in counts:
         if bounds is None or count <= 1:
             bounds = BoundPass(graph, substitutes.set_around(x, count), method)
         else:
             bounds.perturbation.budget = torch.full_like(bounds.perturbation.budget, count)
-        found[count] = bounds.margin(rows)
-    return torch.stack([found[count] for count in counts], dim=-1)
+        found.append(bounds.margin(rows))
+    return torch.stack(found, dim=-1)
 
 
-def _side_by_side(graph: Graph, x: Tensor, rows: Tensor, substitutes: Substitutes, counts: list[int]) -> Tensor:
+def _side_by_side(
+    graph: Graph, x: Tensor, rows: Tensor, substitutes: Substitutes, counts: list[int], method: str
+) -> Tensor:
     """By a pass in which every sample stands once for each budget."""
     each = torch.arange(len(x), device=x.device).repeat_interleave(len(counts))
     budgets = torch.tensor(counts, device=x.device).repeat(len(x))
-    bounds = BoundPass(graph, substitutes.part(each).set_around(x[each], budgets), "crown")
+    bounds = BoundPass(graph, substitutes.part(each).set_around(x[each], budgets), method)
     return bounds.margin(rows[each]).unflatten(0, (len(x), -1)).transpose(1, 2)
 
 

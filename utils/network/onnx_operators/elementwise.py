@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..operations import functions
+from ..operations import attention, functions
 from ..symbolic import Symbol, UnsupportedError, check_scores, constant
 from .table import OPERATORS, operator, symbol
 
@@ -146,6 +146,9 @@ def _hard_sigmoid(reader, x, alpha=0.2, beta=0.5):
 def _final_softmax(reader, x, axis=None, name="softmax"):
     check_scores(x)
     axis = (-1 if reader.opsets[""] >= 13 else 1) if axis is None else axis
+    if name == "softmax" and x.shape.numel() != x.shape[axis] and reader.opsets[""] >= 13:
+        share = attention.softmax(reader.builder, x.view(lambda part: part.movedim(axis, -1)))
+        return share.view(lambda part: part.movedim(-1, axis))
     if x.shape.numel() != x.shape[axis]:
         raise UnsupportedError("a softmax is supported at the end of the network only, over all its outputs")
     return Symbol(x.ids, x.scale, x.shift, name)

@@ -15,7 +15,7 @@ from ...graph.pooling import Pick
 from ..symbolic import CONSTANT, DTYPE, Builder, Symbol, UnsupportedError, constant
 from ..trace import OPERATIONS, SETTLE, as_symbol, operation
 
-constant_matmul = OPERATIONS["matmul"]
+constant_matmul, last_softmax = OPERATIONS["matmul"], OPERATIONS["softmax"]
 
 
 # --- nodes ------------------------------------------------------------------------------------------------------------
@@ -113,8 +113,19 @@ def _rmatmul(builder, x, y):
     return _matmul(builder, y, x)
 
 
+@operation("softmax")
+def _softmax(builder, x, dim=None, _stacklevel=3, dtype=None):
+    last = len(x.shape) - 1
+    if dim in (last, -1) or (dim is None and last == 1):
+        return last_softmax(builder, x, dim)
+    if dim is None or last < 1 or dim % (last + 1) == 0:
+        raise UnsupportedError("a softmax is supported over one axis of a sample")
+    share = softmax(builder, x.view(lambda part: part.movedim(dim, -1)))
+    return share.view(lambda part: part.movedim(-1, dim))
+
+
 @operation("layer_norm")
-def _layer_norm(builder, x, normalized_shape, weight=None, bias=None, eps=1e-5):
+def layer_norm(builder, x, normalized_shape, weight=None, bias=None, eps=1e-5):
     """(x - mean) / sqrt(variance + eps), of which no value is above sqrt(n - 1), times weight, plus bias."""
     if len(normalized_shape) != 1:
         raise UnsupportedError("LayerNorm is supported over the last axis")
