@@ -1,4 +1,7 @@
-"""What a certified training of sentences minimises: a bound of the worst replacement of words."""
+"""What a certified training of sentences minimises: a bound of the worst replacement of words.
+
+What is taken off bounds for rounding is left out: a loss is no certificate.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..bounds.passes import BoundPass
+from ..network.reading import graph_of, read_for_step
+from ..perturbation.substitutions import Substitutions
+from ..question.specification import margin_rows
 from ..training.certified.losses import of_margins
 from ..training.certified.objective import RECURRENT, start_shifted
-from .bounds import EVERY, lowest_margins
 from .net import SentimentNet
 from .objective import WATCHED_AT_ONCE, Plain, accuracy
 from .recipe import Moment, Recipe, moment_of, rate_factor
 from .words import Group
+
+CLASSES = 2
 
 
 class CertifiedWords(Plain):
@@ -23,6 +31,7 @@ class CertifiedWords(Plain):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self._checked: set[int] = set()  # lengths of sentences that the classifier was read for
 
     @torch.no_grad()
     def prepare(self, model: nn.Module) -> None:
@@ -42,33 +51,39 @@ class CertifiedWords(Plain):
     def group_loss(self, net: SentimentNet, group: Group, progress: float) -> Tensor:
         moment = moment_of(self.recipe, progress)
         loss = 0.0
-        if moment.kappa > 0.0:
-            loss = moment.kappa * super().group_loss(net, group, progress)
+        if moment.kappa > 0.0 or moment.eps == 0.0:
+            loss = (moment.kappa if moment.eps > 0.0 else 1.0) * super().group_loss(net, group, progress)
         if moment.eps > 0.0 and moment.kappa < 1.0:
-            loss = loss + (1.0 - moment.kappa) * robust_loss(net, group, moment).mean()
+            with net.bounding():
+                robust = of_margins(self.margins(net, group, moment)).mean()
+            loss = loss + (1.0 - moment.kappa) * robust
         return loss
+
+    def margins(self, net: SentimentNet, group: Group, moment: Moment) -> Tensor:
+        """Lower bounds, (N, classes - 1), over the moment's set: means of intervals' and of a backward pass's."""
+        x, vectors = net.vectors(group)
+        moved = x[:, :, None] + moment.eps * (vectors - x[:, :, None])
+        network, frames = read_for_step(net.classifier, x, check=x.shape[1] not in self._checked)
+        self._checked.add(x.shape[1])
+        graph = graph_of(network, frames.shape[1], frames.dtype, "plane")
+        rows = margin_rows(group.labels, CLASSES).to(frames)
+        budget = moment.budget if moment.beta == 1.0 else None  # intervals are of sets in which every word may change
+        bounds = BoundPass(graph, Substitutions(frames, moved, group.valid, budget), "crown-ibp", sound=False)
+        margins = 0.0
+        if moment.beta < 1.0:
+            margins = (1.0 - moment.beta) * bounds.interval_lower_bound(graph.output, rows)
+        if moment.beta > 0.0:
+            bounds.perturbation.budget = torch.full_like(bounds.perturbation.budget, moment.budget)
+            margins = margins + moment.beta * bounds.lower_bound(graph.output, rows)
+        return margins
 
     @torch.no_grad()
     def watch(self, net: SentimentNet, groups: Sequence[Group]) -> dict[str, float]:
         """Accuracy, and the share that the bounds of the loss verify at the recipe's budget."""
         net.eval()
-        method, budget = ("ibp", EVERY) if self.recipe.loss == "ibp" else ("crown-ibp", self.recipe.budget)
+        moment = Moment(1.0, self.recipe.budget, 0.0, float(self.recipe.loss == "mixed"))
         verified = 0
         for group in groups:
             for part in group.batches(WATCHED_AT_ONCE):
-                x, vectors = net.vectors(part)
-                margins = lowest_margins(net.classifier, x, part.labels, vectors, part.valid, [budget], method)
-                verified += int((margins > 0).sum())
+                verified += int((self.margins(net, part, moment) > 0).all(dim=1).sum())
         return {"accuracy": accuracy(net, groups), "verified": verified / sum(map(len, groups))}
-
-
-def robust_loss(net: SentimentNet, group: Group, moment: Moment) -> Tensor:
-    """Cross entropy, (N,), where all margins are as low as their bounds over the moment's set."""
-    x, vectors = net.vectors(group)
-    vectors = x[:, :, None] + moment.eps * (vectors - x[:, :, None])
-    with net.bounding() as classifier:
-        given = classifier, x, group.labels, vectors, group.valid
-        margins = (1.0 - moment.beta) * lowest_margins(*given, [EVERY], "ibp") if moment.beta < 1.0 else 0.0
-        if moment.beta > 0.0:
-            margins = margins + moment.beta * lowest_margins(*given, [moment.budget], "crown-ibp")
-    return of_margins(margins)
