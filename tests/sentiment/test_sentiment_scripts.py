@@ -72,7 +72,6 @@ def test_flags_that_do_not_fit(models, tmp_path):
 
 @pytest.fixture(scope="module")
 def bounded(models):
-    pytest.importorskip("utils.certify.substitution")
     for architecture in ("gru", "transformer"):
         script = f"{architecture}/bound_{architecture}_sentiment.py"
         succeed(script, *BOUND, "--work-dir", models, cwd=models)
@@ -90,7 +89,7 @@ def test_sentences_are_bounded(bounded, architecture):
     right = [row for row in rows if row.margin > 0]
     assert 12 < len(right) <= 36 and any(row.verdict == CERTIFIED for row in right)
     for row in right:
-        assert row.attack <= row.margin and row.exact
+        assert row.attack <= row.margin + 1e-9 and row.exact
         assert all(row.bound(method) <= row.attack + 1e-9 * (1 + abs(row.attack)) for method in BOUNDS)
         assert row.decided == (CERTIFIED if row.attack > 0 else FALSIFIED)  # complete, on sentences this short
     sentences = {shown.index: shown for shown in read_sentences(folder)}
@@ -146,9 +145,8 @@ def test_a_run_is_resumed_and_given_text_is_read(bounded, models, tmp_path):
 
 
 def test_certified_training(tmp_path):
-    pytest.importorskip("utils.certify.substitution")
     script = "lstm/train_lstm_sentiment_classifier.py"
-    flags = [*SIZES, "--sample", "--epochs", 0, "--sentence-epochs", 4, "--lr", 0.05, "--batch-size", 64]
+    flags = [*SIZES, "--sample", "--epochs", 0, "--sentence-epochs", 2, "--lr", 0.05, "--batch-size", 200]
     for recipe in ("ibp", "mixed"):
         succeed(script, *flags, "--certified", recipe, "--save-dir", tmp_path, cwd=tmp_path)
         config = torch.load(tmp_path / f"lstm_4_d4_{recipe}" / "lstm", weights_only=True)["config"]
