@@ -6,7 +6,7 @@
 
 Reads WORK_DIR/gru_64_ibp/gru (after the flags); writes a row for every sentence and budget
 (certified_bound.csv), the sentences with their substitutes (sentences.csv), run.json and sentences.html to
-substitution_bound_ibp_crown-ibp_decide/ (after the methods) beside it.
+substitution_bound_.../ (after the methods) beside it.
 """
 
 from __future__ import annotations

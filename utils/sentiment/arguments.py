@@ -121,9 +121,14 @@ def add_sentiment_bound_arguments(parser: argparse.ArgumentParser, architecture:
         "--methods",
         choices=METHODS,
         nargs="+",
-        default=["ibp", "crown-ibp", "decide"],
+        default=["crown-ibp", "crown", "decide"] if architecture == "transformer" else ["ibp", "crown-ibp", "decide"],
         help="bounds by intervals, by a backward pass over intervals, or over backward bounds of all layers; decide "
         "divides the sets that these leave open until each is certified or falsified",
+    )
+    group.add_argument(
+        "--every-method",
+        action="store_true",
+        help="bound every sentence by every method, not only what those before it leave open at some budget",
     )
     group.add_argument(
         "--time-limit", type=positive_float, default=5.0, help="seconds of decide, a sentence and budget"

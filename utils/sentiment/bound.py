@@ -22,7 +22,7 @@ from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive
 from ..runs.work import Job, explained, find_rows
 from ..steps.word_summary import counted
 from ..training.text_models import TextModel, load_text_model
-from .arguments import DRAWN, EVERY_WORD
+from .arguments import DRAWN, EVERY_WORD, METHODS
 from .naming import model_name
 from .question import Batch, Settings, ask
 from .report import HTML_NAME, print_sentences, write_page
@@ -45,7 +45,7 @@ def bound_sentiment_classifier(args: argparse.Namespace, architecture: str) -> N
         raise ValueError("--text draws no sentences: leave out --N and --max-words")
     args.N = args.N or DRAWN
     args.budgets = list(dict.fromkeys(args.budgets))
-    args.methods = list(dict.fromkeys(args.methods))
+    args.methods = [method for method in METHODS if method in args.methods]
     device = apply_common_arguments(args)
     with joined(device) as ranks:
         _bound(args, architecture, device, ranks)
@@ -155,7 +155,7 @@ class SentenceRun:
         self.parts = [part.to(device) for group in groups for part in group.batches(args.batch_size)]
         self.predictions = [self._predict(part) for part in self.parts]
         budgets = [None if budget == EVERY_WORD else budget for budget in args.budgets]
-        self.settings = Settings(budgets, args.methods, args.time_limit, args.beam, args.exhaustive)
+        self.settings = Settings(budgets, args.methods, args.time_limit, args.beam, args.exhaustive, args.every_method)
 
     @torch.no_grad()
     def _predict(self, part: Group) -> list[int]:

@@ -26,6 +26,7 @@ class Settings:
         budgets: words that may change; None: every one.
         methods: of BOUNDS, and perhaps "decide", which gets ``time_limit`` seconds a sentence and budget.
         beam, exhaustive: of ``worst_replacements``.
+        every: ask every method of every sentence, not only of those that methods before it leave open at some budget.
     """
 
     budgets: Sequence[int | None]
@@ -33,6 +34,7 @@ class Settings:
     time_limit: float
     beam: int
     exhaustive: int
+    every: bool = False
 
     @property
     def strongest(self) -> str:
@@ -51,8 +53,8 @@ class Batch:
     vectors: Tensor
     valid: Tensor
 
-    def one(self, number: int) -> Batch:
-        parts = (part[number : number + 1] for part in (self.x, self.labels, self.vectors, self.valid))
+    def part(self, rows: Tensor | slice) -> Batch:
+        parts = (part[rows] for part in (self.x, self.labels, self.vectors, self.valid))
         return Batch(self.classifier, *parts)
 
 
@@ -73,7 +75,7 @@ def ask(batch: Batch, settings: Settings) -> list[list[Answer]]:
     bounds = _bounds(batch, settings)
     answers = []
     for number in range(len(batch.labels)):
-        one, started = batch.one(number), time.perf_counter()
+        one, started = batch.part(slice(number, number + 1)), time.perf_counter()
         worst = _attack(one, settings)
         seconds = (time.perf_counter() - started) / len(settings.budgets)
         row = []
@@ -88,18 +90,21 @@ def ask(batch: Batch, settings: Settings) -> list[list[Answer]]:
     return answers
 
 
+@torch.no_grad()
 def _bounds(batch: Batch, settings: Settings) -> dict[str, list[list[float]]]:
-    """Margins and seconds, (N, budgets), by column."""
+    """Margins and seconds, (N, budgets), by column; NaN and 0 where a method is not asked."""
     found = {}
-    for method in settings.methods:
-        if method in BOUNDS:
-            started = time.perf_counter()
-            given = batch.classifier, batch.x, batch.labels, batch.vectors, batch.valid
-            with torch.no_grad():
-                margins = lowest_margins(*given, settings.budgets, method)
-            seconds = (time.perf_counter() - started) / len(margins)
-            found[column(method)] = margins.tolist()
-            found[f"{column(method)}_seconds"] = torch.full_like(margins, seconds).tolist()
+    best = torch.full((len(batch.labels), len(settings.budgets)), -torch.inf, dtype=batch.x.dtype)
+    for method in (method for method in BOUNDS if method in settings.methods):
+        rows = torch.arange(len(best)) if settings.every else (~(best > 0)).any(dim=1).nonzero().squeeze(1)
+        margins, seconds = torch.full_like(best, torch.nan), torch.zeros_like(best)
+        if len(rows):
+            asked, started = batch.part(rows.to(batch.x.device)), time.perf_counter()
+            given = asked.classifier, asked.x, asked.labels, asked.vectors, asked.valid
+            margins[rows] = lowest_margins(*given, settings.budgets, method).to(best)
+            seconds[rows] = (time.perf_counter() - started) / len(rows)
+            best[rows] = torch.fmax(best[rows], margins[rows])
+        found[column(method)], found[f"{column(method)}_seconds"] = margins.tolist(), seconds.tolist()
     return found
 
 
