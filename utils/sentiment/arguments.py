@@ -61,6 +61,7 @@ def add_sentiment_training_arguments(parser: argparse.ArgumentParser, architectu
     )
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=non_negative_int, default=6, help="passes over the phrases, if there are any")
+    group.add_argument("--phrase-words", type=positive_int, help="leave out phrases of more words, which take longer")
     group.add_argument(
         "--sentence-epochs", type=positive_int, default=6, help="passes over the whole sentences, after those"
     )

@@ -52,15 +52,10 @@ def train_sentiment_classifier(args: argparse.Namespace, architecture: str) -> N
     net = SentimentNet(embeddings, classifier, args.dropout, args.word_dropout).to(device)
     objective = objective_of(recipe)
     objective.prepare(classifier)
-    parts = {
-        name: [group.to(device) for group in group_by_length(sentences, vocabulary, data.synonyms)]
-        for name, sentences in (
-            ("phrases", data.phrases or data.train),
-            ("train", data.train),
-            ("dev", data.dev),
-            ("test", data.test),
-        )
-    }
+    given = {"train": data.train, "dev": data.dev, "test": data.test}
+    parts = {name: group_by_length(sentences, vocabulary, data.synonyms) for name, sentences in given.items()}
+    parts["phrases"] = group_by_length(data.phrases or data.train, vocabulary, data.synonyms, args.phrase_words)
+    parts = {name: [group.to(device) for group in groups] for name, groups in parts.items()}
     if args.dry_run:
         rehearse(net, parts["train"], args, objective)
         print(f"dry run: one step done, nothing written; the model would go to {folder / architecture}")
@@ -212,6 +207,7 @@ def make_config(
         "embeddings_from": None if args.embeddings is None else args.embeddings.name,
         **{f"{name}_size": len(getattr(data, name)) for name in ("train", "dev", "test", "phrases")},
         "sentence_epochs": args.sentence_epochs,
+        "phrase_words": args.phrase_words,
         "dropout": args.dropout,
         "word_dropout": args.word_dropout,
         **training_facts(args),
