@@ -55,6 +55,8 @@ def train_sentiment_classifier(args: argparse.Namespace, architecture: str) -> N
     given = {"train": data.train, "dev": data.dev, "test": data.test}
     parts = {name: group_by_length(sentences, vocabulary, data.synonyms) for name, sentences in given.items()}
     parts["phrases"] = group_by_length(data.phrases or data.train, vocabulary, data.synonyms, args.phrase_words)
+    if args.epochs and not parts["phrases"]:
+        raise ValueError(f"no phrase has at most {args.phrase_words} words")
     parts = {name: [group.to(device) for group in groups] for name, groups in parts.items()}
     if args.dry_run:
         rehearse(net, parts["train"], args, objective)
