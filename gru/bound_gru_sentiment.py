@@ -30,7 +30,7 @@ def get_args() -> argparse.Namespace:
 if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
-from utils.sentiment.bound import bound_sentiment_classifier
+from utils.sentiment.bounding.bound import bound_sentiment_classifier
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import torch
 from scripts_in_process import fail, succeed
 
 from utils.runs.rows import read_rows
-from utils.sentiment.rows import BOUNDS, CERTIFIED, FALSIFIED, SentenceRow, by_sentence, read_sentences
+from utils.sentiment.bounding.rows import BOUNDS, CERTIFIED, FALSIFIED, SentenceRow, by_sentence, read_sentences
 
 SIZES = ["--hidden-size", 4, "--embedding-size", 4, "--threads", 1]
 TRAIN = [*SIZES, "--sample", "--epochs", 1, "--sentence-epochs", 8, "--lr", 0.05, "--dropout", 0, "--batch-size", 16]
@@ -34,7 +34,7 @@ def test_checkpoint_has_its_words(models):
 
 
 def test_a_training_that_is_resumed_ends_with_the_same_weights(models, tmp_path, monkeypatch):
-    from utils.sentiment import train
+    from utils.sentiment.training import train
 
     whole = torch.load(models / "gru_4_d4" / "gru", weights_only=True)
     flags = [*TRAIN, "--save-dir", tmp_path]
@@ -112,7 +112,7 @@ def test_a_bound_above_a_margin_stops_the_run(bounded, models, tmp_path, monkeyp
     """The attack catches a bound that is wrong."""
     from scripts_in_process import run
 
-    from utils.sentiment import question
+    from utils.sentiment.bounding import question
 
     right = question.lowest_margins
     monkeypatch.setattr(question, "lowest_margins", lambda *given: right(*given) + 100.0)

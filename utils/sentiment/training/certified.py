@@ -10,16 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..bounds.passes import BoundPass
-from ..network.reading import graph_of, read_for_step
-from ..perturbation.substitutions import Substitutions
-from ..question.specification import margin_rows
-from ..training.certified.losses import of_margins
-from ..training.certified.objective import RECURRENT, start_shifted
+from ...bounds.passes import BoundPass
+from ...network.reading import graph_of, read_for_step
+from ...perturbation.substitutions import Substitutions
+from ...question.specification import margin_rows
+from ...training.certified.losses import of_margins
+from ...training.certified.objective import RECURRENT, start_shifted
+from ..recipe import Moment, Recipe, moment_of, rate_factor
+from ..words import Group
 from .net import SentimentNet
 from .objective import WATCHED_AT_ONCE, Plain, accuracy
-from .recipe import Moment, Recipe, moment_of, rate_factor
-from .words import Group
 
 CLASSES = 2
 

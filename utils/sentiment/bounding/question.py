@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..attack.substitution import Replaceable, Worst, worst_replacements
-from ..runs.cli import ContradictionError
+from ...attack.substitution import Replaceable, Worst, worst_replacements
+from ...runs.cli import ContradictionError
 from .bounds import decide, lowest_margins
 from .rows import BOUNDS, CERTIFIED, FALSIFIED, UNKNOWN, column
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..runs.results import Record
-from ..steps.word_summary import counted
+from ...runs.results import Record
+from ...steps.word_summary import counted
 from .rows import BOUNDS, CERTIFIED, FALSIFIED, WRONG, SentenceRow, column
 
 

@@ -6,8 +6,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runs.results import CSV_NAME, Record, read_record, replacing
-from ..runs.rows import read_rows
+from ...runs.results import CSV_NAME, Record, read_record, replacing
+from ...runs.rows import read_rows
 from .rows import CERTIFIED, FALSIFIED, UNKNOWN, WRONG, SentenceRow, Shown, by_sentence, read_sentences
 from .summary import summary_lines
 

@@ -16,18 +16,18 @@ from tqdm import tqdm
 from data.sst import CLASS_NAMES, SentimentData, load_sst
 from data.text import MAX_WORDS, Vocabulary, build_vocabulary
 
-from ..network.checkpoint import Config, build_model, save_checkpoint
-from ..runs.cli import apply_common_arguments, json_value
-from ..runs.results import check_writable
-from ..training.loop import CLIP_NORM, History, Optimizer, make_optimizer, plot_history, training_facts
-from ..training.state import TrainingState
-from ..training.text import first_embeddings
-from .arguments import recipe_of
-from .naming import model_name
+from ...network.checkpoint import Config, build_model, save_checkpoint
+from ...runs.cli import apply_common_arguments, json_value
+from ...runs.results import check_writable
+from ...training.loop import CLIP_NORM, History, Optimizer, make_optimizer, plot_history, training_facts
+from ...training.state import TrainingState
+from ...training.text import first_embeddings
+from ..arguments import recipe_of
+from ..naming import model_name
+from ..recipe import Recipe
+from ..words import Group, group_by_length
 from .net import SentimentNet
 from .objective import Plain, accuracy
-from .recipe import Recipe
-from .words import Group, group_by_length
 
 
 def train_sentiment_classifier(args: argparse.Namespace, architecture: str) -> None:

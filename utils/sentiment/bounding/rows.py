@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
 
-from ..runs.results import replacing
-from ..runs.rows import KeyedRow, ResultError
+from ...runs.results import replacing
+from ...runs.rows import KeyedRow, ResultError
 
 SENTENCES_NAME = "sentences.csv"
 BOUNDS = ("ibp", "crown-ibp", "crown")  # methods that give a margin
