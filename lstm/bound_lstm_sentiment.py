@@ -2,6 +2,7 @@
 
     python lstm/bound_lstm_sentiment.py --recipe ibp
     python lstm/bound_lstm_sentiment.py --methods crown --budgets 1 all
+    python lstm/bound_lstm_sentiment.py --radii 2
     python lstm/bound_lstm_sentiment.py --text "A warm , funny and moving film ."
 
 Reads WORK_DIR/lstm_64_ibp/lstm (after the flags); writes a row for every sentence and budget
@@ -31,10 +32,13 @@ if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
 from utils.sentiment.bounding.bound import bound_sentiment_classifier
+from utils.sentiment.bounding.word_radii import bound_word_radii
 
 
 def main() -> None:
-    bound_sentiment_classifier(get_args(), "lstm")
+    args = get_args()
+    bound = bound_sentiment_classifier if args.radii is None else bound_word_radii
+    bound(args, "lstm")
 
 
 if __name__ == "__main__":

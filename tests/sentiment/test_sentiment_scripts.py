@@ -9,6 +9,8 @@ from scripts_in_process import fail, succeed
 
 from utils.runs.rows import read_rows
 from utils.sentiment.bounding.rows import BOUNDS, CERTIFIED, FALSIFIED, SentenceRow, by_sentence, read_sentences
+from utils.sentiment.bounding.word_radii import RadiusRow
+from utils.training.text_models import load_text_model
 
 SIZES = ["--hidden-size", 4, "--embedding-size", 4, "--threads", 1]
 TRAIN = [*SIZES, "--sample", "--epochs", 1, "--sentence-epochs", 8, "--lr", 0.05, "--dropout", 0, "--batch-size", 16]
@@ -146,6 +148,33 @@ def test_a_run_is_resumed_and_given_text_is_read(bounded, models, tmp_path):
     ):
         flags = [*SIZES, "--sample", "--work-dir", models, *arguments]
         assert part in fail("gru/bound_gru_sentiment.py", *flags, cwd=tmp_path)
+
+
+def test_radii_of_single_words(models, tmp_path):
+    flags = [
+        *SIZES,
+        "--sample",
+        "--work-dir",
+        models,
+        "--text",
+        "a lovely film",
+        "--out-dir",
+        tmp_path / "out",
+        "--radii",
+        2,
+    ]
+    out = succeed("transformer/bound_transformer_sentiment.py", *flags, "--methods", "crown", cwd=tmp_path)
+    rows, _ = read_rows(tmp_path / "out" / "certified_bound.csv", RadiusRow)
+    assert "mean radius" in out and any(row.radius > 0 for row in rows)
+    model = load_text_model(models / "transformer_1_4_d4" / "transformer")
+    classifier, chance = model.classifier.double(), torch.Generator().manual_seed(0)
+    for row in rows:  # points on the ball keep the class
+        words = [other.word for other in rows if other.index == row.index]
+        x = model.embeddings[model.vocabulary.encode(words)].double().repeat(200, 1, 1)
+        step = torch.randn(200, 4, generator=chance, dtype=torch.float64)
+        x[:, row.position] += row.radius * step / step.norm(dim=1, keepdim=True)
+        assert bool((classifier(x).argmax(dim=1) == row.label).all())
+        assert 0 <= row.covered <= row.substitutes
 
 
 def test_certified_training(tmp_path):

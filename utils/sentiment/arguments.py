@@ -11,6 +11,7 @@ from ..runs.cli import (
     add_common_arguments,
     non_negative_float,
     non_negative_int,
+    norm_value,
     positive_float,
     positive_int,
 )
@@ -110,6 +111,12 @@ def add_sentiment_bound_arguments(parser: argparse.ArgumentParser, architecture:
         default=[1, 2, 3, 6],
         metavar="K",
         help="how many words may be replaced at most, each a question of its own; all: every word",
+    )
+    group.add_argument(
+        "--radii",
+        type=norm_value,
+        metavar="P",
+        help="instead, how far single words' vectors may move in the l_P norm (1, 2 or inf), by the tightest method",
     )
     group.add_argument("--N", type=positive_int, help=f"sentences drawn (default: {DRAWN})")
     group.add_argument("--part", choices=("test", "dev"), default="test", help="part of the data they are drawn from")

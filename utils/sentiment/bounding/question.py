@@ -36,12 +36,6 @@ class Settings:
     exhaustive: int
     every: bool = False
 
-    @property
-    def strongest(self) -> str:
-        """The bound that a search rests on: the tightest that was asked for."""
-        asked = [method for method in BOUNDS if method in self.methods]
-        return asked[-1] if asked else "crown-ibp"
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -64,6 +58,12 @@ class Answer:
 
     worst: Worst
     columns: dict[str, float | str]
+
+
+def strongest(methods: Sequence[str]) -> str:
+    """The bound that a search rests on: the tightest that was asked for."""
+    asked = [method for method in BOUNDS if method in methods]
+    return asked[-1] if asked else "crown-ibp"
 
 
 def ask(batch: Batch, settings: Settings) -> list[list[Answer]]:
@@ -133,7 +133,7 @@ def _decide(
         status = UNKNOWN if worst.margin <= SLACK else CERTIFIED  # all sentences were tried
     else:
         given = one.classifier, one.x, one.labels, one.vectors, one.valid
-        status, margin, choice = decide(*given, worst.budget, settings.strongest, settings.time_limit)
+        status, margin, choice = decide(*given, worst.budget, strongest(settings.methods), settings.time_limit)
         if status == FALSIFIED and margin < worst.margin:
             worst = replace(worst, margin=margin, choice=choice)
     if status == CERTIFIED and worst.margin <= 0:
