@@ -18,7 +18,7 @@ from ...question.arguments import as_classes, as_inputs
 from ...question.specification import output_rows
 
 # Samples that are bounded at once: rows of every layer take more memory than those of the specification alone.
-AT_ONCE = Registry("method of substitutions", {"crown-ibp": 32, "ibp": 32, "crown": 8})
+AT_ONCE = Registry("method of substitutions", {"crown-ibp": 32, "ibp": 32, "crown": 2})
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,26 @@ def budget_margins(
     passes but "crown" are made once for the largest, and end anew for every other one.
     """
     frames = x.shape[1]
-    counts = {budget: frames if budget is None else min(budget, frames) for budget in budgets}
+    counts = [frames if budget is None else min(budget, frames) for budget in budgets]
+    if method == "crown":
+        return _side_by_side(graph, x, rows, substitutes, counts)
     found: dict[int, Tensor] = {}
     bounds: BoundPass | None = None
-    for count in sorted(set(counts.values()), reverse=True):
-        if bounds is None or method == "crown" or count <= 1:
+    for count in sorted(set(counts), reverse=True):
+        if bounds is None or count <= 1:
             bounds = BoundPass(graph, substitutes.set_around(x, count), method)
         else:
             bounds.perturbation.budget = torch.full_like(bounds.perturbation.budget, count)
         found[count] = bounds.margin(rows)
-    return torch.stack([found[counts[budget]] for budget in budgets], dim=-1)
+    return torch.stack([found[count] for count in counts], dim=-1)
+
+
+def _side_by_side(graph: Graph, x: Tensor, rows: Tensor, substitutes: Substitutes, counts: list[int]) -> Tensor:
+    """By a pass in which every sample stands once for each budget."""
+    each = torch.arange(len(x), device=x.device).repeat_interleave(len(counts))
+    budgets = torch.tensor(counts, device=x.device).repeat(len(x))
+    bounds = BoundPass(graph, substitutes.part(each).set_around(x[each], budgets), "crown")
+    return bounds.margin(rows[each]).unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
 def bound_sets(graph: Graph, rows: Tensor, method: str) -> Callable[[Tensor, Substitutes, Tensor], Tensor]:

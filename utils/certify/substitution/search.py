@@ -24,7 +24,7 @@ from ...question.arguments import as_classes, as_inputs
 from ...question.specification import output_rows
 from .margins import AT_ONCE, Substitutes, bound_sets
 
-FEW = 1024  # sentences of a part that are all tried
+FEW, MOST = 1024, 200_000  # sentences of a part that are all tried: always, and where that is as fast as to bound it
 PARTS_AT_ONCE = 16
 CERTIFIED, FALSIFIED, UNKNOWN = "certified", "falsified", "unknown"
 
@@ -102,8 +102,12 @@ class _Search:
         self.sentence, self.deadline, self.parts = sentence, deadline, 0
         self._bound = bound_sets(graph, rows, method)
         self._least = float("inf")  # of the bounds of what is done with
+        self._few, self._rate = FEW, None  # sentences a second
 
     def run(self, budget: int) -> Decision:
+        started = now()
+        self.sentence.margins(torch.zeros(FEW, len(self.sentence.x), dtype=torch.long, device=self.sentence.x.device))
+        self._rate = FEW / max(now() - started, 1e-6)
         found = worst_replacements(self.sentence, [budget], exhaustive=FEW)[0]
         if found.margin <= 0 or found.exact:
             status = FALSIFIED if found.margin <= 0 else CERTIFIED
@@ -130,7 +134,7 @@ class _Search:
         for part in batch:
             free = part.free(self.sentence)
             sizes = [len(free.substitutes(position)) for position in free.positions]
-            if count_choices(sizes, part.budget) > FEW:
+            if count_choices(sizes, part.budget) > self._few:
                 large.append((part, free))
                 continue
             choices = all_choices(free, part.budget)
@@ -145,7 +149,10 @@ class _Search:
         vectors = self.sentence.vectors.expand(len(x), -1, -1, -1)
         valid = torch.stack([free.valid for _, free in large])
         budgets = torch.tensor([part.budget for part, _ in large], device=x.device)
+        started = now()
         bounds = self._bound(x, Substitutes(vectors, valid), budgets).tolist()
+        # In half the time that a part took here, so many sentences can be tried.
+        self._few = min(MOST, max(FEW, int(0.5 * self._rate * (now() - started) / len(large))))
         self._least = min([self._least, *(bound for bound in bounds if bound > 0)])
         return None, [(bound, part) for bound, (part, _) in zip(bounds, large, strict=True) if not bound > 0]
 
