@@ -150,6 +150,15 @@ def test_a_run_is_resumed_and_given_text_is_read(bounded, models, tmp_path):
         assert part in fail("gru/bound_gru_sentiment.py", *flags, cwd=tmp_path)
 
 
+def test_without_an_attack(bounded, models, tmp_path):
+    flags = [*BOUND, "--work-dir", models, "--out-dir", tmp_path / "out", "--no-attack", "--every-method"]
+    succeed("gru/bound_gru_sentiment.py", *flags, cwd=tmp_path)
+    rows, _ = read_rows(tmp_path / "out" / "certified_bound.csv", SentenceRow)
+    attacked, _ = read_rows(bounded["gru"] / "certified_bound.csv", SentenceRow)
+    for row, other in zip(rows, attacked, strict=True):  # decisions are complete, and so the same
+        assert row.verdict == other.verdict and (row.margin <= 0 or row.bound("crown-ibp") > -float("inf"))
+
+
 def test_radii_of_single_words(models, tmp_path):
     flags = [
         *SIZES,

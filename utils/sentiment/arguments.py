@@ -141,6 +141,7 @@ def add_sentiment_bound_arguments(parser: argparse.ArgumentParser, architecture:
     group.add_argument(
         "--time-limit", type=positive_float, default=5.0, help="seconds of decide, a sentence and budget"
     )
+    group.add_argument("--no-attack", action="store_true", help="leave out the search for the worst replacement")
     group.add_argument("--beam", type=non_negative_int, default=8, help="width of the attack's search; 0: greedy")
     group.add_argument(
         "--exhaustive", type=positive_int, default=5000, help="the attack tries all sentences where there are so few"

@@ -87,7 +87,9 @@ class SentenceRun:
         self.parts = [part.to(device) for group in opened.groups for part in group.batches(args.batch_size)]
         self.predictions = [self._predict(part) for part in self.parts]
         budgets = [None if budget == EVERY_WORD else budget for budget in args.budgets]
-        self.settings = Settings(budgets, args.methods, args.time_limit, args.beam, args.exhaustive, args.every_method)
+        self.settings = Settings(
+            budgets, args.methods, args.time_limit, args.beam, args.exhaustive, not args.no_attack, args.every_method
+        )
 
     @torch.no_grad()
     def _predict(self, part: Group) -> list[int]:

@@ -26,6 +26,7 @@ class Settings:
         budgets: words that may change; None: every one.
         methods: of BOUNDS, and perhaps "decide", which gets ``time_limit`` seconds a sentence and budget.
         beam, exhaustive: of ``worst_replacements``.
+        attack: whether to search for the worst replacement; without, margins found are NaN.
         every: ask every method of every sentence, not only of those that methods before it leave open at some budget.
     """
 
@@ -34,6 +35,7 @@ class Settings:
     time_limit: float
     beam: int
     exhaustive: int
+    attack: bool = True
     every: bool = False
 
 
@@ -109,6 +111,8 @@ def _bounds(batch: Batch, settings: Settings) -> dict[str, list[list[float]]]:
 
 
 def _attack(one: Batch, settings: Settings) -> list[Worst]:
+    if not settings.attack:
+        return [Worst(budget, math.nan, (), False) for budget in settings.budgets]
     sentence = Replaceable(one.classifier, one.x[0], int(one.labels), one.vectors[0], one.valid[0])
     return worst_replacements(sentence, settings.budgets, beam=settings.beam, exhaustive=settings.exhaustive)
 
@@ -134,7 +138,7 @@ def _decide(
     else:
         given = one.classifier, one.x, one.labels, one.vectors, one.valid
         status, margin, choice = decide(*given, worst.budget, strongest(settings.methods), settings.time_limit)
-        if status == FALSIFIED and margin < worst.margin:
+        if status == FALSIFIED and not worst.margin <= margin:
             worst = replace(worst, margin=margin, choice=choice)
     if status == CERTIFIED and worst.margin <= 0:
         raise ContradictionError(f"certified, but a sentence has the margin {worst.margin}")

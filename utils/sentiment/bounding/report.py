@@ -42,7 +42,8 @@ def print_sentences(
 def _margins(row: SentenceRow) -> str:
     bound = row.best_bound
     lowest = f", bound {bound:.4g}" if bound > float("-inf") else ""
-    return f"margin {row.margin:.4g}, worst found {row.attack:.4g}{lowest}"
+    worst = f", worst found {row.attack:.4g}" if row.attack == row.attack else ""
+    return f"margin {row.margin:.4g}{worst}{lowest}"
 
 
 def _changes(row: SentenceRow, shown: Shown) -> str:

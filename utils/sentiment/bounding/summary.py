@@ -24,9 +24,10 @@ def summarize(rows: Sequence[SentenceRow], methods: Sequence[str]) -> Record:
 
 def _of_budget(rows: list[SentenceRow], methods: Sequence[str]) -> Record:
     right = [row for row in rows if row.verdict != WRONG]
+    tried = sum(row.attack > 0 for row in right) if all(row.attack == row.attack for row in right) else None
     share = {
         "clean": len(right) / len(rows),
-        "attacked": sum(row.attack > 0 for row in right) / len(rows),
+        "attacked": None if tried is None else tried / len(rows),
         "verified": sum(row.verdict == CERTIFIED for row in right) / len(rows),
     }
     found: Record = {"budget": rows[0].budget, **share, "by_method": {}, "seconds": {}, "loss": {}}
@@ -65,7 +66,7 @@ def summary_lines(summary: Record) -> list[str]:
     lines.append(f"{'budget':<8}" + "".join(f"{name:>11}" for name in names))
     for row in summary["budgets"]:
         shares = [row["clean"], row["attacked"], *(row["by_method"][name] for name in methods), row["verified"]]
-        cells = "".join(f"{100 * value:>11.1f}" for value in shares)
+        cells = "".join(f"{'-':>11}" if value is None else f"{100 * value:>11.1f}" for value in shares)
         lines.append(f"{row['budget']:<8}{cells}{row['open']:>11}")
     lines.append("mean loss of margin: " + _by_budget(summary, "loss", ".3g"))
     lines.append("seconds a sentence: " + _by_budget(summary, "seconds", ".2g"))
