@@ -25,7 +25,7 @@ def get_args() -> argparse.Namespace:
 if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
-from utils.sentiment.train import train_sentiment_classifier
+from utils.sentiment.training.train import train_sentiment_classifier
 
 
 def main() -> None:

@@ -2,11 +2,12 @@
 
     python transformer/bound_transformer_sentiment.py --recipe ibp
     python transformer/bound_transformer_sentiment.py --methods crown --budgets 1 all
+    python transformer/bound_transformer_sentiment.py --radii 2
     python transformer/bound_transformer_sentiment.py --text "A warm , funny and moving film ."
 
 Reads WORK_DIR/transformer_1_64_ibp/transformer (after the flags); writes a row for every sentence and budget
 (certified_bound.csv), the sentences with their substitutes (sentences.csv), run.json and sentences.html to
-substitution_bound_ibp_crown-ibp_decide/ (after the methods) beside it.
+substitution_bound_.../ (after the methods) beside it.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ def get_args() -> argparse.Namespace:
 if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
-from utils.sentiment.bound import bound_sentiment_classifier
+from utils.sentiment.bounding.bound import bound_sentiment_classifier
+from utils.sentiment.bounding.word_radii import bound_word_radii
 
 
 def main() -> None:
-    bound_sentiment_classifier(get_args(), "transformer")
+    args = get_args()
+    bound = bound_sentiment_classifier if args.radii is None else bound_word_radii
+    bound(args, "transformer")
 
 
 if __name__ == "__main__":

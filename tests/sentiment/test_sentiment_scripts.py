@@ -8,11 +8,14 @@ import torch
 from scripts_in_process import fail, succeed
 
 from utils.runs.rows import read_rows
-from utils.sentiment.rows import BOUNDS, CERTIFIED, FALSIFIED, SentenceRow, read_sentences
+from utils.sentiment.bounding.rows import BOUNDS, CERTIFIED, FALSIFIED, SentenceRow, by_sentence, read_sentences
+from utils.sentiment.bounding.word_radii import RadiusRow
+from utils.training.text_models import load_text_model
 
 SIZES = ["--hidden-size", 4, "--embedding-size", 4, "--threads", 1]
 TRAIN = [*SIZES, "--sample", "--epochs", 1, "--sentence-epochs", 8, "--lr", 0.05, "--dropout", 0, "--batch-size", 16]
-BOUND = [*SIZES, "--sample", "--N", 12, "--budgets", 1, 2, "all", "--time-limit", 1, "--batch-size", 4]
+METHODS = ["--methods", "ibp", "crown-ibp", "decide"]
+BOUND = [*SIZES, *METHODS, "--sample", "--N", 12, "--budgets", 1, 2, "all", "--time-limit", 1, "--batch-size", 4]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def test_checkpoint_has_its_words(models):
 
 
 def test_a_training_that_is_resumed_ends_with_the_same_weights(models, tmp_path, monkeypatch):
-    from utils.sentiment import train
+    from utils.sentiment.training import train
 
     whole = torch.load(models / "gru_4_d4" / "gru", weights_only=True)
     flags = [*TRAIN, "--save-dir", tmp_path]
@@ -72,7 +75,6 @@ def test_flags_that_do_not_fit(models, tmp_path):
 
 @pytest.fixture(scope="module")
 def bounded(models):
-    pytest.importorskip("utils.certify.substitution")
     for architecture in ("gru", "transformer"):
         script = f"{architecture}/bound_{architecture}_sentiment.py"
         succeed(script, *BOUND, "--work-dir", models, cwd=models)
@@ -90,9 +92,12 @@ def test_sentences_are_bounded(bounded, architecture):
     right = [row for row in rows if row.margin > 0]
     assert 12 < len(right) <= 36 and any(row.verdict == CERTIFIED for row in right)
     for row in right:
-        assert row.attack <= row.margin and row.exact
+        assert row.attack <= row.margin + 1e-9 and row.exact
         assert all(row.bound(method) <= row.attack + 1e-9 * (1 + abs(row.attack)) for method in BOUNDS)
         assert row.decided == (CERTIFIED if row.attack > 0 else FALSIFIED)  # complete, on sentences this short
+    for group in by_sentence(right):  # a second method is asked of what the first leaves open
+        proved = all(row.bound("ibp") > 0 for row in group)
+        assert all((row.bound("crown-ibp") == -float("inf")) == proved for row in group)
     sentences = {shown.index: shown for shown in read_sentences(folder)}
     for row in rows:  # what replaces a word is one of its substitutes
         for place, word in re.findall(r"(\d+):(\S+)", row.replaced):
@@ -109,7 +114,7 @@ def test_a_bound_above_a_margin_stops_the_run(bounded, models, tmp_path, monkeyp
     """The attack catches a bound that is wrong."""
     from scripts_in_process import run
 
-    from utils.sentiment import question
+    from utils.sentiment.bounding import question
 
     right = question.lowest_margins
     monkeypatch.setattr(question, "lowest_margins", lambda *given: right(*given) + 100.0)
@@ -145,10 +150,45 @@ def test_a_run_is_resumed_and_given_text_is_read(bounded, models, tmp_path):
         assert part in fail("gru/bound_gru_sentiment.py", *flags, cwd=tmp_path)
 
 
+def test_without_an_attack(bounded, models, tmp_path):
+    flags = [*BOUND, "--work-dir", models, "--out-dir", tmp_path / "out", "--no-attack", "--every-method"]
+    succeed("gru/bound_gru_sentiment.py", *flags, cwd=tmp_path)
+    rows, _ = read_rows(tmp_path / "out" / "certified_bound.csv", SentenceRow)
+    attacked, _ = read_rows(bounded["gru"] / "certified_bound.csv", SentenceRow)
+    for row, other in zip(rows, attacked, strict=True):  # decisions are complete, and so the same
+        assert row.verdict == other.verdict and (row.margin <= 0 or row.bound("crown-ibp") > -float("inf"))
+
+
+def test_radii_of_single_words(models, tmp_path):
+    flags = [
+        *SIZES,
+        "--sample",
+        "--work-dir",
+        models,
+        "--text",
+        "a lovely film",
+        "--out-dir",
+        tmp_path / "out",
+        "--radii",
+        2,
+    ]
+    out = succeed("transformer/bound_transformer_sentiment.py", *flags, "--methods", "crown", cwd=tmp_path)
+    rows, _ = read_rows(tmp_path / "out" / "certified_bound.csv", RadiusRow)
+    assert "mean radius" in out and any(row.radius > 0 for row in rows)
+    model = load_text_model(models / "transformer_1_4_d4" / "transformer")
+    classifier, chance = model.classifier.double(), torch.Generator().manual_seed(0)
+    for row in rows:  # points on the ball keep the class
+        words = [other.word for other in rows if other.index == row.index]
+        x = model.embeddings[model.vocabulary.encode(words)].double().repeat(200, 1, 1)
+        step = torch.randn(200, 4, generator=chance, dtype=torch.float64)
+        x[:, row.position] += row.radius * step / step.norm(dim=1, keepdim=True)
+        assert bool((classifier(x).argmax(dim=1) == row.label).all())
+        assert 0 <= row.covered <= row.substitutes
+
+
 def test_certified_training(tmp_path):
-    pytest.importorskip("utils.certify.substitution")
     script = "lstm/train_lstm_sentiment_classifier.py"
-    flags = [*SIZES, "--sample", "--epochs", 0, "--sentence-epochs", 4, "--lr", 0.05, "--batch-size", 64]
+    flags = [*SIZES, "--sample", "--epochs", 0, "--sentence-epochs", 2, "--lr", 0.05, "--batch-size", 200]
     for recipe in ("ibp", "mixed"):
         succeed(script, *flags, "--certified", recipe, "--save-dir", tmp_path, cwd=tmp_path)
         config = torch.load(tmp_path / f"lstm_4_d4_{recipe}" / "lstm", weights_only=True)["config"]

@@ -11,6 +11,7 @@ from ..runs.cli import (
     add_common_arguments,
     non_negative_float,
     non_negative_int,
+    norm_value,
     positive_float,
     positive_int,
 )
@@ -61,6 +62,7 @@ def add_sentiment_training_arguments(parser: argparse.ArgumentParser, architectu
     )
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=non_negative_int, default=6, help="passes over the phrases, if there are any")
+    group.add_argument("--phrase-words", type=positive_int, help="leave out phrases of more words, which take longer")
     group.add_argument(
         "--sentence-epochs", type=positive_int, default=6, help="passes over the whole sentences, after those"
     )
@@ -110,6 +112,12 @@ def add_sentiment_bound_arguments(parser: argparse.ArgumentParser, architecture:
         metavar="K",
         help="how many words may be replaced at most, each a question of its own; all: every word",
     )
+    group.add_argument(
+        "--radii",
+        type=norm_value,
+        metavar="P",
+        help="instead, how far single words' vectors may move in the l_P norm (1, 2 or inf), by the tightest method",
+    )
     group.add_argument("--N", type=positive_int, help=f"sentences drawn (default: {DRAWN})")
     group.add_argument("--part", choices=("test", "dev"), default="test", help="part of the data they are drawn from")
     group.add_argument("--max-words", type=positive_int, help="draw from sentences of at most so many words")
@@ -121,13 +129,19 @@ def add_sentiment_bound_arguments(parser: argparse.ArgumentParser, architecture:
         "--methods",
         choices=METHODS,
         nargs="+",
-        default=["ibp", "crown-ibp", "decide"],
+        default=["crown-ibp", "crown", "decide"] if architecture == "transformer" else ["ibp", "crown-ibp", "decide"],
         help="bounds by intervals, by a backward pass over intervals, or over backward bounds of all layers; decide "
         "divides the sets that these leave open until each is certified or falsified",
     )
     group.add_argument(
+        "--every-method",
+        action="store_true",
+        help="bound every sentence by every method, not only what those before it leave open at some budget",
+    )
+    group.add_argument(
         "--time-limit", type=positive_float, default=5.0, help="seconds of decide, a sentence and budget"
     )
+    group.add_argument("--no-attack", action="store_true", help="leave out the search for the worst replacement")
     group.add_argument("--beam", type=non_negative_int, default=8, help="width of the attack's search; 0: greedy")
     group.add_argument(
         "--exhaustive", type=positive_int, default=5000, help="the attack tries all sentences where there are so few"

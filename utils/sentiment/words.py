@@ -41,7 +41,7 @@ class Group:
     def part(self, rows: Tensor | slice) -> Group:
         """Some of the sentences, with no more substitutes a word than they need."""
         choices = self.choices[rows]
-        most = max(1, int((choices != PADDING).sum(dim=-1).max()))
+        most = int((choices != PADDING).sum(dim=-1).clamp(min=1).max()) if len(choices) else 1
         return Group(self.places[rows], self.numbers[rows], self.labels[rows], choices[..., :most])
 
     def batches(self, size: int) -> Iterator[Group]:

@@ -23,14 +23,19 @@ FIRST_SCALE = 0.02  # standard deviation of the first random vectors of [CLS], [
 
 
 class Centred(nn.Module):
-    """weight (x - mean of x) + bias over the last axis: layer normalisation without its division, so it is linear."""
+    """weight (x - mean of x) + bias over the last axis: layer normalisation without its division, so it is linear.
+
+    It is computed as one product with a matrix, which is quicker to read and to bound than a mean and a difference.
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - x.mean(dim=-1, keepdim=True)) * self.weight + self.bias
+        width = len(self.weight)
+        centring = torch.eye(width).to(self.weight) - 1.0 / width
+        return nn.functional.linear(x, self.weight[:, None] * centring, self.bias)
 
 
 def make_norm(kind: str, width: int) -> nn.Module:

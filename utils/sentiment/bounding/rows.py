@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
 
-from ..runs.results import replacing
-from ..runs.rows import KeyedRow, ResultError
+from ...runs.results import replacing
+from ...runs.rows import KeyedRow, ResultError
 
 SENTENCES_NAME = "sentences.csv"
 BOUNDS = ("ibp", "crown-ibp", "crown")  # methods that give a margin
@@ -44,7 +44,8 @@ class SentenceRow(SentenceKey, KeyedRow):
 
     Attributes:
         margin: of the sentence itself; not above 0 if it is misclassified, and then nothing else is asked.
-        attack: the least margin that was found among the replacements, ``exact`` 1 if all of them were tried.
+        attack: the least margin that was found among the replacements, ``exact`` 1 if all of them were tried; NaN if
+            none was looked for.
         replaced: where it was found, as "position:word position:word".
         ibp, crown_ibp, crown: lower bounds of all these margins by each method, of those that were asked for.
         decided: certified, falsified or unknown, where the bounds left it open.

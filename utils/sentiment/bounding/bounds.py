@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..certify.substitution import Substitutes, decide_substitution, substitution_margins
+from ...certify.substitution import Substitutes, decide_substitution, substitution_margins
 
 EVERY = None  # the budget of a set in which every word may change
 

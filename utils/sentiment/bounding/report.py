@@ -6,8 +6,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runs.results import CSV_NAME, Record, read_record, replacing
-from ..runs.rows import read_rows
+from ...runs.results import CSV_NAME, Record, read_record, replacing
+from ...runs.rows import read_rows
 from .rows import CERTIFIED, FALSIFIED, UNKNOWN, WRONG, SentenceRow, Shown, by_sentence, read_sentences
 from .summary import summary_lines
 
@@ -42,7 +42,8 @@ def print_sentences(
 def _margins(row: SentenceRow) -> str:
     bound = row.best_bound
     lowest = f", bound {bound:.4g}" if bound > float("-inf") else ""
-    return f"margin {row.margin:.4g}, worst found {row.attack:.4g}{lowest}"
+    worst = f", worst found {row.attack:.4g}" if row.attack == row.attack else ""
+    return f"margin {row.margin:.4g}{worst}{lowest}"
 
 
 def _changes(row: SentenceRow, shown: Shown) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data.text import PADDING, UNKNOWN
 
-from .words import Group
+from ..words import Group
 
 
 class SentimentNet(nn.Module):

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..attack.substitution import Replaceable, Worst, worst_replacements
-from ..runs.cli import ContradictionError
+from ...attack.substitution import Replaceable, Worst, worst_replacements
+from ...runs.cli import ContradictionError
 from .bounds import decide, lowest_margins
 from .rows import BOUNDS, CERTIFIED, FALSIFIED, UNKNOWN, column
 
@@ -26,6 +26,8 @@ class Settings:
         budgets: words that may change; None: every one.
         methods: of BOUNDS, and perhaps "decide", which gets ``time_limit`` seconds a sentence and budget.
         beam, exhaustive: of ``worst_replacements``.
+        attack: whether to search for the worst replacement; without, margins found are NaN.
+        every: ask every method of every sentence, not only of those that methods before it leave open at some budget.
     """
 
     budgets: Sequence[int | None]
@@ -33,12 +35,8 @@ class Settings:
     time_limit: float
     beam: int
     exhaustive: int
-
-    @property
-    def strongest(self) -> str:
-        """The bound that a search rests on: the tightest that was asked for."""
-        asked = [method for method in BOUNDS if method in self.methods]
-        return asked[-1] if asked else "crown-ibp"
+    attack: bool = True
+    every: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ class Batch:
     vectors: Tensor
     valid: Tensor
 
-    def one(self, number: int) -> Batch:
-        parts = (part[number : number + 1] for part in (self.x, self.labels, self.vectors, self.valid))
+    def part(self, rows: Tensor | slice) -> Batch:
+        parts = (part[rows] for part in (self.x, self.labels, self.vectors, self.valid))
         return Batch(self.classifier, *parts)
 
 
@@ -64,6 +62,12 @@ class Answer:
     columns: dict[str, float | str]
 
 
+def strongest(methods: Sequence[str]) -> str:
+    """The bound that a search rests on: the tightest that was asked for."""
+    asked = [method for method in BOUNDS if method in methods]
+    return asked[-1] if asked else "crown-ibp"
+
+
 def ask(batch: Batch, settings: Settings) -> list[list[Answer]]:
     """An answer for each sentence and budget.
 
@@ -73,7 +77,7 @@ def ask(batch: Batch, settings: Settings) -> list[list[Answer]]:
     bounds = _bounds(batch, settings)
     answers = []
     for number in range(len(batch.labels)):
-        one, started = batch.one(number), time.perf_counter()
+        one, started = batch.part(slice(number, number + 1)), time.perf_counter()
         worst = _attack(one, settings)
         seconds = (time.perf_counter() - started) / len(settings.budgets)
         row = []
@@ -88,22 +92,27 @@ def ask(batch: Batch, settings: Settings) -> list[list[Answer]]:
     return answers
 
 
+@torch.no_grad()
 def _bounds(batch: Batch, settings: Settings) -> dict[str, list[list[float]]]:
-    """Margins and seconds, (N, budgets), by column."""
+    """Margins and seconds, (N, budgets), by column; NaN and 0 where a method is not asked."""
     found = {}
-    for method in settings.methods:
-        if method in BOUNDS:
-            started = time.perf_counter()
-            given = batch.classifier, batch.x, batch.labels, batch.vectors, batch.valid
-            with torch.no_grad():
-                margins = lowest_margins(*given, settings.budgets, method)
-            seconds = (time.perf_counter() - started) / len(margins)
-            found[column(method)] = margins.tolist()
-            found[f"{column(method)}_seconds"] = torch.full_like(margins, seconds).tolist()
+    best = torch.full((len(batch.labels), len(settings.budgets)), -torch.inf, dtype=batch.x.dtype)
+    for method in (method for method in BOUNDS if method in settings.methods):
+        rows = torch.arange(len(best)) if settings.every else (~(best > 0)).any(dim=1).nonzero().squeeze(1)
+        margins, seconds = torch.full_like(best, torch.nan), torch.zeros_like(best)
+        if len(rows):
+            asked, started = batch.part(rows.to(batch.x.device)), time.perf_counter()
+            given = asked.classifier, asked.x, asked.labels, asked.vectors, asked.valid
+            margins[rows] = lowest_margins(*given, settings.budgets, method).to(best)
+            seconds[rows] = (time.perf_counter() - started) / len(rows)
+            best[rows] = torch.fmax(best[rows], margins[rows])
+        found[column(method)], found[f"{column(method)}_seconds"] = margins.tolist(), seconds.tolist()
     return found
 
 
 def _attack(one: Batch, settings: Settings) -> list[Worst]:
+    if not settings.attack:
+        return [Worst(budget, math.nan, (), False) for budget in settings.budgets]
     sentence = Replaceable(one.classifier, one.x[0], int(one.labels), one.vectors[0], one.valid[0])
     return worst_replacements(sentence, settings.budgets, beam=settings.beam, exhaustive=settings.exhaustive)
 
@@ -128,8 +137,8 @@ def _decide(
         status = UNKNOWN if worst.margin <= SLACK else CERTIFIED  # all sentences were tried
     else:
         given = one.classifier, one.x, one.labels, one.vectors, one.valid
-        status, margin, choice = decide(*given, worst.budget, settings.strongest, settings.time_limit)
-        if status == FALSIFIED and margin < worst.margin:
+        status, margin, choice = decide(*given, worst.budget, strongest(settings.methods), settings.time_limit)
+        if status == FALSIFIED and not worst.margin <= margin:
             worst = replace(worst, margin=margin, choice=choice)
     if status == CERTIFIED and worst.margin <= 0:
         raise ContradictionError(f"certified, but a sentence has the margin {worst.margin}")

@@ -16,18 +16,18 @@ from tqdm import tqdm
 from data.sst import CLASS_NAMES, SentimentData, load_sst
 from data.text import MAX_WORDS, Vocabulary, build_vocabulary
 
-from ..network.checkpoint import Config, build_model, save_checkpoint
-from ..runs.cli import apply_common_arguments, json_value
-from ..runs.results import check_writable
-from ..training.loop import CLIP_NORM, History, Optimizer, make_optimizer, plot_history, training_facts
-from ..training.state import TrainingState
-from ..training.text import first_embeddings
-from .arguments import recipe_of
-from .naming import model_name
+from ...network.checkpoint import Config, build_model, save_checkpoint
+from ...runs.cli import apply_common_arguments, json_value
+from ...runs.results import check_writable
+from ...training.loop import CLIP_NORM, History, Optimizer, make_optimizer, plot_history, training_facts
+from ...training.state import TrainingState
+from ...training.text import first_embeddings
+from ..arguments import recipe_of
+from ..naming import model_name
+from ..recipe import Recipe
+from ..words import Group, group_by_length
 from .net import SentimentNet
 from .objective import Plain, accuracy
-from .recipe import Recipe
-from .words import Group, group_by_length
 
 
 def train_sentiment_classifier(args: argparse.Namespace, architecture: str) -> None:
@@ -52,15 +52,12 @@ def train_sentiment_classifier(args: argparse.Namespace, architecture: str) -> N
     net = SentimentNet(embeddings, classifier, args.dropout, args.word_dropout).to(device)
     objective = objective_of(recipe)
     objective.prepare(classifier)
-    parts = {
-        name: [group.to(device) for group in group_by_length(sentences, vocabulary, data.synonyms)]
-        for name, sentences in (
-            ("phrases", data.phrases or data.train),
-            ("train", data.train),
-            ("dev", data.dev),
-            ("test", data.test),
-        )
-    }
+    given = {"train": data.train, "dev": data.dev, "test": data.test}
+    parts = {name: group_by_length(sentences, vocabulary, data.synonyms) for name, sentences in given.items()}
+    parts["phrases"] = group_by_length(data.phrases or data.train, vocabulary, data.synonyms, args.phrase_words)
+    if args.epochs and not parts["phrases"]:
+        raise ValueError(f"no phrase has at most {args.phrase_words} words")
+    parts = {name: [group.to(device) for group in groups] for name, groups in parts.items()}
     if args.dry_run:
         rehearse(net, parts["train"], args, objective)
         print(f"dry run: one step done, nothing written; the model would go to {folder / architecture}")
@@ -212,6 +209,7 @@ def make_config(
         "embeddings_from": None if args.embeddings is None else args.embeddings.name,
         **{f"{name}_size": len(getattr(data, name)) for name in ("train", "dev", "test", "phrases")},
         "sentence_epochs": args.sentence_epochs,
+        "phrase_words": args.phrase_words,
         "dropout": args.dropout,
         "word_dropout": args.word_dropout,
         **training_facts(args),

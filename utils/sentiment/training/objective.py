@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..training.loop import Objective
+from ...training.loop import Objective
+from ..words import Group
 from .net import SentimentNet
-from .words import Group
 
 WATCHED_AT_ONCE = 200
 

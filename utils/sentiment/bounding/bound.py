@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from data.sst import Sentence, load_sst, words_of_free_text
-from data.text import MAX_WORDS
-
-from ..experiments.arguments import result_folder
-from ..network.checkpoint import CheckpointError, missing
-from ..runs.cli import apply_common_arguments, checkpoint_facts, run_facts, utc_now
-from ..runs.ranks import Ranks, joined
-from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive
-from ..runs.work import Job, explained, find_rows
-from ..steps.word_summary import counted
-from ..training.text_models import TextModel, load_text_model
-from .arguments import DRAWN, EVERY_WORD
-from .naming import model_name
+from ...experiments.arguments import result_folder
+from ...runs.cli import apply_common_arguments, checkpoint_facts, run_facts, utc_now
+from ...runs.ranks import Ranks, joined
+from ...runs.results import CSV_NAME, Record, check_writable, digest, exclusive
+from ...runs.work import Job, explained, find_rows
+from ...steps.word_summary import counted
+from ..arguments import EVERY_WORD
+from ..words import Group
+from .opening import Opened, open_run, settle
 from .question import Batch, Settings, ask
 from .report import HTML_NAME, print_sentences, write_page
 from .rows import SENTENCES_NAME, SentenceKey, SentenceRow, Shown, columns_of, write_sentences
 from .summary import summarize, summary_lines
-from .words import Group, group_by_length
 
 
 def bound_sentiment_classifier(args: argparse.Namespace, architecture: str) -> None:
@@ -39,42 +31,23 @@ def bound_sentiment_classifier(args: argparse.Namespace, architecture: str) -> N
         OSError: a file cannot be read or the folder cannot be written.
         ContradictionError: a bound lies above the margin of a sentence.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a word that the terminal cannot show must not end the run
-    if args.text and (args.N is not None or args.max_words is not None):
-        raise ValueError("--text draws no sentences: leave out --N and --max-words")
-    args.N = args.N or DRAWN
-    args.budgets = list(dict.fromkeys(args.budgets))
-    args.methods = list(dict.fromkeys(args.methods))
+    settle(args)
     device = apply_common_arguments(args)
     with joined(device) as ranks:
         _bound(args, architecture, device, ranks)
 
 
 def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ranks: Ranks) -> None:
-    name = model_name(named_config(args, architecture))
-    path = args.work_dir / name / args.model_name
-    if not path.exists():
-        command = f"python {architecture}/train_{architecture}_sentiment_classifier.py"
-        command += f" --certified {args.recipe}" if args.recipe else ""
-        raise missing(path, f"train it by {command}")
-    model = load_text_model(path, device)
-    if model_name(model.config) != name:
-        raise CheckpointError(f"{path} holds another model, {model_name(model.config)}")
-    data = load_sst(args.data_dir, args.sample, args.synonyms)
-    drawn = given_sentences(args.text) if args.text else draw_sentences(getattr(data, args.part), args)
-    run = SentenceRun(
-        args, model, drawn, group_by_length([one.sentence for one in drawn], model.vocabulary, data.synonyms)
-    )
-    source = "given by --text" if args.text else f"{args.part} set of {data.source}"
-    record = make_record(run, name, path, source, data.sha256)
-    print(f"{name}: {counted(len(drawn), 'sentence')}, {source}")
+    opened = open_run(args, architecture, device)
+    run = SentenceRun(args, opened)
+    record = make_record(run)
+    print(f"{opened.name}: {counted(len(opened.drawn), 'sentence')}, {opened.source}")
     print(f"at most {', '.join(map(str, args.budgets))} words are replaced; {', '.join(args.methods)}", flush=True)
     if args.dry_run:
         row = run.search(run.parts[0])[0]
         print(f"dry run: sentence {row.index} is {row.verdict} at budget {row.budget}, nothing written")
         return
-    folder = result_folder(args, path.parent, result_folder_name(args))
+    folder = result_folder(args, opened.path.parent, result_folder_name(args))
     check_writable(folder)
     with exclusive(folder, ranks):
         run_and_write(run, folder, record, ranks)
@@ -97,65 +70,26 @@ def run_and_write(run: SentenceRun, folder: Path, record: Record, ranks: Ranks) 
     print(f"results in {folder}: {CSV_NAME}, {SENTENCES_NAME}, run.json, {HTML_NAME}")
 
 
-def named_config(args: argparse.Namespace, architecture: str) -> dict[str, object]:
-    """What the flags say about the model, as a checkpoint's config does."""
-    config = {"architecture": architecture, "input_size": args.embedding_size, "recipe": args.recipe}
-    if architecture != "transformer":
-        return config | {"hidden_size": args.hidden_size}
-    sizes = {"width": args.hidden_size, "num_layers": args.num_layers, "layer_norm": args.layer_norm}
-    return config | sizes | {"max_frames": MAX_WORDS if args.positions else None}
-
-
 def result_folder_name(args: argparse.Namespace) -> str:
     """substitution_bound_ibp_crown-ibp_decide, after the methods; with text or dev for other sentences."""
     kind = ["text"] if args.text else ["dev"] * (args.part == "dev")
     return "_".join(["substitution_bound", *kind, *args.methods])
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A sentence and its number in its part of the data, or among those given (then its label does not count)."""
-
-    index: int
-    sentence: Sentence
-    given: bool = False
-
-
-def given_sentences(texts: Sequence[str]) -> list[Drawn]:
-    """Raises ValueError if one has no word, or too many."""
-    found = []
-    for index, text in enumerate(texts):
-        words = words_of_free_text(text.encode(errors="replace").decode())
-        if len(words) > MAX_WORDS:
-            raise ValueError(f"the sentence has {len(words)} words and signs, more than {MAX_WORDS}")
-        found.append(Drawn(index, Sentence(" ".join(words), 0), given=True))
-    return found
-
-
-def draw_sentences(sentences: Sequence[Sentence], args: argparse.Namespace) -> list[Drawn]:
-    """Sentences drawn by the seed. Raises ValueError if there are too few."""
-    most = min(args.max_words or MAX_WORDS, MAX_WORDS)
-    fitting = [place for place, sentence in enumerate(sentences) if len(sentence.words) <= most]
-    if len(fitting) < args.N:
-        raise ValueError(
-            f"--N {args.N} is more than the {len(fitting)} sentences of at most {most} words that there are"
-        )
-    order = torch.randperm(len(fitting), generator=torch.Generator().manual_seed(args.seed))[: args.N].tolist()
-    return [Drawn(fitting[n], sentences[fitting[n]]) for n in order]
-
-
 class SentenceRun:
     """The rows of a run and how they are found: sentences of one length at a time, the shortest first."""
 
-    def __init__(self, args: argparse.Namespace, model: TextModel, drawn: list[Drawn], groups: list[Group]):
-        self.args, self.model, self.drawn = args, model, drawn
-        self.classifier = model.classifier.double()
-        self.vectors = model.embeddings.double()
+    def __init__(self, args: argparse.Namespace, opened: Opened):
+        self.args, self.opened, self.model, self.drawn = args, opened, opened.model, opened.drawn
+        self.classifier = self.model.classifier.double()
+        self.vectors = self.model.embeddings.double()
         device = self.vectors.device
-        self.parts = [part.to(device) for group in groups for part in group.batches(args.batch_size)]
+        self.parts = [part.to(device) for group in opened.groups for part in group.batches(args.batch_size)]
         self.predictions = [self._predict(part) for part in self.parts]
         budgets = [None if budget == EVERY_WORD else budget for budget in args.budgets]
-        self.settings = Settings(budgets, args.methods, args.time_limit, args.beam, args.exhaustive)
+        self.settings = Settings(
+            budgets, args.methods, args.time_limit, args.beam, args.exhaustive, not args.no_attack, args.every_method
+        )
 
     @torch.no_grad()
     def _predict(self, part: Group) -> list[int]:
@@ -250,15 +184,15 @@ class SentenceRun:
         return [f"{shown.index} {shown.words} {shown.substitutes}\n".encode() for shown in self.shown()]
 
 
-def make_record(run: SentenceRun, name: str, path: Path, source: str, checksums: dict[str, str]) -> Record:
+def make_record(run: SentenceRun) -> Record:
     """What run.json says about the run; paths inside the repository are relative to it."""
-    args, model = run.args, run.model
-    config = {key: value for key, value in model.config.items() if key not in ("vocabulary", "embeddings")}
+    args, opened = run.args, run.opened
+    config = {key: value for key, value in run.model.config.items() if key not in ("vocabulary", "embeddings")}
     budgets = ", ".join(map(str, args.budgets))
     return {
         "title": f"{counted(len(run.drawn), 'sentence')}, at most {budgets} words replaced",
-        "class_names": list(model.config["class_names"]),
-        "model": checkpoint_facts(path, name, config) | {"words": len(model.vocabulary)},
-        "data": {"source": source, "sha256": checksums, "drawn_sha256": digest(run.drawn_bytes())},
+        "class_names": list(config["class_names"]),
+        "model": checkpoint_facts(opened.path, opened.name, config) | {"words": len(run.model.vocabulary)},
+        "data": {"source": opened.source, "sha256": opened.sha256, "drawn_sha256": digest(run.drawn_bytes())},
         **run_facts(args, run.vectors.device),
     }
