@@ -12,7 +12,6 @@ a dW m  and a chord of |h - m|.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +57,6 @@ class Move:
         """Most that each element of dW h can be for |h| <= sizes, (batch, size of the node)."""
         raise NotImplementedError
 
-    def row_reach(self, rows: Tensor, sizes: Tensor) -> Tensor:
-        """Likewise of rows of the node, (batch or 1, n_rows, size): (batch, n_rows)."""
-        return apply_rows(rows.abs(), self.reach(sizes))
-
     def transposed(self, rows: Tensor) -> Tensor:
         """|rows| unit, for each element of the parent, (batch or 1, n_rows, size of the parent); of l_inf balls."""
         raise NotImplementedError
@@ -98,18 +93,16 @@ class MatrixMove(Move):
     def reach(self, sizes: Tensor) -> Tensor:
         if self.balls.entrywise:
             return self.balls.eps[:, None] * (sizes @ self.unit().mT)
-        place = self.place
-        size = _placed(sizes, place.columns, place.column_scale.abs(), place.shape[1])
-        length = self.balls.units[self.name] * torch.linalg.vector_norm(size, dim=-1)
-        return (self.balls.eps * length)[:, None] * place.row_scale.abs()
+        return self.reach_of(self.sizes_of(sizes))
 
-    def row_reach(self, rows: Tensor, sizes: Tensor) -> Tensor:
-        if self.balls.entrywise:
-            return super().row_reach(rows, sizes)
-        place = self.place
-        size = _placed(sizes, place.columns, place.column_scale.abs(), place.shape[1])
-        length = self.balls.units[self.name] * torch.linalg.vector_norm(size, dim=-1)
-        return (self.balls.eps * length)[:, None] * torch.linalg.vector_norm(self.rows_of(rows), dim=-1)
+    def sizes_of(self, sizes: Tensor) -> Tensor:
+        """Of what the parameter's columns meet."""
+        return _placed(sizes, self.place.columns, self.place.column_scale.abs(), self.place.shape[1])
+
+    def reach_of(self, sizes: Tensor) -> Tensor:
+        """``reach`` of l_2 balls, by such sizes."""
+        length = self.balls.units[self.name] * torch.linalg.vector_norm(sizes, dim=-1)
+        return (self.balls.eps * length)[:, None] * self.place.row_scale.abs()
 
     def transposed(self, rows: Tensor) -> Tensor:
         return rows.abs() @ self.unit()
@@ -223,27 +216,39 @@ class Moved(Node):
             total = total + move.reach(sizes if shift is None or not own else sizes + shift.abs()).detach()
         return total
 
-    def _reaches(self, bounds: Bounds, reach_of: Callable[[Move, Tensor], Tensor]) -> Tensor:
-        """Sum over the moves."""
-        total = 0.0
+    def _by_name(self, kind: type[Move]) -> dict[str, list[Move]]:
+        """Moves of a kind, those of one parameter together: it may act on several parents, as of two directions."""
+        found: dict[str, list[Move]] = {}
         for move in self.moves:
-            low, high = move.ends(bounds)
-            total = total + reach_of(move, torch.maximum(low.abs(), high.abs()))
-        return total
+            if isinstance(move, kind):
+                found.setdefault(move.name, []).append(move)
+        return found
 
     def interval(self, bounds: Bounds) -> Interval:
         low, high = self.inner.interval(bounds)
-        reach = self._reaches(bounds, lambda move, sizes: move.reach(sizes))
+        reach = 0.0
+        for own in self._by_name(Move).values():
+            sizes = [largest(*move.ends(bounds)) for move in own]
+            first = own[0]
+            if len(own) > 1 and not first.balls.entrywise and all(_same_rows(first, move) for move in own):
+                reach = reach + first.reach_of(sum(move.sizes_of(size) for move, size in zip(own, sizes, strict=True)))
+            else:
+                reach = reach + sum(move.reach(size) for move, size in zip(own, sizes, strict=True))
         return low - reach, high + reach
 
     def lowest(self, bounds: Bounds, rows: Tensor) -> Tensor:
         """As ``Linear.lowest``."""
         if isinstance(self.inner, Linear):
-            still = self.inner.lowest(bounds, rows)
+            total = self.inner.lowest(bounds, rows)
         else:
             low, high = self.inner.interval(bounds)
-            still = apply_rows(rows.clamp(min=0.0), low) + apply_rows(rows.clamp(max=0.0), high)
-        return still - self._reaches(bounds, lambda move, sizes: move.row_reach(rows, sizes))
+            total = apply_rows(rows.clamp(min=0.0), low) + apply_rows(rows.clamp(max=0.0), high)
+        for name, own in self._by_name(MatrixMove).items():
+            total = total - own[0].balls.deviation(name, [move.use(rows, *move.ends(bounds)) for move in own])
+        for own in self._by_name(KernelMove).values():
+            for move in own:
+                total = total - apply_rows(rows.abs(), move.reach(largest(*move.ends(bounds))))
+        return total
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor:
         constant = self.inner.backward(coefficients, bounds)
@@ -259,6 +264,15 @@ class Moved(Node):
                 low = high = known
             bounds.collect(move, coefficients, low, high)
         return constant
+
+
+def largest(low: Tensor, high: Tensor) -> Tensor:
+    """Greatest absolute values."""
+    return torch.maximum(low.abs(), high.abs())
+
+
+def _same_rows(first: MatrixMove, other: MatrixMove) -> bool:
+    return torch.equal(first.place.rows, other.place.rows) and torch.equal(first.place.row_scale, other.place.row_scale)
 
 
 def chord_of_distance(low: Tensor, high: Tensor, point: Tensor) -> Interval:
