@@ -14,6 +14,7 @@ from .problem import WeightProblem
 
 FIRST_STEP, LAST_STEP = 1.0, 0.03  # step sizes, as shares of eps
 MOVES_AT_ONCE = 1 << 24  # numbers of moves
+GROWTHS = 40  # of eps, at most, until a sample breaks
 VERDICT = torch.float64
 
 
@@ -84,3 +85,18 @@ def _descend(problem: WeightProblem, samples: Tensor, numbers: Tensor, eps: Tens
             moved = move.detach() + 2.0 * share * steepest(balls, name, gradient)
             moves[name] = inside(balls, name, moved)
     return least
+
+
+def attacked_radius(problem: WeightProblem, start: Tensor, steps: int = 10, growth: float = 1.15) -> Tensor:
+    """The least eps, from ``start``, (batch,), on and in steps of ``growth``, at which descent breaks a sample; or inf.
+
+    No sample can be certified there.
+    """
+    eps, found = start.clone().to(VERDICT), torch.full_like(start, torch.inf, dtype=VERDICT)
+    for _ in range(GROWTHS):
+        broken = (attack_weights(problem, eps, steps) <= 0).any(dim=1)
+        found = torch.where(broken & found.isinf(), eps, found)
+        if bool(found.isfinite().all()):
+            break
+        eps = torch.where(found.isinf(), growth * eps, eps)
+    return found
