@@ -47,6 +47,7 @@ def get_args() -> argparse.Namespace:
     group.add_argument("--parameters", nargs="+", help="names of those that move (default: all matrices and kernels)")
     group.add_argument("--bias", action="store_true", help="biases move too")
     group.add_argument("--relative", action="store_true", help="eps counts in the entries' sizes, or matrices' norms")
+    group.add_argument("--apart", action="store_true", help="a weight may move otherwise at every step: a larger set")
     group.add_argument("--bits", action="store_true", help="all weights are rounded to multiples of 2^-b: the least b")
     group = parser.add_argument_group("how")
     group.add_argument("--N", type=positive_int, default=100, help="test images drawn")
@@ -55,7 +56,7 @@ def get_args() -> argparse.Namespace:
     group.add_argument("--out-dir", type=Path, help="folder for rows.csv and run.json (default: none are written)")
     add_common_arguments(parser)
     args = parser.parse_args()
-    if args.bits and (args.p == 2 or args.parameters or args.relative or args.attack):
+    if args.bits and (args.p == 2 or args.parameters or args.relative or args.attack or args.apart):
         parser.error("--bits moves all entries by as much: leave out --p 2, --parameters, --relative and --attack")
     args.p = args.p or float("inf")
     return args
@@ -82,7 +83,7 @@ def find_radii(case: Case, args: argparse.Namespace) -> list[dict]:
         raise ValueError("the model misclassifies all images that were drawn")
     x, labels = case.x[right], case.labels[right]
     moved = MovedWeights(case.model, x, Weights(args.p, args.parameters, args.bias, args.relative))
-    problem = WeightProblem(Question(case.model, x, labels), moved, Method(args.method))
+    problem = WeightProblem(Question(case.model, x, labels), moved, Method(args.method), shared=not args.apart)
     radius = search_radius(problem).radius
     columns = {"index": case.index[right.cpu()].tolist(), "label": labels.tolist(), "radius": radius.tolist()}
     if args.attack:

@@ -14,6 +14,8 @@ from .balls import PART, Use, WeightBalls
 from .moved import KernelMove, Move, Moved, moved_graph
 from .places import Place
 
+KernelUse = tuple[KernelMove, Tensor, Tensor, Tensor]  # with rows, and the ends of what it acts on
+
 
 class WeightSources(FrameSources):
     """Ends at the frames, and collects what parameters meet on the way."""
@@ -21,7 +23,7 @@ class WeightSources(FrameSources):
     def __init__(self, bounds: WeightPass):
         super().__init__(bounds)
         self._uses: dict[str, list[Use]] = {}
-        self._kernels: dict[str, list[tuple[KernelMove, Tensor, Tensor, Tensor]]] = {}
+        self._kernels: dict[str, list[KernelUse]] = {}
 
     def collect(self, move: Move, rows: Tensor, low: Tensor, high: Tensor) -> None:
         """Rows of a moved node, (batch or 1, n_rows, size), and the ends of what the weight acts on."""
@@ -30,21 +32,32 @@ class WeightSources(FrameSources):
         else:
             self._uses.setdefault(move.name, []).append(move.use(rows, low, high))
 
+    def _groups(self) -> list[tuple[str, list[Use]]]:
+        """Uses that make the same move."""
+        if self.bounds.shared:
+            return list(self._uses.items())
+        return [(name, [use]) for name, uses in self._uses.items() for use in uses]
+
+    def _kernel_groups(self) -> list[tuple[str, list[KernelUse]]]:
+        if self.bounds.shared:
+            return list(self._kernels.items())
+        return [(name, [part]) for name, parts in self._kernels.items() for part in parts]
+
     def deviation(self) -> Tensor | None:
         balls, rounding = self.bounds.weight_balls, self.bounds.rounding
         total = super().deviation()
-        for name, uses in self._uses.items():
+        for name, uses in self._groups():
             longest = sum(map(sum_length, (uses[0].rows.shape[-1], uses[0].low.shape[-1]))) + len(uses) ** 2
             gamma = (longest + 16) * torch.finfo(uses[0].low.dtype).eps if rounding else 0.0
             own = balls.deviation(name, uses, gamma)
             total = own if total is None else total + own
-        for name, parts in self._kernels.items():
+        for name, parts in self._kernel_groups():
             own = _of_kernels(balls, name, parts) * (1.0 + (4.0 * rounding.gamma if rounding else 0.0))
             total = own if total is None else total + own
         return total
 
 
-def _of_kernels(balls: WeightBalls, name: str, parts: list[tuple[KernelMove, Tensor, Tensor, Tensor]]) -> Tensor:
+def _of_kernels(balls: WeightBalls, name: str, parts: list[KernelUse]) -> Tensor:
     """Entry by entry: the sum of all places' coefficients at centres, and the sum of their sizes at half-widths."""
     batch = max(len(balls.eps), *(len(rows) for _, rows, _, _ in parts))
     size = max(1, PART // (batch * parts[0][0].place.scale.numel()))
@@ -74,8 +87,10 @@ class WeightPass(BoundPass):
         method: str = "crown",
         slopes: list | None = None,
         sound: bool = True,
+        shared: bool = True,
     ):
-        self.weight_balls = balls
+        """``shared``: all uses of a parameter make the same move; else each has a ball of its own: a larger set."""
+        self.weight_balls, self.shared = balls, shared
         self._collecting: WeightSources | None = None
         super().__init__(moved_graph(graph, places, balls), perturbation, method, slopes, sound)
 

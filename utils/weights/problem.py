@@ -96,6 +96,7 @@ class WeightProblem(MarginProblem):
         moved: MovedWeights,
         method: Method | None = None,
         input_eps: float = 0.0,
+        shared: bool = True,
     ):
         super().__init__(question, method)
         if self.method.name not in PASSES:
@@ -104,12 +105,13 @@ class WeightProblem(MarginProblem):
             raise ValueError("moves of weights are bounded over sequences of one length: leave out lengths")
         if question.offsets is not None or not input_eps >= 0:
             raise ValueError("input_eps must be a number >= 0")
-        self.input_eps, self.moved = input_eps, moved
+        self.input_eps, self.moved, self.shared = input_eps, moved, shared
 
     def bounds(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype, sound: bool = True) -> WeightPass:
         perturbation = self._perturbation(torch.full_like(eps, self.input_eps), chosen, dtype)
         balls, places = self.moved.balls(eps, dtype), self.moved.places(dtype)
-        return WeightPass(self.graph(dtype, chosen), perturbation, balls, places, self.method.name, sound=sound)
+        how = {"sound": sound, "shared": self.shared}
+        return WeightPass(self.graph(dtype, chosen), perturbation, balls, places, self.method.name, **how)
 
     def linear_radius(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """eps at which the worst margin would vanish if it went on as it begins, (m,)."""
