@@ -29,10 +29,10 @@ from utils.network.checkpoint import build_model, model_name, save_checkpoint
 from utils.runs.cli import apply_common_arguments
 from utils.runs.results import check_writable
 from utils.training.datasets import load_images
-from utils.training.lipschitz import objective_of
 from utils.training.loop import accuracy, plot_history, rehearse, train
 from utils.training.mnist import make_mlp_config
 from utils.training.state import TrainingState
+from utils.training.weights import objective_of
 
 
 def main() -> None:
@@ -45,16 +45,17 @@ def main() -> None:
     labels = [classes.to(device) for classes in (data.train_y, data.test_y)]
 
     # Build.
+    objective = objective_of(args)
     config = make_mlp_config(args, data)
     model = build_model(config).to(device)
     path = args.save_dir / model_name(config) / "mlp"
     if args.dry_run:
-        return rehearse(model, pixels[0], labels[0], args, path)
+        return rehearse(model, pixels[0], labels[0], args, path, objective)
     check_writable(path.parent)
 
     # Train; every epoch is kept, and --resume goes on from the last one.
     state = TrainingState(path, args, labels[0])
-    history = train(model, pixels, labels, args, state, objective_of(args))
+    history = train(model, pixels, labels, args, state, objective)
 
     # Evaluate, save and draw.
     config["train_accuracy"] = accuracy(model, pixels[0], labels[0])

@@ -13,7 +13,8 @@ GRADIENT_METHODS = ("jacobian", "shell")  # integrate bounds of gradients
 DIRECT_METHODS = ("crown", "fastlin", "ibp", "crown-ibp")  # one pass over the network: what bounds its layers
 DIRECTIONS = ("backward", "both")  # in which gradients are followed through the layers
 CHAINS = ("chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
-WITHOUT_MATRICES = (*DIRECT_METHODS, "ball", "alpha")  # which need none of a convolution
+FORWARD_METHODS = ("forward", "forward-backward")  # linear functions of the input are carried on
+WITHOUT_MATRICES = (*DIRECT_METHODS, *FORWARD_METHODS, "ball", "alpha")  # which need none of a convolution
 WITH_SLOPES = ("ball", *TUNED_METHODS)  # that tune the slopes of planes; "ball" by itself
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise

@@ -47,6 +47,20 @@ def add_mlp_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--lipschitz-eps", type=positive_float, default=0.1, help="radius of the balls in which that is bounded"
     )
     group.add_argument("--lipschitz-norm", type=norm_value, default=2.0, help="norm of these balls: 1, 2 or inf")
+    group = parser.add_argument_group("moves of the weights")
+    group.add_argument(
+        "--perturb", choices=("weights",), help="train for a bound of the worst loss over balls around all matrices"
+    )
+    group.add_argument("--perturb-eps", type=positive_float, default=0.1, help="radius of these balls")
+    group.add_argument(
+        "--perturb-norm",
+        type=norm_value,
+        default=2.0,
+        help="their norm: 2 (whole matrices) or inf (entries)",
+    )
+    group.add_argument(
+        "--perturb-method", choices=("ibp", "crown-ibp", "crown"), default="ibp", help="how the loss is bounded"
+    )
     add_loop_arguments(parser)
     parser.set_defaults(weight_decay=PLAIN_DECAY)
 

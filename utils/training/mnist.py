@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from data.mnist import SIDE, ImageData, as_frames
 
 from ..network.checkpoint import Config
+from ..runs.cli import json_value
 from .certified.arguments import recipe_facts
 from .certified.recipe import Recipe
 from .loop import History, Objective, accuracy, training_facts
+
+MOVED = ("perturb", "perturb_eps", "perturb_norm", "perturb_method")  # flags of training against moves of weights
 
 
 def check_slices(time_step: int) -> None:
@@ -29,6 +32,7 @@ def make_mlp_config(args: argparse.Namespace, data: ImageData) -> Config:
         "activation": args.activation,
         "leaky_slope": args.leaky_slope if args.activation == "leaky" else 0.0,
         **{name: getattr(args, name) for name in ("lipschitz_weight", "lipschitz_eps", "lipschitz_norm")},
+        **({name: json_value(getattr(args, name)) for name in MOVED} if args.perturb else {}),
         **data_facts(args, data),
     }
 
