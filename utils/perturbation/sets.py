@@ -32,6 +32,13 @@ class InputSet:
     norm: float
     stretch: Tensor | None = None  # by element; see ``Perturbation``
     is_symmetric = True  # about its centre
+    is_joint = False  # whether frames share a budget: then there is ``joint_deviation``, see ``CutBalls``
+    takes_windows = False  # whether there is ``window_deviation``, likewise
+
+    @property
+    def uncut(self) -> InputSet:
+        """The set itself, or a ball that holds it where it is one cut to a range: for what knows balls alone."""
+        return self
 
     @property
     def is_box(self) -> bool:
@@ -41,6 +48,11 @@ class InputSet:
     def is_round(self) -> bool:
         """Whether balls look the same in any orthonormal coordinates."""
         return self.norm == 2.0
+
+    @property
+    def in_ball(self) -> bool:
+        """Whether frames lie in l_2 balls that say something: there is ``ball_radius`` then."""
+        return self.is_round
 
     @property
     def norms_weights(self) -> bool:
@@ -131,19 +143,22 @@ class Perturbation(InputSet):
     def __post_init__(self):
         if self.norm not in NORMS:
             raise ValueError(f"p must be 1, 2 or inf, not {self.norm}")
-        self._ball = BALLS[self.ball]
         if self.clip is not None and self.norm != INF:
-            raise ValueError("only l_inf boxes can be cut to the valid input range: leave out clip or take p = inf")
+            raise ValueError("balls that are cut to a range, but for boxes, are CutBalls")
+        self._ball = BALLS[self.ball]
+        self._check_shapes()
+        stretched = self.stretch is not None
+        self._box = self._uneven_box() if self.clip is not None or (stretched and self.norm == INF) else None
+        reach = self.eps * self.stretch.amax(dim=-1) if stretched else self.eps
+        self._exact = (reach == 0).all(dim=0).tolist()
+
+    def _check_shapes(self) -> None:
         if self.x.dim() != 3 or self.eps.shape != self.x.shape[:2]:
             shapes = f"{tuple(self.x.shape)} and {tuple(self.eps.shape)}"
             raise ValueError(f"x must be (batch, T, n) and eps (batch, T), not {shapes}")
         if not bool(((self.eps >= 0) & self.eps.isfinite()).all()):
             raise ValueError("eps must be a finite number >= 0 for every frame")
         self._ball.check(self.eps)
-        stretched = self.stretch is not None
-        self._box = self._uneven_box() if self.clip is not None or (stretched and self.norm == INF) else None
-        reach = self.eps * self.stretch.amax(dim=-1) if stretched else self.eps
-        self._exact = (reach == 0).all(dim=0).tolist()
 
     def _uneven_box(self) -> tuple[Tensor, Tensor]:
         """Centre and half-width, (batch, T, n) each, of boxes cut to the valid range (which must hold x itself).
@@ -181,6 +196,10 @@ class Perturbation(InputSet):
     @property
     def is_round(self) -> bool:
         return self.norm == 2.0 and self.stretch is None
+
+    def ball_radius(self, frame: int) -> Tensor:
+        """Radius of an l_2 ball around the frame's centre that holds all of it, (batch,); see ``in_ball``."""
+        return self.eps[:, frame]
 
     def _stretched(self, frame: int, coefficients: Tensor) -> Tensor:
         """Coefficients of the ball's own moves, from those of the moves of x: (batch or 1, ..., n)."""

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..choices.tables import BALLS
+from ..perturbation.cut_balls import CutBalls
+from ..perturbation.lp_ball import INF
 from ..perturbation.moves import FrameBalls
 from ..perturbation.sets import Perturbation, clip_of
 from .arguments import as_clip, as_norm, as_tensor, check_names
-from .elements import element_scales
+from .elements import element_scales, group_numbers
 
 Frames = int | Sequence[int] | Tensor | None
 
@@ -44,7 +46,7 @@ class Threat:
     """What may be done to sequences; see ``utils.certify.certified_margin``.
 
     Attributes:
-        norm: p of the l_p balls: 1, 2 or inf.
+        norm: p of the l_p balls: 1, 2 or inf; or 0: at most eps values change, to anything in the range ``clip``.
         ball: a key of ``utils.choices.BALLS``.
         frames: which frames are perturbed; once the threat is ``to`` a batch, a mask, (batch, T) of bool.
         clip: valid input range (lowest, highest), or None.
@@ -52,6 +54,8 @@ class Threat:
         features: which elements are perturbed: numbers of a frame's elements, or a mask of bool; None for all.
         scales: by which every element's move is larger, at least 0; None for 1. Both may be (n,), (T, n) or
             (batch, T, n), or have the shape of the input. Once ``to`` a batch, scales are (batch, T, n) and hold both.
+        together: for p = 0, what changes together and counts as one: "pixel", "frame", or numbers of groups; None for
+            single values. Once ``to`` a batch, numbers of groups, (T, n).
     """
 
     norm: float = 2.0
@@ -61,21 +65,39 @@ class Threat:
     lengths: Tensor | None = None
     features: Any = None
     scales: Any = None
+    together: Any = None
 
     def __post_init__(self):
         for name, value in (("norm", as_norm(self.norm)), ("clip", as_clip(self.clip))):
             object.__setattr__(self, name, value)
         BALLS.check(self.ball)
+        if self.norm == 0.0:
+            self._check_counts()
+        elif self.together is not None:
+            raise ValueError("together is for p = 0, which counts what changes: leave it out")
 
-    def to(self, x: Tensor) -> Threat:
-        """The threat to the batch x, (batch, T, n), with a mask of frames. Raises ValueError if it does not fit."""
+    def _check_counts(self) -> None:
+        if self.clip is None:
+            raise ValueError("p = 0 lets values change to anything in a range: give clip, (lowest, highest)")
+        if isinstance(self.together, str) and self.together == "frame" and self.ball != "sequence":
+            raise ValueError("frames that change as a whole are counted over the sequence: take ball='sequence'")
+
+    def to(self, x: Tensor, shape: Sequence[int] | None = None) -> Threat:
+        """The threat to the batch x, (batch, T, n), with a mask of frames. Raises ValueError if it does not fit.
+
+        ``shape`` is that of one input before it was taken as frames.
+        """
         mask = frame_mask(self.frames, *x.shape[:2]).to(x.device)
         lengths = None if self.lengths is None else self.lengths.to(x.device)
         if lengths is not None:
             mask &= torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         clip = clip_of(self.clip, x.dtype)
         scales = element_scales(self.features, self.scales, x)
-        return replace(self, frames=mask, clip=clip, lengths=lengths, features=None, scales=scales)
+        if self.norm == 0.0 and scales is not None and bool(((scales != 0) & (scales != 1)).any()):
+            raise ValueError("p = 0 counts what changes, by however much: leave out scales, features say what may")
+        numbers = group_numbers(self.together, x, shape)
+        fitted = {"frames": mask, "clip": clip, "lengths": lengths, "features": None, "scales": scales}
+        return replace(self, **fitted, together=numbers)
 
     def check_even(self, what: str) -> None:
         """Raise ValueError if elements have scales of their own; ``what`` asks for it."""
@@ -91,7 +113,9 @@ class Threat:
     def around(self, x: Tensor, eps: Tensor) -> Perturbation:
         """The set for bounds, of size eps, (batch,) or (batch, T), around the batch x, (batch, T, n)."""
         eps = (eps[:, None] if eps.dim() == 1 else eps).to(x.dtype) * self.frames
-        return Perturbation(x, eps, self.norm, self.ball, self.clip, None if self.scales is None else self.scales.to(x))
+        told = (x, eps, self.norm, self.ball, self.clip, None if self.scales is None else self.scales.to(x))
+        cut = self.clip is not None and self.norm != INF
+        return CutBalls(*told, self.together) if cut else Perturbation(*told)
 
     def moves(self, x: Tensor) -> FrameBalls:
         """The set for attacks, of any size, around the batch x, (batch, T, n)."""
