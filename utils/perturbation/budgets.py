@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+HALVINGS = 30  # of the search of a threshold in l_1
 ROUNDS = 40  # of the search of a level in l_2, which ends by itself after a few; any level is sound
 
 
@@ -86,3 +87,24 @@ def reach(sizes: Tensor, rooms: Tensor, eps: Tensor) -> Tensor:
             return longer
         t = longer
     return t
+
+
+def nearest_within(moves: Tensor, rooms: Tensor, eps: Tensor, norm: float) -> Tensor:
+    """The point d nearest to moves v >= 0, (..., n), with 0 <= d <= r and ||d||_p <= eps, (...); p is 1 or 2.
+
+    In l_2 that is  min(t v, r)  for the largest t <= 1 that is short enough, in l_1  min(max(v - theta, 0), r)  for the
+    least theta >= 0: one from the far end of its bracket, so that d is inside.
+    """
+    if norm == 2.0:
+        return torch.minimum(reach(moves, rooms, eps).clamp(max=1.0)[..., None] * moves, rooms)
+    inside, outside = moves.amax(dim=-1), torch.zeros_like(moves[..., 0])
+
+    def at(theta: Tensor) -> Tensor:
+        return torch.minimum((moves - theta[..., None]).clamp(min=0.0), rooms)
+
+    inside = torch.where(at(outside).sum(dim=-1) <= eps, 0.0, inside)
+    for _ in range(HALVINGS if bool((inside > 0).any()) else 0):
+        middle = 0.5 * (inside + outside)
+        short = at(middle).sum(dim=-1) <= eps
+        inside, outside = torch.where(short, middle, inside), torch.where(short, outside, middle)
+    return at(inside)

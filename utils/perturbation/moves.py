@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..choices.tables import BALLS
-from .lp_ball import NORMS, dual_norm, random_in_ball, random_on_sphere, steepest
+from .budgets import nearest_within
+from .lp_ball import INF, NORMS, dual_norm, random_in_ball, random_on_sphere, steepest
 
 
 @dataclass
@@ -38,6 +39,9 @@ class FrameBalls:
         if self.norm not in NORMS:
             raise ValueError(f"p must be 1, 2 or inf, not {self.norm}")
         self._ball = BALLS[self.ball]
+        self._check_range()
+
+    def _check_range(self) -> None:
         if self.clip is not None and bool(((self.x < self.clip[0]) | (self.x > self.clip[1])).any()):
             raise ValueError(f"inputs lie outside the range {list(self.clip)} that they are to be clipped to")
 
@@ -116,9 +120,18 @@ class FrameBalls:
         return eps if eps.dim() == delta.dim() - 1 else self._between(eps[..., None], delta).squeeze(-1)
 
     def project(self, delta: Tensor, eps: Tensor) -> Tensor:
-        """A near point of the set: the nearest of the balls, then moved towards x into the valid range."""
-        nearest = self._ball.project(self.group(delta), self._spread(eps, delta), self.norm)
+        """The point of the set nearest to a perturbation, in l_2 of the balls' own moves."""
+        grouped, eps = self.group(delta), self._spread(eps, delta)
+        if self.clip is None or self.norm == INF:
+            nearest = self._ball.project(grouped, eps, self.norm)
+        else:
+            rooms = torch.where(grouped > 0, self._rooms(delta, self.clip[1]), self._rooms(delta, self.clip[0]))
+            nearest = grouped.sign() * nearest_within(grouped.abs(), rooms.abs(), eps, self.norm)
         return self.clip_range(self.frames(nearest))
+
+    def _rooms(self, like: Tensor, end: float) -> Tensor:
+        """Moves of the balls that would bring x to an end of the range, grouped."""
+        return self.group(self._between(end - self.x, like).expand(like.shape))
 
     def clip_range(self, delta: Tensor) -> Tensor:
         """Perturbations cut to the valid range: as x is in it, no element grows, so no ball is left."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..choices.tables import BALLS
+from ..perturbation.changes import Changes
 from ..perturbation.cut_balls import CutBalls
 from ..perturbation.lp_ball import INF
 from ..perturbation.moves import FrameBalls
@@ -119,8 +120,8 @@ class Threat:
 
     def moves(self, x: Tensor) -> FrameBalls:
         """The set for attacks, of any size, around the batch x, (batch, T, n)."""
-        scales = None if self.scales is None else self.scales.to(x)
-        return FrameBalls(x, self.frames, self.norm, self.ball, self.clip, scales)
+        told = (x, self.frames, self.norm, self.ball, self.clip, None if self.scales is None else self.scales.to(x))
+        return Changes(*told, self.together) if self.norm == 0.0 else FrameBalls(*told)
 
 
 def threat_of(**arguments: Any) -> Threat:
