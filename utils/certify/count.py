@@ -22,7 +22,7 @@ class Counts:
         self.slack, clean = problem.slack(dtype, rows), problem.clean_margins(dtype, rows)
         self.margin = (clean - self.slack).amin(dim=1)
         self.low = torch.zeros_like(self.margin)
-        self.high = torch.where(self.margin > 0, torch.inf, 0.0)
+        self.high = torch.full_like(self.low, torch.inf).masked_fill(~(self.margin > 0), 0.0)
         self.evaluations = torch.zeros_like(self.low, dtype=torch.long)
         self.most = torch.minimum(changes(problem, rows).to(self.low), torch.full_like(self.low, most).floor())
 
@@ -43,8 +43,7 @@ class Counts:
         passed = worst > 0
         self.low[left] = torch.where(passed, counts, self.low[left])
         self.margin[left] = torch.where(passed, worst, self.margin[left])
-        failed = torch.where(passed, torch.where(self.high[left] > counts, self.high[left], torch.inf), counts)
-        self.high[left] = failed
+        self.high[left] = torch.where(passed, self.high[left], counts)
         self.evaluations[left] += 1
         return passed
 
@@ -93,7 +92,7 @@ def search_counts(
         problem.tune(aim, tuning, problem.method.alpha_steps, rows[open_])
         before = found.low.clone()
         again = open_[found.see(open_, aim)]
-        found.high[again] = torch.inf
+        found.high[again] = torch.inf  # what failed before may be certified now
         found.search()
         if not bool((found.low > before).any()):
             break

@@ -53,6 +53,9 @@ class MarginProblem:
         self._widest: int | None = None
         self._parts = Parts()
         self.threat.around(self.x, torch.ones_like(self.x[:, 0, 0]))  # raises what is wrong with the threat model
+        self._check_method()
+
+    def _check_method(self) -> None:
         if self.threat.norm == 0.0 and self.method.name not in OF_ANY_SET:
             known = ", ".join(OF_ANY_SET)
             raise ValueError(f"method {self.method.name} knows no set of p = 0: take one of {known}")
@@ -250,6 +253,7 @@ class MarginProblem:
         """The same problem by another method, with nothing tuned."""
         other = copy.copy(self)
         other.method, other.slopes, other.curves = replace(self.method, name=name), None, None
+        other._check_method()
         return other
 
     def in_balls(self, dtype: torch.dtype) -> bool:

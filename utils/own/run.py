@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +51,8 @@ class OwnRun:
     ):
         self.args, self.model = args, model
         clip = None if args.clip is None else tuple(args.clip)
-        self.threat = Threat(args.p, args.ball, args.frames, clip, features=args.features, scales=scales)
+        told = {"features": args.features, "scales": scales, "together": args.together}
+        self.threat = Threat(args.p, args.ball, args.frames, clip, **told)
         self.method: Method = method_of(args)
         scores = scores_of(model, x)
         predicted = (scores[:, 0] > 0).long() if scores.shape[1] == 1 else scores.argmax(dim=1)
@@ -84,14 +86,14 @@ class OwnRun:
         own, scales = self.threat, self.scales
         if scales is not None and scales.dim() == self.x.dim() and len(scales) == len(self.x):
             scales = scales[chosen]
-        own = Threat(own.norm, own.ball, own.frames, own.clip, features=own.features, scales=scales)
+        own = replace(own, scales=scales)
         return MarginProblem(Question(self.model, self.x[chosen], self.labels[chosen], goal, own), self.method)
 
     def columns_of(self, problem: MarginProblem) -> dict[str, Tensor]:
         args = self.args
         dtype = getattr(torch, args.dtype)
         if args.eps is None:
-            how = {"tol": args.tol, "eps0": args.eps0, "max_eps": args.max_eps, "dtype": dtype}
+            how = {"tol": args.tol, "eps0": args.k or args.eps0, "max_eps": args.k or args.max_eps, "dtype": dtype}
             found = search_radius(problem, batch_size=len(problem.x), **how)
             columns = {"radius": found.radius, "failed_eps": found.failed, "start_radius": found.start}
             return columns | {"margin": found.margin, "evaluations": found.evaluations}
@@ -126,7 +128,7 @@ class OwnRun:
         goal = "untargeted" if args.target is None else f"target {args.target}"
         return {
             "title": f"{goal}; {args.method}",
-            "unit": "units of the data",
+            "unit": "numbers of changes" if args.p == 0.0 else "units of the data",
             "model": {"name": args.model, "path": json_value(args.weights or args.model), **hashes, "config": {}},
             "data": {"source": args.data, "drawn_sha256": digest(self.as_bytes())},
             "counts": self.counts,

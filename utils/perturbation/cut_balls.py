@@ -23,7 +23,8 @@ from .budgets import largest_sum, most
 from .sets import Perturbation
 
 PART_NUMBERS = 2**22  # gains that are made at once where rows are shared by many places
-CANDIDATES = 16  # entries of a row, beside as many as may change, among which a training looks for the largest gains
+# Entries of a row, beside as many as may change, among which the largest gains are looked for first; in a training fewer.
+CANDIDATES, FEWER_CANDIDATES = 16, 4
 
 
 @dataclass
@@ -111,6 +112,11 @@ class CutBalls(Perturbation):
     # --- rows ---
 
     def frame_deviation(self, frame: int, coefficients: Tensor) -> Tensor:
+        size = max(1, PART_NUMBERS // (len(self.x) * coefficients.shape[-1]))
+        found = [self._frame_fall(frame, part) for part in coefficients.split(size, dim=-2)]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    def _frame_fall(self, frame: int, coefficients: Tensor) -> Tensor:
         coefficients = self._stretched(frame, coefficients)
         rooms = (self._below[:, frame, None], self._above[:, frame, None])
         return self._fall(coefficients, *rooms, self.eps[:, frame, None], lambda gains: self._grouped(gains, frame))
@@ -131,32 +137,46 @@ class CutBalls(Perturbation):
         return torch.stack(torch.broadcast_tensors(*deviations), dim=-1).sum(dim=-1)
 
     def frame_reach(self, frame: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if self.norm == 0.0 and self.together is None and torch.is_grad_enabled():
-            return tuple(self._likely_fall(frame, sign * weight) for sign in (1.0, -1.0))
-        return super().frame_reach(frame, weight)
+        eps, total = self.eps[:, frame], weight.shape[1]
+        count = min(int(eps.max().ceil()), total)
+        if self.norm != 0.0 or self.together is not None or not 0 < count < total - CANDIDATES:
+            return super().frame_reach(frame, weight)
+        return self._reach_by_candidates(frame, weight, count)
 
-    def _likely_fall(self, frame: int, weight: Tensor) -> Tensor:
-        """No less than ``frame_deviation``, and mostly equal, at a small share of its cost: for training.
+    def _reach_by_candidates(self, frame: int, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """``frame_reach`` for p = 0, at a small share of its cost, of rows that all samples share.
 
-        Only where a row has its largest entries gains are made; the others gain at most as if the room were whole.
+        Gains are made of a row's largest entries alone. No other entry gains more than the next largest one would in
+        the whole range: where that is no more than the least gain that counts, the sum is exact. Where it is not, it
+        is made anew, or, in a training, left as it is, a little too large.
         """
-        eps, range_ = self.eps[:, frame], self.clip[1] - self.clip[0]
-        most_moves = min(int(eps.max().ceil()), weight.shape[1])
-        size = min(most_moves + CANDIDATES, weight.shape[1])
-        sizes, places = weight.detach().abs().topk(size, dim=-1)
-        entries = self._candidates(frame, weight, places)
-        if size < weight.shape[1]:
-            others = (range_ * sizes[:, -1:]).expand(len(eps), -1, most_moves)
-            entries = torch.cat((entries, others), dim=-1)
-        return largest_sum(entries, eps[:, None])
+        size, eps = count + (FEWER_CANDIDATES if torch.is_grad_enabled() else CANDIDATES), self.eps[:, frame]
+        sizes, places = weight.detach().abs().topk(size + 1, dim=-1)
+        others = (self.clip[1] - self.clip[0]) * sizes[:, size, None]
+        entries, below, above = self._entries(frame, weight, places[:, :size])
+        reach = []
+        for sign in (1.0, -1.0):
+            gains = (sign * entries).clamp(min=0.0) * below - (sign * entries).clamp(max=0.0) * above
+            fall = largest_sum(torch.cat((gains, others.expand(len(eps), -1, count)), dim=-1), eps[:, None])
+            if not torch.is_grad_enabled():
+                least = gains.topk(count, dim=-1).values[..., -1]
+                doubtful = (least < others.squeeze(-1)).any(dim=0).nonzero().squeeze(-1)
+                if len(doubtful):
+                    fall = fall.index_copy(1, doubtful, self._rows_of(frame, sign * weight[doubtful]))
+            reach.append(fall)
+        return tuple(reach)
 
-    def _candidates(self, frame: int, weight: Tensor, places: Tensor) -> Tensor:
-        """Gains of some entries of each row, (batch, size, k), places (size, k)."""
-        entries = weight.gather(1, places)
+    def _rows_of(self, frame: int, weight: Tensor) -> Tensor:
+        return self.frame_deviation(frame, weight[None]).expand(len(self.x), -1)
+
+    def _entries(self, frame: int, weight: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Some entries of each row, (batch or 1, size, k), and their rooms, (batch, size, k), for places (size, k)."""
+        entries = weight.gather(1, places)[None]
         if self.stretch is not None:
             entries = entries * self.stretch[:, frame][:, places]
-        below, above = self._below[:, frame][:, places], self._above[:, frame][:, places]
-        return entries.clamp(min=0.0) * below + (-entries).clamp(min=0.0) * above
+        rooms = torch.stack((self._below[:, frame], self._above[:, frame]))
+        below, above = rooms.index_select(2, places.flatten()).unflatten(2, places.shape)
+        return entries, below, above
 
     def _fall(
         self,
@@ -203,6 +223,7 @@ class CutBalls(Perturbation):
             coefficients = coefficients * windows(self.stretch[:, frame])
         below, above = windows(self._below[:, frame]), windows(self._above[:, frame])
         eps = self.eps[:, frame] if samples is None else self.eps[samples, frame]
+        eps = eps.reshape(-1, *[1] * (coefficients.dim() - 3)) if samples is None else eps
         by_pixel = self.together is not None and self._are_pixels(frame, coefficients.shape[-2])
         if self.norm == 0.0 and by_pixel:
             gains = coefficients.clamp(min=0.0) * below + (-coefficients).clamp(min=0.0) * above
@@ -223,7 +244,9 @@ class CutBalls(Perturbation):
     def map_deviation(self, frame, absolute, norms, samples=slice(None)) -> Tensor:
         """More than elements can deviate: by the box, or the ball without a range."""
         by_box = absolute(self.half_widths(frame))
-        return by_box if self.norm == 0.0 else torch.minimum(self.uncut.map_deviation(frame, absolute, norms, samples), by_box)
+        if self.norm == 0.0:
+            return by_box
+        return torch.minimum(self.uncut.map_deviation(frame, absolute, norms, samples), by_box)
 
     # --- for gradients and squares ---
 

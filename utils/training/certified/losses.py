@@ -50,9 +50,9 @@ class Batch:
 
     def __post_init__(self):
         self.network, self.frames = read_for_step(self.model, self.x, self.check)
-        clip = (0.0, 1.0) if self.recipe.clip else None
+        clip = (0.0, 1.0) if self.recipe.clip or self.recipe.p == 0.0 else None
         frames = None if self.recipe.frames is None else list(self.recipe.frames)
-        self.threat = Threat(self.recipe.p, self.recipe.ball, frames, clip).to(self.frames)
+        self.threat = Threat(self.recipe.p, self.recipe.ball, frames, clip).to(self.frames, self.x.shape[1:])
 
     @cached_property
     def graph(self) -> Graph:
