@@ -23,7 +23,7 @@ from .budgets import largest_sum, most
 from .sets import Perturbation
 
 PART_NUMBERS = 2**22  # gains that are made at once where rows are shared by many places
-# Entries of a row, beside as many as may change, among which the largest gains are looked for first; in a training fewer.
+# Entries of a row, beside as many as may change, among which the largest gains are looked for first; fewer if rough.
 CANDIDATES, FEWER_CANDIDATES = 16, 4
 
 
@@ -148,9 +148,9 @@ class CutBalls(Perturbation):
 
         Gains are made of a row's largest entries alone. No other entry gains more than the next largest one would in
         the whole range: where that is no more than the least gain that counts, the sum is exact. Where it is not, it
-        is made anew, or, in a training, left as it is, a little too large.
+        is made anew, or, if the set is rough, left as it is, a little too large.
         """
-        size, eps = count + (FEWER_CANDIDATES if torch.is_grad_enabled() else CANDIDATES), self.eps[:, frame]
+        size, eps = count + (FEWER_CANDIDATES if self.rough else CANDIDATES), self.eps[:, frame]
         sizes, places = weight.detach().abs().topk(size + 1, dim=-1)
         others = (self.clip[1] - self.clip[0]) * sizes[:, size, None]
         entries, below, above = self._entries(frame, weight, places[:, :size])
@@ -158,7 +158,7 @@ class CutBalls(Perturbation):
         for sign in (1.0, -1.0):
             gains = (sign * entries).clamp(min=0.0) * below - (sign * entries).clamp(max=0.0) * above
             fall = largest_sum(torch.cat((gains, others.expand(len(eps), -1, count)), dim=-1), eps[:, None])
-            if not torch.is_grad_enabled():
+            if not self.rough:
                 least = gains.topk(count, dim=-1).values[..., -1]
                 doubtful = (least < others.squeeze(-1)).any(dim=0).nonzero().squeeze(-1)
                 if len(doubtful):

@@ -33,6 +33,7 @@ class InputSet:
     stretch: Tensor | None = None  # by element; see ``Perturbation``
     is_symmetric = True  # about its centre
     is_joint = False  # whether frames share a budget: then there is ``joint_deviation``, see ``CutBalls``
+    rough = False  # whether what costs much may be bounded a little less tightly, as in a training
     takes_windows = False  # whether there is ``window_deviation``, likewise
 
     @property

@@ -70,7 +70,7 @@ def as_norm(value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if number not in NORM_NAMES.values():
-        raise ValueError(f"norm: p must be 0, 1, 2 or inf, not {value!r}")
+        raise ValueError(f"norm: p must be 1, 2 or inf, or 0, not {value!r}")
     return number
 
 

@@ -62,7 +62,9 @@ class Batch:
         """A pass over balls of a share of the moment's eps, around x or other points, (batch, T, n)."""
         centers = self.frames if centers is None else centers
         eps = centers.new_full((len(centers),), share * self.moment.eps)
-        return BoundPass(self.graph, self.threat.around(centers, eps), method, sound=sound)
+        balls = self.threat.around(centers, eps)
+        balls.rough = True
+        return BoundPass(self.graph, balls, method, sound=sound)
 
     def attacked(self, share: float = 1.0) -> Tensor:
         """Points, (batch, T, n), of balls of a share of the moment's eps where the loss is high."""
