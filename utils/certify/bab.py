@@ -22,7 +22,8 @@ from ..choices.tables import ATTACKS
 from ..clock import Pace, now, share_of
 from ..graph.graph import Graph
 from ..network.state import plain_state
-from ..question.arguments import as_inputs
+from ..question.arguments import as_inputs, as_tensor
+from ..question.elements import by_element
 from ..question.question import Question
 from ..question.threat import threat_of
 from .problem import SLACK, MarginProblem, margin_problem
@@ -250,6 +251,9 @@ def decide(
         radii = [part[own] if part.dim() == 1 else part[own, :end] for part in (eps, outer)]
         question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end], "features": None}
         question["scales"] = None if asked.threat.scales is None else asked.threat.scales[own, :end]
+        if question.get("box") is not None:
+            ends = [by_element(as_tensor(side, "box", "numbers").to(asked.x), "box", asked.x) for side in question["box"]]
+            question |= {"scales": None, "box": tuple(side[own, :end] for side in ends)}
         question["together"] = None if asked.threat.together is None else asked.threat.together[:end]
         started = now()
         deadline = started + time_limit

@@ -125,6 +125,8 @@ class MarginProblem:
         """The spacing of floats of x's precision at the greatest number that moves, (m,): no smaller eps certifies."""
         x = self.x[chosen].detach()
         size, scales = x.abs(), self.threat.scales
+        if self.threat.box is not None:
+            scales = torch.maximum(scales, self.threat.box)
         if scales is not None:
             size = torch.where(scales[chosen] > 0, size / scales[chosen].clamp(min=1e-300), 0.0)
         return torch.finfo(x.dtype).eps * (size.amax(dim=2) * self.threat.frames[chosen]).amax(dim=1).to(dtype)

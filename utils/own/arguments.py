@@ -60,9 +60,10 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--box",
-        metavar="FILE",
+        metavar=("LOWER", "UPPER"),
         nargs=2,
-        help="lower and upper ends of every value, likewise: boxes, which need not be symmetric, in place of --p",
+        help="lower and upper ends of every value, likewise: radii are shares of that box, in which the input need not "
+        "be the middle, up to all of it, 1",
     )
     group = parser.add_argument_group("how")
     add_method_arguments(group)
@@ -82,11 +83,13 @@ def add_certificates(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError if flags contradict each other."""
     fill_in(args, [args.method])
+    if args.box:
+        args.p, args.max_eps = math.inf, min(args.max_eps, 1.0)  # of shares of the box
     check_norm(argparse.Namespace(**vars(args) | {"clip": False, "save_certificate": False}))
     if args.p == 0.0 and args.clip is None:
         raise ValueError("--p 0 lets values change to anything in a range: give --clip LOW HIGH")
-    if args.box and (args.scales or args.features or args.clip or args.eps or args.p == 0.0):
-        raise ValueError("--box says how far every value goes: leave out --p 0, --eps, --clip, --scales and --features")
+    if args.box and (args.scales or args.features or args.clip or args.ball != "frame"):
+        raise ValueError("--box says how far every value goes: leave out --clip, --scales, --features and --ball")
     flag = next((name for name in ("save_certificate", "save_certificates") if getattr(args, name, None)), None)
     if flag is not None:
         flag = f"--{flag.replace('_', '-')}"

@@ -37,7 +37,7 @@ class Changes(FrameBalls):
     def select(self, rows: Tensor | slice, dtype: torch.dtype) -> Changes:
         stretch = None if self.stretch is None else self.stretch[rows].to(dtype)
         told = (self.x[rows].to(dtype), self.mask[rows], self.norm, self.ball, self.clip, stretch)
-        return Changes(*told, self.together)
+        return Changes(*told, together=self.together)
 
     def of_units(self, values: Tensor) -> Tensor:
         """Sums over units, (..., groups, units), of numbers of the elements, (..., T, n), at least 0."""

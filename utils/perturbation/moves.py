@@ -23,6 +23,7 @@ class FrameBalls:
         ball: a key of ``BALLS``, see ``utils.perturbation.balls``.
         clip: (lowest, highest) valid input value, for any p, or None.
         stretch: by which every element's move is larger than that of a ball, (batch, T, n); None for 1.
+        above: that of moves upwards, where ``stretch`` is that of moves downwards; None if both are alike.
 
     Perturbations are delta = x' - x, (batch, T,
     n) or with more dimensions between the batch and T; radii are eps, (batch, groups) or with the same dimensions.
@@ -34,6 +35,7 @@ class FrameBalls:
     ball: str = "frame"
     clip: tuple[float, float] | None = None
     stretch: Tensor | None = None
+    above: Tensor | None = None
 
     def __post_init__(self):
         if self.norm not in NORMS:
@@ -48,7 +50,8 @@ class FrameBalls:
     def select(self, rows: Tensor | slice, dtype: torch.dtype) -> FrameBalls:
         """The set of some of the samples, in a precision."""
         stretch = None if self.stretch is None else self.stretch[rows].to(dtype)
-        return FrameBalls(self.x[rows].to(dtype), self.mask[rows], self.norm, self.ball, self.clip, stretch)
+        above = None if self.above is None else self.above[rows].to(dtype)
+        return FrameBalls(self.x[rows].to(dtype), self.mask[rows], self.norm, self.ball, self.clip, stretch, above)
 
     @property
     def groups(self) -> int:
@@ -66,7 +69,7 @@ class FrameBalls:
         """(..., groups, elements) of the balls' own moves behind perturbations, zeros where nothing may move."""
         delta = delta * self._between(self.mask, delta)[..., None]
         if self.stretch is not None:
-            factor = self._between(self.stretch, delta).to(delta)
+            factor = self._factor(delta)
             delta = torch.where(factor > 0, delta / torch.where(factor > 0, factor, 1.0), 0.0)
         return self._ball.group(delta)
 
@@ -74,18 +77,25 @@ class FrameBalls:
         """Gradients with respect to the balls' own moves, (..., groups, elements), from those with respect to x."""
         gradient = gradient * self._between(self.mask, gradient)[..., None]
         if self.stretch is not None:
-            gradient = gradient * self._between(self.stretch, gradient).to(gradient)
+            gradient = gradient * self._factor(gradient)
         return self._ball.group(gradient)
 
     def frames(self, grouped: Tensor) -> Tensor:
         """Perturbations (..., T, n) of the balls' own moves."""
         delta = self._ball.frames(grouped, self.x.shape[1:])
-        return delta if self.stretch is None else delta * self._between(self.stretch, delta).to(delta)
+        return delta if self.stretch is None else delta * self._factor(delta)
+
+    def _factor(self, moves: Tensor) -> Tensor:
+        """By what moves in these directions are larger than those of balls."""
+        down = self._between(self.stretch, moves).to(moves)
+        return down if self.above is None else torch.where(moves > 0, self._between(self.above, moves).to(moves), down)
 
     def may_move(self) -> Tensor:
         """Which elements are perturbed at all, (batch, T, n) or (batch, T, 1)."""
         mask = self.mask[..., None]
-        return mask if self.stretch is None else mask & (self.stretch > 0)
+        if self.stretch is None:
+            return mask
+        return mask & (self.stretch > 0) if self.above is None else mask & (torch.maximum(self.stretch, self.above) > 0)
 
     def sizes(self, delta: Tensor) -> Tensor:
         """||.||_p of each group, (..., groups)."""

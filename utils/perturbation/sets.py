@@ -132,6 +132,7 @@ class Perturbation(InputSet):
         clip: (lowest, highest) valid input value, to which l_inf boxes are cut, or None.
         stretch: by which every element's move is larger than that of a ball, (batch, T, n), at least 0; None for 1. The
             moves x' - x are those of balls, element by element times this.
+        above: for p = inf, that of moves upwards, where ``stretch`` is that of moves downwards; None if both are alike.
     """
 
     x: Tensor
@@ -140,6 +141,7 @@ class Perturbation(InputSet):
     ball: str = "frame"
     clip: tuple[float, float] | None = None
     stretch: Tensor | None = None
+    above: Tensor | None = None
 
     def __post_init__(self):
         if self.norm not in NORMS:
@@ -150,7 +152,7 @@ class Perturbation(InputSet):
         self._check_shapes()
         stretched = self.stretch is not None
         self._box = self._uneven_box() if self.clip is not None or (stretched and self.norm == INF) else None
-        reach = self.eps * self.stretch.amax(dim=-1) if stretched else self.eps
+        reach = self.eps * self._largest_stretch.amax(dim=-1) if stretched else self.eps
         self._exact = (reach == 0).all(dim=0).tolist()
 
     def _check_shapes(self) -> None:
@@ -166,13 +168,14 @@ class Perturbation(InputSet):
 
         Exact frames and elements, such as padding, stay as they are, wherever they lie.
         """
-        sides = self.eps[..., None] if self.stretch is None else self.eps[..., None] * self.stretch
+        down = self.eps[..., None] if self.stretch is None else self.eps[..., None] * self.stretch
+        up = down if self.above is None else self.eps[..., None] * self.above
         low, high = (-math.inf, math.inf) if self.clip is None else self.clip
-        moved = sides > 0
+        moved = torch.maximum(down, up) > 0
         if bool((((self.x < low) | (self.x > high)) & moved).any()):
             raise ValueError(f"inputs lie outside the range [{low}, {high}] that they are to be clipped to")
-        below = torch.where(moved, (self.x - sides).clamp(min=low), self.x)
-        above = torch.where(moved, (self.x + sides).clamp(max=high), self.x)
+        below = torch.where(moved, (self.x - down).clamp(min=low), self.x)
+        above = torch.where(moved, (self.x + up).clamp(max=high), self.x)
         center = 0.5 * (below + above)
         return center, torch.maximum(above - center, center - below)  # both ends inside, however the centre was rounded
 
@@ -181,6 +184,7 @@ class Perturbation(InputSet):
         part = copy.copy(self)
         part.x, part.eps = self.x[:samples], self.eps[:samples]
         part.stretch = None if self.stretch is None else self.stretch[:samples]
+        part.above = None if self.above is None else self.above[:samples]
         part._box = None if self._box is None else tuple(side[:samples] for side in self._box)
         return part
 
@@ -192,7 +196,13 @@ class Perturbation(InputSet):
             part._box = tuple(side.repeat_interleave(times, dim=0) for side in self._box)
         if self.stretch is not None:
             part.stretch = self.stretch.repeat_interleave(times, dim=0)
+        if self.above is not None:
+            part.above = self.above.repeat_interleave(times, dim=0)
         return part
+
+    @property
+    def _largest_stretch(self) -> Tensor:
+        return self.stretch if self.above is None else torch.maximum(self.stretch, self.above)
 
     @property
     def is_round(self) -> bool:
@@ -212,7 +222,7 @@ class Perturbation(InputSet):
     def _farthest(self, frame: int) -> Tensor:
         """eps times the greatest factor of the frame, (batch,)."""
         eps = self.eps[:, frame]
-        return eps if self.stretch is None else eps * self.stretch[:, frame].amax(dim=-1)
+        return eps if self.stretch is None else eps * self._largest_stretch[:, frame].amax(dim=-1)
 
     @property
     def scales(self) -> bool:
@@ -270,10 +280,11 @@ class Perturbation(InputSet):
     def sides(self, frame: int) -> tuple[Tensor, Tensor]:
         """How far below and above x the frame's box reaches, (batch, n) each, at least 0."""
         side, at = self._stretched(frame, self.eps[:, frame, None].expand_as(self.x[:, frame])), self.x[:, frame]
+        up = side if self.above is None else self.eps[:, frame, None] * self.above[:, frame]
         if self.clip is None:
-            return side, side
+            return side, up
         low, high = self.clip
-        down, up = torch.minimum(side, at - low), torch.minimum(side, high - at)
+        down, up = torch.minimum(side, at - low), torch.minimum(up, high - at)
         return down.clamp(min=0.0), up.clamp(min=0.0)
 
     def frame_fall(self, frame: int, low: Tensor, high: Tensor) -> Tensor:
@@ -295,7 +306,7 @@ class Perturbation(InputSet):
 
     def linear_deviation(self, gradients: Tensor) -> Tensor:
         """Most that sum_t g_t x'_t can deviate, (batch,), for g of the shape of x: as if no range were valid."""
-        gradients = gradients if self.stretch is None else gradients * self.stretch
+        gradients = gradients if self.stretch is None else gradients * self._largest_stretch
         return self._ball.total(self.eps * dual_norm(gradients, self.norm), self.norm)
 
     def ellipsoid(self, frames: list[int], squares: Tensor, widths: list[int]) -> tuple[Tensor, Tensor]:

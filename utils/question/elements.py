@@ -77,6 +77,27 @@ def box_of(lower: Any, upper: Any) -> tuple[Tensor, Tensor]:
     return center, torch.where(upper > lower, above, 0.0)
 
 
+def box_sides(box: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """How far below and above x, (batch, T, n), a box (lower, upper) reaches, (batch, T, n) each in float64, outwards.
+
+    Raises:
+        ValueError: the ends do not fit, or x does not lie between them; the message says why.
+    """
+    if not isinstance(box, (tuple, list)) or len(box) != 2:
+        raise ValueError("box must be (lower, upper)")
+    given = (as_tensor(end, name, f"numbers, {SHAPES}") for end, name in zip(box, ("lower", "upper"), strict=True))
+    lower, upper = (
+        by_element(end.to(x.device).double(), name, x) for end, name in zip(given, ("lower", "upper"), strict=True)
+    )
+    at = x.detach().double()
+    if not bool(((lower <= at) & (at <= upper) & lower.isfinite() & upper.isfinite()).all()):
+        raise ValueError("x must lie in the box, whose ends must be finite")
+    sides = (at - lower, upper - at)
+    # In the precision of x, in which the sets are.
+    rounded = (torch.nextafter(side.to(x.dtype), torch.full_like(x, torch.inf).detach()) for side in sides)
+    return tuple(torch.where(side > 0, up.double(), 0.0) for side, up in zip(sides, rounded, strict=True))
+
+
 def group_numbers(together: Any, x: Tensor, shape: Sequence[int] | None = None) -> Tensor | None:
     """Numbers of the groups of values that change together, (T, n); None for each value by itself.
 

@@ -16,7 +16,7 @@ from ..perturbation.lp_ball import INF
 from ..perturbation.moves import FrameBalls
 from ..perturbation.sets import Perturbation, clip_of
 from .arguments import as_clip, as_norm, as_tensor, check_names
-from .elements import element_scales, group_numbers
+from .elements import box_sides, element_scales, group_numbers
 
 Frames = int | Sequence[int] | Tensor | None
 
@@ -57,6 +57,8 @@ class Threat:
             (batch, T, n), or have the shape of the input. Once ``to`` a batch, scales are (batch, T, n) and hold both.
         together: for p = 0, what changes together and counts as one: "pixel", "frame", or numbers of groups; None for
             single values. Once ``to`` a batch, numbers of groups, (T, n).
+        box: (lower, upper), for p = inf: ends that values have at eps = 1; x need not be in the middle. Each may be as
+            scales may. Once ``to`` a batch, how much larger moves upwards are, (batch, T, n), scales being those down.
     """
 
     norm: float = 2.0
@@ -67,6 +69,7 @@ class Threat:
     features: Any = None
     scales: Any = None
     together: Any = None
+    box: Any = None
 
     def __post_init__(self):
         for name, value in (("norm", as_norm(self.norm)), ("clip", as_clip(self.clip))):
@@ -76,6 +79,8 @@ class Threat:
             self._check_counts()
         elif self.together is not None:
             raise ValueError("together is for p = 0, which counts what changes: leave it out")
+        if self.box is not None and (self.norm != INF or self.ball != "frame"):
+            raise ValueError("box is for norm = inf and the ball of every frame")
 
     def _check_counts(self) -> None:
         if self.clip is None:
@@ -93,12 +98,16 @@ class Threat:
         if lengths is not None:
             mask &= torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         clip = clip_of(self.clip, x.dtype)
-        scales = element_scales(self.features, self.scales, x)
+        scales, above = element_scales(self.features, self.scales, x), None
+        if self.box is not None:
+            if scales is not None or clip is not None:
+                raise ValueError("box says how far every value goes: leave out scales, features and clip")
+            scales, above = box_sides(self.box, x)
         if self.norm == 0.0 and scales is not None and bool(((scales != 0) & (scales != 1)).any()):
             raise ValueError("p = 0 counts what changes, by however much: leave out scales, features say what may")
         numbers = group_numbers(self.together, x, shape)
         fitted = {"frames": mask, "clip": clip, "lengths": lengths, "features": None, "scales": scales}
-        return replace(self, **fitted, together=numbers)
+        return replace(self, **fitted, together=numbers, box=above)
 
     def check_even(self, what: str) -> None:
         """Raise ValueError if elements have scales of their own; ``what`` asks for it."""
@@ -109,19 +118,24 @@ class Threat:
         """The threat to some samples of its batch."""
         lengths = None if self.lengths is None else self.lengths[samples]
         scales = None if self.scales is None else self.scales[samples]
-        return replace(self, frames=self.frames[samples], lengths=lengths, scales=scales)
+        box = None if self.box is None else self.box[samples]
+        return replace(self, frames=self.frames[samples], lengths=lengths, scales=scales, box=box)
 
     def around(self, x: Tensor, eps: Tensor) -> Perturbation:
         """The set for bounds, of size eps, (batch,) or (batch, T), around the batch x, (batch, T, n)."""
         eps = (eps[:, None] if eps.dim() == 1 else eps).to(x.dtype) * self.frames
         told = (x, eps, self.norm, self.ball, self.clip, None if self.scales is None else self.scales.to(x))
         cut = self.clip is not None and self.norm != INF
-        return CutBalls(*told, self.together) if cut else Perturbation(*told)
+        if cut:
+            return CutBalls(*told, together=self.together)
+        return Perturbation(*told, None if self.box is None else self.box.to(x))
 
     def moves(self, x: Tensor) -> FrameBalls:
         """The set for attacks, of any size, around the batch x, (batch, T, n)."""
         told = (x, self.frames, self.norm, self.ball, self.clip, None if self.scales is None else self.scales.to(x))
-        return Changes(*told, self.together) if self.norm == 0.0 else FrameBalls(*told)
+        if self.norm == 0.0:
+            return Changes(*told, together=self.together)
+        return FrameBalls(*told, None if self.box is None else self.box.to(x))
 
 
 def threat_of(**arguments: Any) -> Threat:
