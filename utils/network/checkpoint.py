@@ -63,7 +63,7 @@ def model_name(config: Config) -> str:
     That of certified training ends with the recipe's name: lstm_7_64_ibp_inf_0.1.
     """
     if config["architecture"] == "mlp":
-        recipe = ["lipschitz"] if config.get("lipschitz_weight") else []
+        recipe = ["lipschitz"] if config.get("lipschitz_weight") else [config["recipe"]] if config.get("recipe") else []
         recipe += ["weights"] if config.get("perturb") else []
         return "_".join(["mlp", *map(str, config["layers"]), config["activation"], *recipe])
     if config["architecture"] == "cnn":
