@@ -15,6 +15,7 @@ from ..question.threat import Frames, Threat
 from .bab import TUNING, best_margins
 from .problem import MarginProblem
 from .radius import MAX_EPS, search_radius
+from .substitution import Substitutes, substitution_margins
 
 
 @plain_state()
@@ -22,7 +23,7 @@ def certified_margin(
     model: nn.Module | Graph,
     x: Tensor,
     labels: Tensor,
-    eps: float | Tensor,
+    eps: float | Tensor | None,
     *,
     norm: float = 2.0,
     targets: Tensor | None = None,
@@ -36,6 +37,7 @@ def certified_margin(
     scales: Any = None,
     together: Any = None,
     box: Any = None,
+    substitutions: Substitutes | None = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
@@ -81,6 +83,8 @@ def certified_margin(
             "frame" (with ball="sequence"); numbers of groups, (n,), (T, n) or of an input's shape. None for values.
         box: (lower, upper) for p = inf, likewise or numbers: x' lies between x + eps (lower - x) and x + eps (upper - x),
             so that eps = 1 is all of a box in which x need not be the middle.
+        substitutions: in place of balls: what every frame may become (``utils.certify.substitution``). eps is how many
+            frames may, a whole number or None for every one; methods are "crown", "crown-ibp" and "ibp".
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
         curve_steps: gradient steps of "curve", each at the price of a dozen bounds by planes or more.
         time_limit: seconds that "bab" may take for a sample, from its start: planes, tuned slopes and "curve" count.
@@ -96,6 +100,12 @@ def certified_margin(
         ValueError: an argument does not fit; the message says which.
     """
     threat = Threat(norm, ball, frames, clip, lengths, features, scales, together, box)
+    if substitutions is not None:
+        if threat != Threat():
+            raise ValueError("substitutions are all that happens: leave out norm, frames and what else describes balls")
+        return substitution_margins(
+            model, x, labels, substitutions, [eps], targets=targets, method=method, dtype=dtype or torch.float64
+        ).squeeze(-1)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
     dtype = dtype or problem.x.dtype
