@@ -36,28 +36,24 @@ class WordValues:
         if any(node.samples is not None for node in bounds.graph.nodes):
             raise ValueError("substitutions are for sequences of one length: bound those of each length by themselves")
         self._values: dict[Node, Tensor] = {}
-        self._words: dict[Node, Tensor] = {}
         self._places: dict[Node, list[tuple[int, Tensor | None]]] = {}
-        self._reads = bounds.graph.once(("reads",), (), lambda: _reads(bounds.graph, bounds.perturbation.x))
+        graph, x = bounds.graph, bounds.perturbation.x
+        moved = tuple(not bounds.perturbation.is_exact(word) for word in range(x.shape[1]))
+        self._words, self._apart = graph.once(("words", moved), (), lambda: _words(graph, x, moved))
         self._noise = Noise(Sampled(weakref.proxy(self)), lambda node: self.bounds.rounding.gamma_of(node))
 
     # --- which words nodes read ---
 
     def word(self, node: Node) -> Tensor:
         """The word that each element reads, (size,), or ``NONE`` or ``SEVERAL``."""
-        if node not in self._words:
-            moved = [not self.perturbation.is_exact(word) for word in range(self.perturbation.x.shape[1])]
-            reads = self._reads[node.index] & torch.tensor(moved, device=self.perturbation.x.device)[:, None]
-            first, count = reads.int().argmax(dim=0), reads.sum(dim=0)
-            self._words[node] = torch.where(count == 0, NONE, torch.where(count == 1, first, SEVERAL))
-        return self._words[node]
+        return self._words[node.index]
 
     def is_leaf(self, node: Node) -> bool:
         """Whether the node is perturbed, and each of its elements by one word at most."""
-        return not self.bounds.is_exact(node) and self.reads_apart(node)
+        return self._apart[node.index] and not self.bounds.is_exact(node)
 
     def reads_apart(self, node: Node) -> bool:
-        return bool((self.word(node) != SEVERAL).all())
+        return self._apart[node.index]
 
     def places(self, node: Node) -> list[tuple[int, Tensor | None]]:
         """The words that a node reads, and which elements read each; None for all."""
@@ -122,6 +118,19 @@ class Sampled:
 
 
 @torch.no_grad()
+def _words(graph: Graph, like: Tensor, moved: tuple[bool, ...]) -> tuple[list[Tensor], list[bool]]:
+    """Of every node, the word that each element reads, and whether none reads several."""
+    reads = graph.once(("reads",), (), lambda: _reads(graph, like))
+    together = torch.cat(reads, dim=1) & torch.tensor(moved, device=like.device)[:, None]
+    first, count = together.int().argmax(dim=0), together.sum(dim=0)
+    words = torch.where(count == 0, NONE, torch.where(count == 1, first, SEVERAL))
+    several = torch.nn.functional.pad((words == SEVERAL).cumsum(dim=0), (1, 0))
+    ends = torch.tensor([part.shape[1] for part in reads], device=like.device).cumsum(dim=0)
+    starts = ends - torch.tensor([part.shape[1] for part in reads], device=like.device)
+    apart = several[ends] == several[starts]
+    return list(words.split([part.shape[1] for part in reads])), apart.tolist()
+
+
 def _reads(graph: Graph, like: Tensor) -> list[Tensor]:
     """Which frames each node's elements depend on, (T, size) of bool each."""
     found: list[Tensor] = []

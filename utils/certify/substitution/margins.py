@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...bounds.passes import BoundPass
 from ...choices.registry import Registry
 from ...graph.graph import Graph
+from ...graph.mixing import MatMul
 from ...network.reading import Network, graph_of, output_shape, read_for_step, read_network
 from ...network.state import plain_state
 from ...perturbation.substitutions import Substitutions
@@ -18,7 +19,7 @@ from ...question.arguments import as_classes, as_inputs
 from ...question.specification import output_rows
 
 # Samples that are bounded at once: rows of every layer take more memory than those of the specification alone.
-AT_ONCE = Registry("method of substitutions", {"crown-ibp": 32, "ibp": 32, "crown": 2})
+AT_ONCE = Registry("method of substitutions", {"crown-ibp": 32, "ibp": 32, "crown": 8})
 
 
 @dataclass(frozen=True)
@@ -97,39 +98,22 @@ def budget_margins(
 ) -> Tensor:
     """Lower bounds of ``rows @ output``, (batch, n_specs, budgets); what holds for a budget holds for smaller ones.
 
-    Intervals are the same for all budgets of more than one word, and so is what passes back through planes of them:
-    passes but "crown" are made once for the largest, and end anew for every other one.
+    Planes are made once for all budgets of more than one word: for the largest, which holds for the others. What passes
+    back through them ends anew for every budget. Of a single word more is known where products of words are taken.
     """
     frames = x.shape[1]
     counts = [frames if budget is None else min(budget, frames) for budget in budgets]
     falling = sorted(set(counts), reverse=True)
-    of_method = _side_by_side if method == "crown" else _one_by_one
-    found = of_method(graph, x, rows, substitutes, falling, method)
-    found = found.cummax(dim=-1).values
-    return found[..., [falling.index(count) for count in counts]]
-
-
-def _one_by_one(
-    graph: Graph, x: Tensor, rows: Tensor, substitutes: Substitutes, counts: list[int], method: str
-) -> Tensor:
+    apart = method == "crown" or any(isinstance(node, MatMul) for node in graph.nodes)
     found, bounds = [], None
-    for count in counts:
-        if bounds is None or count <= 1:
+    for count in falling:
+        if bounds is None or count == 0 or (count == 1 and apart):
             bounds = BoundPass(graph, substitutes.set_around(x, count), method)
         else:
             bounds.perturbation.budget = torch.full_like(bounds.perturbation.budget, count)
         found.append(bounds.margin(rows))
-    return torch.stack(found, dim=-1)
-
-
-def _side_by_side(
-    graph: Graph, x: Tensor, rows: Tensor, substitutes: Substitutes, counts: list[int], method: str
-) -> Tensor:
-    """By a pass in which every sample stands once for each budget."""
-    each = torch.arange(len(x), device=x.device).repeat_interleave(len(counts))
-    budgets = torch.tensor(counts, device=x.device).repeat(len(x))
-    bounds = BoundPass(graph, substitutes.part(each).set_around(x[each], budgets), method)
-    return bounds.margin(rows[each]).unflatten(0, (len(x), -1)).transpose(1, 2)
+    best = torch.stack(found, dim=-1).cummax(dim=-1).values
+    return best[..., [falling.index(count) for count in counts]]
 
 
 def bound_sets(graph: Graph, rows: Tensor, method: str) -> Callable[[Tensor, Substitutes, Tensor], Tensor]:
