@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from nets import NETS, N, S, T, made, normal, sentences, words
@@ -260,3 +263,9 @@ def test_what_does_not_fit_is_said():
         substitution_margins(net, x, LABELS, Substitutes(vectors, valid), [1], method="curve")
     with pytest.raises(ValueError, match="whole numbers"):
         substitution_margins(net, x, LABELS, Substitutes(vectors, valid), [-1])
+
+
+def test_the_code_of_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "attention.md", "exec"), {"__name__": "page"})
