@@ -90,6 +90,9 @@ READ = {
     "normalised first": nn.TransformerEncoderLayer(N, 2, 5, batch_first=True, norm_first=True),
     "layer norm": nn.LayerNorm(N),
     "softmax within": lambda h: 3.0 * h.softmax(-1) + h.softmax(1).tanh(),
+    "greatest over an axis": lambda h: (
+        h.amax(1) - h.max(dim=1).values.tanh() + 0.5 * h.min(1)[0] + h.amax(-1).sum(1)[:, None]
+    ),
     "products": lambda h: h * h.tanh() + 0.1 * h * h + h @ h.mT @ h,
     "einsum": lambda h: torch.einsum("btn,nk->bkt", h, W),
 }
@@ -140,8 +143,8 @@ def test_lines_that_cross_the_function_are_noticed(monkeypatch):
     [
         (nn.GELU(approximate="tanh"), "approximated by tanh"),
         (nn.Threshold(0.2, 5.0), "jumps"),
-        (lambda h: h.amax(1), "no bound"),
-        (lambda h: h.max(1).values, "over an axis"),
+        (lambda h: h.amax(0), "one axis of a sample"),
+        (lambda h: h.max(), "not over all values"),
         (lambda h: h**0.5, "whole exponent"),
         (lambda h: torch.einsum("btn,btn->bt", h, h), "both depend"),
     ],

@@ -473,7 +473,7 @@ REFUSED = {
     "dropout is random in training mode": lambda net, x: F.dropout(x, 0.5, training=True),
     "log: this operation is not supported": lambda net, x: x.log(),
     "gelu: .* not approximated by tanh": lambda net, x: F.gelu(x, approximate="tanh"),
-    "maximum has no bound": lambda net, x: x.max(dim=1, keepdim=True).values,
+    "maximum has a bound of two tensors": lambda net, x: x.max(),
     "max_pool3d.*maximum has no bound": lambda net, x: F.max_pool3d(x[None], 1),
     "product of two tensors that both depend": lambda net, x: F.linear(x, x[0]),
     "division by constants": lambda net, x: x / x.sum(),

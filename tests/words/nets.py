@@ -35,6 +35,17 @@ class Bag(nn.Module):
         return self.head(self.outer(self.inner(x).relu().mean(dim=1)).tanh())
 
 
+class MaxOverTime(nn.Module):
+    """A GRU whose states are pooled by their maxima."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(N, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0].amax(dim=1))
+
+
 class Stock(nn.Module):
     """PyTorch's own layer of a Transformer."""
 
@@ -56,6 +67,7 @@ NETS = {
     "gru": lambda: recurrent("GRU"),
     "relu rnn": lambda: recurrent("RNN", nonlinearity="relu"),
     "bag": Bag,
+    "max over time": MaxOverTime,
     "transformer": transformer,
     "two layers": lambda: transformer(layers=2, max_frames=6),
     "standard norm": lambda: transformer(layer_norm="standard"),

@@ -52,7 +52,8 @@ def check_net(name: str, methods=METHODS, seed: int = 0, size: float = 0.5) -> d
 @pytest.mark.parametrize("name", NETS)
 def test_no_bound_is_above_the_worst_sentence(name):
     lost = check_net(name)
-    check_net(name, ("crown",), seed=1, size=2.0)
+    if name not in ("two layers, standard", "torch's layer"):  # which take seconds
+        check_net(name, ("crown",), seed=1, size=2.0)
     assert lost["crown"].mean() <= lost["ibp"].mean() + 1e-9
     if "standard" not in name:  # where the variance is small, its inverse is large
         assert lost["crown"].mean() < 1.0

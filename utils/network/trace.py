@@ -264,7 +264,8 @@ def _wrap(result, like: Traced, storage):
     if isinstance(result, Symbol):
         return Traced.of(like.builder, result, like, storage)
     if isinstance(result, (tuple, list)):
-        return type(result)(_wrap(part, like, storage) for part in result)
+        parts = [_wrap(part, like, storage) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
     return result
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..operations import attention, functions
 from ..symbolic import Symbol, UnsupportedError, check_scores, constant
-from .table import OPERATORS, operator, symbol
+from .table import OPERATORS, operator, symbol, whole_numbers
 
 
 @operator("Add", "Sum")
@@ -113,6 +113,27 @@ def _minimum(reader, first, *others):
     for other in others:
         first = functions.minimum(reader.builder, symbol(first), symbol(other))
     return first
+
+
+@operator("ReduceMax")
+def _reduce_max(reader, x, axes=None, keepdims=1):
+    axes = whole_numbers(axes) if axes is not None else []
+    if len(axes) != 1:
+        raise UnsupportedError("a maximum is supported over one axis")
+    return functions.amax(reader.builder, x, axes[0], bool(keepdims))
+
+
+@operator("ReduceMin")
+def _reduce_min(reader, x, axes=None, keepdims=1):
+    return reader.builder.negative(_reduce_max(reader, reader.builder.negative(x), axes, keepdims))
+
+
+@operator("GlobalMaxPool")
+def _global_max_pool(reader, x):
+    flat = x.view(lambda part: part.flatten(2))
+    return functions.amax(reader.builder, flat, 2, True).view(
+        lambda part: part.reshape(*x.shape[:2], *[1] * (len(x.shape) - 2))
+    )
 
 
 SHAPES = {"Mish": "mish", "HardSwish": "hardswish", "Softsign": "softsign", "Erf": "erf", "Exp": "exp", "Abs": "abs"}
