@@ -17,7 +17,7 @@ from ..bounds.alpha import STEP_BOUNDS
 from ..bounds.curve import CURVED_STEP, VERDICT_STEPS
 from ..clock import Pace, now, share_of
 from .bab import ALPHA_SHARE, TUNED_SHARE, refine_radii
-from .count import search_counts
+from .counts import search_counts
 from .problem import SLACK, MarginProblem
 from .search import SPREAD, Bracket, MarginOf, foretold_radius, largest_certified
 from .sweep import direct_problem, sweep_radii
