@@ -1,7 +1,7 @@
 """Certified radii of your own model on your own data.
 
     python scripts/certify.py --model my_model.py:Net --weights w.pt --data x.npy --labels y.npy
-    python scripts/certify.py --model my_model.py:Net --weights w.pt --data x.npy --p 0 --clip 0 1   # numbers of changes
+    python scripts/certify.py --model my_model.py:Net --weights w.pt --data x.npy --p 0 --clip 0 1   # counts changes
     python scripts/certify.py --model my_model.py:Net --weights w.pt --data x.npy --box lower.npy upper.npy
     python scripts/certify.py --model net.onnx --data x.npz:x --labels x.npz:y --p inf --clip 0 1 --eps 0.01
     torchrun --nproc-per-node 2 scripts/certify.py ... --out-dir FOLDER     # shared among processes, --resume goes on

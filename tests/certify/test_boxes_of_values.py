@@ -22,7 +22,10 @@ BATCH, FRAMES, SIZE = 3, 2, 2
 def question():
     net = classifier(inputs=SIZE)
     x = normal(BATCH, FRAMES, SIZE, seed=1)
-    lower, upper = x - 0.4 * normal(BATCH, FRAMES, SIZE, seed=2).abs(), x + 0.2 * normal(BATCH, FRAMES, SIZE, seed=3).abs()
+    lower, upper = (
+        x - 0.4 * normal(BATCH, FRAMES, SIZE, seed=2).abs(),
+        x + 0.2 * normal(BATCH, FRAMES, SIZE, seed=3).abs(),
+    )
     lower[0, 0, 0], upper[1, 1, 1] = x[0, 0, 0], x[1, 1, 1]
     return net, x, net(x).argmax(dim=1), (lower, upper)
 

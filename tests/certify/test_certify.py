@@ -329,7 +329,6 @@ BAD = {
     "p must be 1, 2 or inf": {"norm": 3},
     "ball must be one of": {"ball": "word"},
     "method must be one of": {"method": "fast"},
-    "inputs lie outside the range .0.0, 1.0": {"clip": (0.0, 1.0)},
     "give clip": {"norm": 0},
     "method curve knows no set of p = 0": {"norm": 0, "clip": (-9.0, 9.0), "method": "curve"},
     "method bab knows no set of p = 0": {"norm": 0, "clip": (-9.0, 9.0), "method": "bab"},

@@ -1,4 +1,4 @@
-"""p = 0: at most k values change. Every choice of values at both ends of the range against bounds, counts and attacks."""
+"""p = 0: at most k values change. Every choice of values at both ends of the range, bounds, counts and attacks."""
 
 from __future__ import annotations
 
@@ -254,7 +254,9 @@ def test_decisions():
         verdicts = decide(net, x, labels, count, norm=0, clip=(LOW, HIGH), time_limit=5.0)
         for own, margin in zip(verdicts, worst.tolist(), strict=True):
             assert own.verdict != "certified" or margin > 0
-            assert own.verdict != "falsified" or int((own.counterexample.flatten() != x.flatten(1)).sum(1).min()) <= count
+            assert (
+                own.verdict != "falsified" or int((own.counterexample.flatten() != x.flatten(1)).sum(1).min()) <= count
+            )
         assert {"certified", "falsified"} & {own.verdict for own in verdicts}
 
 

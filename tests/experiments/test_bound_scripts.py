@@ -368,7 +368,11 @@ BAD = {
     "N too large": (("--N", 13), None, ["--N 13", "12 test images"]),
     "clip of counted changes": (("--p", 0, "--clip"), None, ["--p 0", "leave out --clip"]),
     "changes in another norm": (("--k", 2), None, ["--k", "needs --p 0"]),
-    "a frame as a change of a frame": (("--p", 0, "--together", "frame"), None, ["--together frame", "--ball sequence"]),
+    "a frame as a change of a frame": (
+        ("--p", 0, "--together", "frame"),
+        None,
+        ["--together frame", "--ball sequence"],
+    ),
     "curves of counted changes": (("--p", 0, "--method", "curve"), None, ["--p 0 is for --method crown", "not curve"]),
     "certificate of cut balls": (("--clip", "--save-certificate"), None, ["--save-certificate", "--clip"]),
     "target and untargeted": (("--untargeted", "--target", "least"), None, ["--untargeted"]),

@@ -125,8 +125,8 @@ def test_nearest_points(norm):
     assert (found >= 0).all() and (found <= rooms).all()
     assert (torch.linalg.vector_norm(found, ord=norm, dim=-1) <= eps * (1.0 + 1e-12)).all()
     for k in range(1, len(eps)):
-        size = {1.0: lambda d: d.sum(), 2.0: lambda d: (d @ d) / float(eps[k])}[norm]
-        ball = {"type": "ineq", "fun": lambda d, k=k, size=size: float(eps[k]) - size(d)}
+        left = {1.0: lambda d, e: e - d.sum(), 2.0: lambda d, e: e**2 - d @ d}[norm]
+        ball = {"type": "ineq", "fun": left, "args": (float(eps[k]),)}
         options = {"ftol": 1e-14, "maxiter": 1000}
         other = minimize(
             lambda d, k=k: ((d - moves[k].numpy()) ** 2).sum(),

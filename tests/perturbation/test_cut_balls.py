@@ -26,8 +26,10 @@ def inputs(seed=0):
 
 def set_of(norm, ball, together=None, eps=None, **options):
     size = {0.0: 2.0, 1.0: 0.9, 2.0: 0.8}[norm]
-    return Threat(norm, ball, clip=(LOW, HIGH), together=together, **options).to(inputs()).around(
-        inputs(), torch.full((BATCH,), size if eps is None else eps, dtype=torch.float64)
+    return (
+        Threat(norm, ball, clip=(LOW, HIGH), together=together, **options)
+        .to(inputs())
+        .around(inputs(), torch.full((BATCH,), size if eps is None else eps, dtype=torch.float64))
     )
 
 

@@ -118,7 +118,13 @@ def settle(problem: AttackProblem, chosen: Tensor, eps: Tensor, delta: Tensor) -
 
 
 def fewest_changes(
-    problem: AttackProblem, rows: Tensor, steps: int, restarts: int, seed: int, dtype: torch.dtype, result: RadiusAttackResult
+    problem: AttackProblem,
+    rows: Tensor,
+    steps: int,
+    restarts: int,
+    seed: int,
+    dtype: torch.dtype,
+    result: RadiusAttackResult,
 ) -> None:
     """Write the smallest numbers of changes that break the rows, and how, into ``result``.
 
@@ -126,7 +132,9 @@ def fewest_changes(
     """
     left, counts = rows, torch.ones(len(rows), dtype=VERDICT, device=rows.device)
     path = _Path(problem, rows, restarts, seed, dtype)
-    most = _counts_of(problem, torch.full_like(path.delta[:, 0, 0, :1, 0], MOST_CHANGES).expand(-1, path.balls.groups), path.balls)
+    most = _counts_of(
+        problem, torch.full_like(path.delta[:, 0, 0, :1, 0], MOST_CHANGES).expand(-1, path.balls.groups), path.balls
+    )
     for _ in range(int(most.max()) + 1):
         path.look()
         if bool((path.best < 0).all()):
@@ -143,7 +151,9 @@ def fewest_changes(
         left, counts = left[counts > 1], counts[counts > 1] - 1.0
         if len(left):
             x, margin = least_margins(problem, left, _per_group(problem, left, counts), dtype, steps, restarts, seed)
-            counts = torch.minimum(counts, problem.balls.select(left, VERDICT).size(x - problem.balls.x[left]).clamp(min=1.0))
+            counts = torch.minimum(
+                counts, problem.balls.select(left, VERDICT).size(x - problem.balls.x[left]).clamp(min=1.0)
+            )
 
 
 def _per_group(problem: AttackProblem, rows: Tensor, counts: Tensor) -> Tensor:

@@ -252,7 +252,9 @@ def decide(
         question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end], "features": None}
         question["scales"] = None if asked.threat.scales is None else asked.threat.scales[own, :end]
         if question.get("box") is not None:
-            ends = [by_element(as_tensor(side, "box", "numbers").to(asked.x), "box", asked.x) for side in question["box"]]
+            ends = [
+                by_element(as_tensor(side, "box", "numbers").to(asked.x), "box", asked.x) for side in question["box"]
+            ]
             question |= {"scales": None, "box": tuple(side[own, :end] for side in ends)}
         question["together"] = None if asked.threat.together is None else asked.threat.together[:end]
         started = now()
@@ -275,8 +277,8 @@ def decide(
 def certify_until(problem: MarginProblem, eps: Tensor, deadline: float) -> tuple[bool, Tensor]:
     """Whether a problem's only sample is certified at eps, (1,) or (1, T), before the deadline, and its margins.
 
-    Its method is "alpha", "curve" or "bab"; cheaper bounds come first. Nothing is certified at an eps, other than 0, that the
-    floats of x do not resolve.
+    Its method is "alpha", "curve" or "bab"; cheaper bounds come first. Nothing is certified at an eps, other than 0,
+    that the floats of x do not resolve.
     """
     dtype = eps.dtype
     if now() > deadline:

@@ -81,8 +81,8 @@ def certified_margin(
             is exact. With ``eps=1`` they are an eps for every element.
         together: for p = 0, what changes together and counts as one: "pixel", all channels of a place of an image;
             "frame" (with ball="sequence"); numbers of groups, (n,), (T, n) or of an input's shape. None for values.
-        box: (lower, upper) for p = inf, likewise or numbers: x' lies between x + eps (lower - x) and x + eps (upper - x),
-            so that eps = 1 is all of a box in which x need not be the middle.
+        box: (lower, upper) for p = inf, likewise or numbers: x' lies between x + eps (lower - x) and
+            x + eps (upper - x), so that eps = 1 is all of a box in which x need not be the middle.
         substitutions: in place of balls: what every frame may become (``utils.certify.substitution``). eps is how many
             frames may, a whole number or None for every one; methods are "crown", "crown-ibp" and "ibp".
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
@@ -171,8 +171,8 @@ def certified_radius(
         batch_size: samples bounded at once; less needs less memory.
 
     Returns:
-        The largest eps that certified, in the units of x, for p = 0 the largest number of changes; 0 where none did (a misclassified sample), or none that the
-        floats of x resolve.
+        The largest eps that certified, in the units of x, for p = 0 the largest number of changes; 0 where none did (a
+        misclassified sample), or none that the floats of x resolve.
     """
     threat = Threat(norm, ball, frames, clip, lengths, features, scales, together, box)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)

@@ -17,7 +17,7 @@ from ..bounds.alpha import STEP_BOUNDS
 from ..bounds.curve import CURVED_STEP, VERDICT_STEPS
 from ..clock import Pace, now, share_of
 from .bab import ALPHA_SHARE, TUNED_SHARE, refine_radii
-from .count import search_counts
+from .counts import search_counts
 from .problem import SLACK, MarginProblem
 from .search import SPREAD, Bracket, MarginOf, foretold_radius, largest_certified
 from .sweep import direct_problem, sweep_radii
@@ -94,8 +94,7 @@ def search_radius(
     by_rows = _count_rows if problem.threat.norm == 0.0 else _search_rows
     at_once = 1 if problem.method.branches else batch_size  # a time limit is that of one sample
     parts = [
-        by_rows(problem, rows, search)
-        for rows in torch.arange(len(problem.x), device=problem.x.device).split(at_once)
+        by_rows(problem, rows, search) for rows in torch.arange(len(problem.x), device=problem.x.device).split(at_once)
     ]
     return RadiusResult(*(torch.cat([getattr(part, name) for part in parts]) for name in RadiusResult.__annotations__))
 

@@ -22,7 +22,15 @@ from ..choices.method import (
     Method,
 )
 from ..choices.tables import BALLS, METHODS, RELAXATIONS
-from ..runs.cli import ROOT, add_common_arguments, non_negative_int, norm_or_count, norm_value, positive_float, positive_int
+from ..runs.cli import (
+    ROOT,
+    add_common_arguments,
+    non_negative_int,
+    norm_or_count,
+    norm_value,
+    positive_float,
+    positive_int,
+)
 
 TARGETS = ("random", "runnerup", "least")
 # Flags that have an effect with some methods only: their values if they are left out, and these methods.
@@ -129,7 +137,9 @@ def add_norm_arguments(group, together: Sequence[str] = ()) -> None:
     if together:
         what = {"pixel": "all channels of a pixel", "frame": "a whole frame, with --ball sequence"}
         listed = ", ".join(f"{name}: {what[name]}" for name in together)
-        group.add_argument("--together", choices=tuple(together), help=f"with --p 0: what counts as one change; {listed}")
+        group.add_argument(
+            "--together", choices=tuple(together), help=f"with --p 0: what counts as one change; {listed}"
+        )
 
 
 def add_method_arguments(group) -> None:
@@ -288,9 +298,9 @@ def result_folder_name(args: argparse.Namespace) -> str:
     """Name of the result folder: 2_norm_bound_crown for p = 2 and all defaults, and a word for all that differs.
 
     In this order: untargeted, or target_runnerup, target_least, target_K; per_frame, or frames_0_3; sequence (the
-    ball); clip; k_5; pixels or frames, where these change together; always the method (crown, ibp, jacobian, ...) and, of gradients, what bounds them and the layers; the
-    relaxation (plane, line, constant) of cells with gates. Number of images, seed, tolerance, steps, time and
-    precision have no word: a new run with others replaces the earlier one.
+    ball); clip; k_5; pixels or frames, where these change together; always the method (crown, ibp, jacobian, ...) and,
+    of gradients, what bounds them and the layers; the relaxation (plane, line, constant) of cells with gates. Number of
+    images, seed, tolerance, steps, time and precision have no word: a new run with others replaces the earlier one.
     """
     words = [f"{args.p:g}_norm_bound"]
     words += ["untargeted"] * args.untargeted

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..choices.tables import BALLS
-from ..graph.nodes import apply_rows
 from .budgets import largest_sum, most
 from .sets import Perturbation
 

@@ -116,7 +116,10 @@ class OutputQuestion(Question):
             raise ValueError(f"the model returns one tensor: leave out output={output!r}")
         threat = self._checked(threat)
         self.shape = output_shape(self.model)
-        self.rows, self.threat = torch.eye(self.shape.numel(), device=self.x.device)[None], threat.to(self.x, x.shape[1:])
+        self.rows, self.threat = (
+            torch.eye(self.shape.numel(), device=self.x.device)[None],
+            threat.to(self.x, x.shape[1:]),
+        )
 
     def arranged(self, margins: Tensor) -> Tensor:
         return margins

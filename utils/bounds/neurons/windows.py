@@ -188,7 +188,10 @@ class WindowPass:
 
         if self.bounds.perturbation.takes_windows:
             self._total = self._total - self.bounds.perturbation.window_deviation(
-                frame.frame, values.flatten(-2), lambda part: self._gather(part, frame, given).flatten(-2), self._samples
+                frame.frame,
+                values.flatten(-2),
+                lambda part: self._gather(part, frame, given).flatten(-2),
+                self._samples,
             )
             return
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import MarginProblem
+from ..problem import MarginProblem
 
 ALPHA_ROUNDS = 3  # of slopes that are tuned one change beyond what is certified
 
