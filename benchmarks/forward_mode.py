@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from utils.certify import certified_radius
 from utils.network.checkpoint import load_checkpoint
-from utils.network.models import SequenceClassifier
+from utils.network.models import MLP, SequenceClassifier
 
 
 def questions(batch: int) -> tuple[SequenceClassifier, Tensor]:
@@ -52,7 +52,7 @@ def random_network(kind: type[nn.RNNBase], hidden: int, frames: int, batch: int)
     return model, torch.randn(batch, frames, 8)
 
 
-def compare(title: str, model: SequenceClassifier, x: Tensor, frame: int, repeat: int) -> None:
+def compare(title: str, model: nn.Module, x: Tensor, frame: int, repeat: int) -> None:
     labels, found = model(x).argmax(dim=1), {}
     for method in METHODS:
         seconds = []
@@ -84,6 +84,8 @@ def main() -> None:
     for kind, hidden in ((nn.RNN, 256), (nn.LSTM, 128)):
         title = f"random {kind.__name__} 6 x {hidden}"
         compare(title, *random_network(kind, hidden, 6, args.batch), 0, args.repeat)
+    for sizes in ((8, 512, 512, 5), (8, 256, 256, 256, 256, 5)):
+        compare("random MLP " + "-".join(map(str, sizes)), MLP(sizes), torch.randn(args.batch, 1, 8), 0, args.repeat)
 
 
 if __name__ == "__main__":

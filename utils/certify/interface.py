@@ -66,7 +66,8 @@ def certified_margin(
         frames: which frames are perturbed (``frame_mask``); the others are exact. None for all.
         clip: valid input range (lowest, highest) to which balls are cut.
         ball: "frame" for a ball around every frame, "sequence" for one around the whole sequence.
-        method: "crown", "ibp" or "crown-ibp" (``utils.bounds``); "ball": layers as l_2 balls, with slopes tuned to the
+        method: "crown", "ibp" or "crown-ibp" (``utils.bounds``); "forward" or "forward-backward": layers by linear
+            functions of the input (``bounds.forward``); "ball": layers as l_2 balls, with slopes tuned to the
             sample (``bounds.balls``; p = 2, feed-forward networks); "alpha": "crown" with slopes tuned to the sample;
             "curve": curved bounds as well, slopes and curvatures tuned (``bounds.curve``); "bab": after these, curved
             bounds of every target class by itself, until ``time_limit`` (``utils.certify.bab``). "fastlin":

@@ -14,7 +14,7 @@ from .problem import WeightProblem
 
 FIRST_STEP, LAST_STEP = 1.0, 0.03  # step sizes, as shares of eps
 MOVES_AT_ONCE = 1 << 24  # numbers of moves
-GROWTHS = 40  # of eps, at most, until a sample breaks
+GROWTHS = 30  # of eps, at most, until a sample breaks
 VERDICT = torch.float64
 
 
@@ -54,17 +54,20 @@ def steepest(balls: WeightBalls, name: str, gradient: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attack_weights(problem: WeightProblem, eps: Tensor, steps: int = 20) -> Tensor:
-    """The least margins that descent finds, (batch, n_specs), over moves of the weights of size eps, (batch,).
+def attack_weights(problem: WeightProblem, eps: Tensor, steps: int = 20, rows: Tensor | None = None) -> Tensor:
+    """The least margins that descent finds, (batch, n_rows), over moves of the weights of size eps, (batch,).
 
-    Inputs stay as they are. Each margin has its own moves.
+    Inputs stay as they are. Each margin has its own moves. ``rows``, (batch, n_rows), are numbers of the margins that
+    count; None for all.
     """
     batch, count = problem.rows.shape[:2]
+    if rows is None:
+        rows = torch.arange(count, device=problem.x.device).expand(batch, -1)
     numbers = sum(problem.moved.model.get_parameter(name).numel() for name in problem.moved.places(VERDICT))
     size = max(1, MOVES_AT_ONCE // numbers)
-    every = torch.arange(batch * count, device=problem.x.device)
-    found = [_descend(problem, part // count, part % count, eps.to(VERDICT), steps) for part in every.split(size)]
-    return torch.cat(found).reshape(batch, count)
+    samples = torch.arange(batch, device=problem.x.device)[:, None].expand_as(rows)
+    parts = zip(samples.flatten().split(size), rows.flatten().split(size), strict=True)
+    return torch.cat([_descend(problem, *part, eps.to(VERDICT), steps) for part in parts]).reshape(rows.shape)
 
 
 def _descend(problem: WeightProblem, samples: Tensor, numbers: Tensor, eps: Tensor, steps: int) -> Tensor:
@@ -87,14 +90,15 @@ def _descend(problem: WeightProblem, samples: Tensor, numbers: Tensor, eps: Tens
     return least
 
 
-def attacked_radius(problem: WeightProblem, start: Tensor, steps: int = 10, growth: float = 1.15) -> Tensor:
+def attacked_radius(problem: WeightProblem, start: Tensor, steps: int = 10, growth: float = 1.2) -> Tensor:
     """The least eps, from ``start``, (batch,), on and in steps of ``growth``, at which descent breaks a sample; or inf.
 
-    No sample can be certified there.
+    No sample can be certified there. Of each sample the margin is attacked whose bound at ``start`` is lowest.
     """
     eps, found = start.clone().to(VERDICT), torch.full_like(start, torch.inf, dtype=VERDICT)
+    worst = problem.margins(eps, VERDICT).argmin(dim=1, keepdim=True)
     for _ in range(GROWTHS):
-        broken = (attack_weights(problem, eps, steps) <= 0).any(dim=1)
+        broken = (attack_weights(problem, eps, steps, worst) <= 0).any(dim=1)
         found = torch.where(broken & found.isinf(), eps, found)
         if bool(found.isfinite().all()):
             break
