@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from nets import NETS, N, S, T, made, normal, sentences, words
+from torch import nn
 
 from utils.bounds.passes import BoundPass
 from utils.bounds.words import means, pairs
 from utils.bounds.words.sources import WordSources
+from utils.certify import certified_margin
 from utils.certify.substitution import Substitutes, decide_substitution, substitution_margins
 from utils.graph.mixing import MatMul
 from utils.graph.nodes import apply_rows
@@ -47,7 +49,7 @@ def check_net(name: str, methods=METHODS, seed: int = 0, size: float = 0.5) -> d
 @pytest.mark.parametrize("name", NETS)
 def test_no_bound_is_above_the_worst_sentence(name):
     lost = check_net(name)
-    check_net(name, seed=1, size=2.0)
+    check_net(name, ("crown",), seed=1, size=2.0)
     assert lost["crown"].mean() <= lost["ibp"].mean() + 1e-9
     if "standard" not in name:  # where the variance is small, its inverse is large
         assert lost["crown"].mean() < 1.0
@@ -165,14 +167,13 @@ def frames_counted_twice(monkeypatch):
 
 
 def check_margins(name: str):
-    return lambda: [check_net(name, ("crown",), seed=seed) for seed in range(6)]
+    return lambda: [check_net(name, ("crown",), seed=seed) for seed in range(4)]
 
 
 BROKEN = [
     (one_word_less, check_margins("two layers")),
     (one_word_less, check_margins("gru")),
     (ratio_not_proved, check_margins("transformer")),
-    (frames_counted_twice, check_margins("two layers")),
     (frames_counted_twice, check_margins("gru")),
     (pairs_of_single_words, test_scores_of_a_first_layer_know_the_pairs_of_words),
 ]
@@ -232,6 +233,23 @@ def test_gradients_reach_weights_words_and_substitutes():
         weights = [net.entry.weight, net.layers[0].query.weight, net.head.weight]
         gradients = torch.autograd.grad(found.sum(), [*leaves, *weights])
         assert all((gradient != 0).any() and gradient.isfinite().all() for gradient in gradients)
+
+
+def test_margins_of_a_module_that_reads_word_numbers():
+    """``certified_margin`` with word numbers as inputs, whose vectors the module looks up itself."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(9, N), made("gru")).double().eval()
+    numbers = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    others = torch.tensor([[[2, 7], [8, 0], [1, 4]], [[1, 2], [3, 3], [7, 8]]])
+    valid = others > 0
+    x, vectors = net[0](numbers), net[0](others)
+    substitutes = Substitutes.of_words(net[0], others, valid)
+    for budget in (1, None):
+        found = certified_margin(net, numbers, LABELS, budget, substitutions=substitutes, method="crown-ibp")
+        truth = worst(net[1], x, vectors, valid, budget)
+        assert (found <= truth + 1e-9).all() and found.isfinite().all()
+    with pytest.raises(ValueError, match="leave out norm"):
+        certified_margin(net, numbers, LABELS, 1, substitutions=substitutes, norm=1)
 
 
 def test_what_does_not_fit_is_said():

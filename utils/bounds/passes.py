@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ..perturbation.lp_ball import dual_norm
 from ..perturbation.sets import Perturbation
 from ..perturbation.substitutions import Substitutions
 from ..relaxation.lines import Plane, Relaxation
-from .backward import Contribution, FrameSources, Sources, gather, spread
+from .backward import Contribution, FrameSources, JointSources, Sources, gather, spread
 from .balls import Balls
 from .neurons import is_exact_image, readers, tightened
 from .rounding import Rounding
@@ -179,6 +180,10 @@ class BoundPass:
         """``Perturbation.frame_deviation`` for the samples of the node at work."""
         return self._narrowed().frame_deviation(frame.frame, coefficients)
 
+    def joint_deviation(self, coefficients: dict[int, Tensor]) -> Tensor:
+        """``CutBalls.joint_deviation`` for the samples of the node at work."""
+        return self._narrowed().joint_deviation(coefficients)
+
     def weight_reach(self, frame: Frame, weight: Tensor) -> tuple[Tensor, Tensor]:
         """``Perturbation.frame_reach`` for a Linear child's weight; frames that share it share the work."""
         perturbation = self._narrowed()
@@ -205,7 +210,10 @@ class BoundPass:
             what = ("rows", norm, node.windows, node.transposed)
             return self.graph.once(what, made_of, lambda: node.row_norms(norm))
 
-        return self._narrowed().map_reach(frame.frame, node.apply, node.absolute, norms)
+        perturbation = self._narrowed()
+        if perturbation.takes_windows and node.has_taps:
+            return node.reach_by_taps(partial(perturbation.window_deviation, frame.frame))
+        return perturbation.map_reach(frame.frame, node.apply, node.absolute, norms)
 
     def squared_radius(self, frames: Sequence[Frame]) -> Tensor:
         """``Perturbation.squared_radius`` for the samples of the node at work."""
@@ -331,7 +339,9 @@ class BoundPass:
 
     def sources(self) -> Sources:
         """Where the next backward pass ends."""
-        return self.words.sources() if self.words else FrameSources(self)
+        if self.words:
+            return self.words.sources()
+        return JointSources(self) if self.perturbation.is_joint else FrameSources(self)
 
     def _meet(self, node: Node, coefficients: Tensor) -> Tensor | None:
         """Called with a node and all its coefficients when a backward pass comes to it; what rows gain, (batch, rows).

@@ -16,6 +16,7 @@ from .lipschitz import (
 from .outputs import OutputBounds, band_radius, output_bounds
 from .problem import MarginProblem, margin_problem
 from .radius import RadiusResult, search_radius
+from .substitution import Substitutes, decide_substitution, substitution_margins
 from .verify import Verifier
 from .vnnlib import read_vnnlib
 from .vnnlib_write import counter_example, write_robustness
@@ -29,6 +30,7 @@ __all__ = [
     "MarginProblem",
     "OutputBounds",
     "RadiusResult",
+    "Substitutes",
     "StageCost",
     "Verifier",
     "band_radius",
@@ -37,6 +39,7 @@ __all__ = [
     "certified_radius",
     "counter_example",
     "decide",
+    "decide_substitution",
     "local_lipschitz",
     "margin_problem",
     "margin_rows",
@@ -48,5 +51,6 @@ __all__ = [
     "save_certificates",
     "search_radius",
     "search_without_stationary_point",
+    "substitution_margins",
     "write_robustness",
 ]

@@ -13,6 +13,8 @@ METHODS = Registry(
         "crown": "bounds.passes:crown",
         "ibp": "bounds.passes:ibp",
         "crown-ibp": "bounds.passes:crown_ibp",
+        "forward": "bounds.forward:forward",
+        "forward-backward": "bounds.forward:forward_backward",
         "ball": "bounds.passes:ball",
         "alpha": "bounds.passes:crown",
         "curve": "bounds.passes:crown",

@@ -56,12 +56,14 @@ class Graph:
         """
         if not any(isinstance(node, Convolution) for node in self.nodes):
             return self
+        return self.rebuilt(lambda node: node.as_linear() if isinstance(node, Convolution) else copy.copy(node))
+
+    def rebuilt(self, twin_of: Callable[[Node], Node]) -> Graph:
+        """The same graph of other nodes: ``twin_of`` gives a new one for each but the frames, whose parents are set."""
         other = Graph()
         other.recurrent = self.recurrent
         for node in self.nodes:
-            twin = node.as_linear() if isinstance(node, Convolution) else copy.copy(node)
-            if isinstance(node, Frame):
-                twin = Frame(node.size, node.frame)
+            twin = Frame(node.size, node.frame) if isinstance(node, Frame) else twin_of(node)
             twin.parents = tuple(other.nodes[parent.index] for parent in node.parents)
             other.samples = node.samples
             other.add(twin)

@@ -43,7 +43,9 @@ FOLDER_NAME = re.compile(
     r"(_(?P<activation>tanh|relu))?(_(?P<layers>\d+)layer)?(?P<bidirectional>_bi)?"
 )
 
-MLP_FOLDER_NAME = re.compile(r"mlp_(?P<layers>\d+(_\d+)*)_(?P<kind>[a-z]+)(?P<lipschitz>_lipschitz)?")
+MLP_FOLDER_NAME = re.compile(
+    r"mlp_(?P<layers>\d+(_\d+)*)_(?P<kind>[a-z]+)(?P<lipschitz>_lipschitz)?(?P<weights>_weights)?"
+)
 
 CNN_FOLDER_NAME = re.compile(rf"cnn_(?P<kind>{'|'.join(CNN_KINDS)})_(?P<width>\d+)(?P<norm>_bn)?(_(?P<recipe>.+))?")
 
@@ -61,7 +63,8 @@ def model_name(config: Config) -> str:
     That of certified training ends with the recipe's name: lstm_7_64_ibp_inf_0.1.
     """
     if config["architecture"] == "mlp":
-        recipe = ["lipschitz"] if config.get("lipschitz_weight") else []
+        recipe = ["lipschitz"] if config.get("lipschitz_weight") else [config["recipe"]] if config.get("recipe") else []
+        recipe += ["weights"] if config.get("perturb") else []
         return "_".join(["mlp", *map(str, config["layers"]), config["activation"], *recipe])
     if config["architecture"] == "cnn":
         chosen = config["batch_norm"] and config["kind"] not in ALWAYS_NORMALISED
@@ -357,6 +360,7 @@ def train_command(path: Path) -> str:
         sizes = of_mlp["layers"].replace("_", " ")
         command = f"python mlp/train_mlp_mnist_classifier.py --layers {sizes} --activation {of_mlp['kind']}"
         command += " --dataset cifar10" * (path.parent.parent.name == "cifar10_classifier")
+        command += " --perturb weights" * bool(of_mlp["weights"])
         return f"train it by {command}" + " --lipschitz-weight 0.3" * bool(of_mlp["lipschitz"])
     of_cnn = CNN_FOLDER_NAME.fullmatch(path.parent.name)
     if of_cnn:

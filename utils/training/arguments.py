@@ -47,8 +47,21 @@ def add_mlp_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--lipschitz-eps", type=positive_float, default=0.1, help="radius of the balls in which that is bounded"
     )
     group.add_argument("--lipschitz-norm", type=norm_value, default=2.0, help="norm of these balls: 1, 2 or inf")
+    group = parser.add_argument_group("moves of the weights")
+    group.add_argument(
+        "--perturb", choices=("weights",), help="train for a bound of the worst loss over balls around all matrices"
+    )
+    group.add_argument("--perturb-eps", type=positive_float, default=0.1, help="radius of these balls")
+    group.add_argument(
+        "--perturb-norm",
+        type=norm_value,
+        default=2.0,
+        help="their norm: 2 (whole matrices) or inf (entries)",
+    )
+    group.add_argument(
+        "--perturb-method", choices=("ibp", "crown-ibp", "crown"), default="ibp", help="how the loss is bounded"
+    )
     add_loop_arguments(parser)
-    parser.set_defaults(weight_decay=PLAIN_DECAY)
 
 
 def add_cnn_training_arguments(parser: argparse.ArgumentParser, shift: int = 0, flip: bool = False) -> None:
@@ -88,7 +101,8 @@ def add_mlp_model_arguments(group) -> None:
 
 
 def add_recipe_argument(group) -> None:
-    """Add --lipschitz, of scripts that read models."""
+    """Add --lipschitz, of scripts that read models, and --recipe."""
+    group.add_argument("--recipe", metavar="NAME", help="of a model from certified training: ibp_0_1")
     group.add_argument("--lipschitz", action="store_true", help="the model that was trained with --lipschitz-weight")
 
 

@@ -25,6 +25,7 @@ from ...graph.nonlinear import NonLinear
 from ..rounding import Noise
 
 NONE, SEVERAL = -1, -2  # words that an element reads
+UNSEEN = 2.0  # errors at all substitutes, of those where they are estimated
 
 
 class WordValues:
@@ -38,7 +39,7 @@ class WordValues:
         self._words: dict[Node, Tensor] = {}
         self._places: dict[Node, list[tuple[int, Tensor | None]]] = {}
         self._reads = bounds.graph.once(("reads",), (), lambda: _reads(bounds.graph, bounds.perturbation.x))
-        self._noise = Noise(self, lambda node: self.bounds.rounding.gamma_of(node))
+        self._noise = Noise(Sampled(weakref.proxy(self)), lambda node: self.bounds.rounding.gamma_of(node))
 
     # --- which words nodes read ---
 
@@ -88,12 +89,6 @@ class WordValues:
             return value.repeat_interleave(moves.shape[2], dim=0)
         return node.value(*map(self.exact_value, node.parents))
 
-    def at(self, node: Node) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
-    def fit(self, tensor: Tensor) -> Tensor:
-        return tensor
-
     # --- what follows from them ---
 
     def interval(self, node: Node) -> Interval:
@@ -101,12 +96,29 @@ class WordValues:
         return values.amin(dim=1), values.amax(dim=1)
 
     def error(self, node: Node) -> Tensor:
-        """About the most that the values may be wrong by, (batch, S + 1, size)."""
-        return self._noise.error(node).reshape(self.values(node).shape)
+        """About the most that the values may be wrong by, (batch, 1, size)."""
+        error = self._noise.error(node).unflatten(0, (len(self.perturbation.x), -1))
+        return UNSEEN * error.amax(dim=1, keepdim=True)
 
     def size_and_error(self, node: Node) -> tuple[Tensor, Tensor]:
         """See ``Rounding.of``."""
-        return self.values(node).detach().abs().amax(dim=1), self.error(node).amax(dim=1)
+        return self.values(node).detach().abs().amax(dim=1), self.error(node).squeeze(1)
+
+
+class Sampled:
+    """Values where errors are estimated: without substitutes, and at the first and the last of them."""
+
+    def __init__(self, words: WordValues):
+        self.words = words
+
+    def exact_value(self, node: Node) -> Tensor:
+        return self.words.values(node)[:, [0, 1, -1]].flatten(0, 1)
+
+    def at(self, node: Node) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def fit(self, tensor: Tensor) -> Tensor:
+        return tensor
 
 
 @torch.no_grad()

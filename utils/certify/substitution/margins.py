@@ -30,6 +30,11 @@ class Substitutes:
     vectors: Tensor
     valid: Tensor
 
+    @classmethod
+    def of_words(cls, table: nn.Embedding | Tensor, numbers: Tensor, valid: Tensor) -> Substitutes:
+        """From the numbers of words, (batch, T, S), and the vectors of all, (words, n), as a model looks them up."""
+        return cls((table.weight if isinstance(table, nn.Embedding) else table)[numbers], valid)
+
     def set_around(self, x: Tensor, budget: int | Tensor | None) -> Substitutions:
         """The set of x, (batch, T, n), for a number, (batch,) of these, or None: every frame may change."""
         return Substitutions(x, self.vectors.to(x), self.valid.to(x.device), budget)
