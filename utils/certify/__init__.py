@@ -16,7 +16,12 @@ from .lipschitz import (
 from .outputs import OutputBounds, band_radius, output_bounds
 from .problem import MarginProblem, margin_problem
 from .radius import RadiusResult, search_radius
-from .substitution import Substitutes, decide_substitution, substitution_margins
+from .substitution import (
+    Substitutes,
+    decide_substitution,
+    save_substitution_certificates,
+    substitution_margins,
+)
 from .verify import Verifier
 from .vnnlib import read_vnnlib
 from .vnnlib_write import counter_example, write_robustness
@@ -49,6 +54,7 @@ __all__ = [
     "read_vnnlib",
     "sampled_lipschitz",
     "save_certificates",
+    "save_substitution_certificates",
     "search_radius",
     "search_without_stationary_point",
     "substitution_margins",
