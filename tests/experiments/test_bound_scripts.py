@@ -206,6 +206,7 @@ CASES = {
     "1_norm_bound_frames_1_3_crown": ("--p", 1, "--frames", 3, 1),
     "2_norm_bound_untargeted_sequence_crown": ("--untargeted", "--ball", "sequence"),
     "inf_norm_bound_clip_ibp": ("--p", "inf", "--clip", "--method", "ibp"),
+    "1_norm_bound_clip_crown": ("--p", 1, "--clip"),
     "2_norm_bound_crown-ibp": ("--method", "crown-ibp"),
 }
 
@@ -245,6 +246,28 @@ def test_radii_are_those_of_the_python_interface(finished, name):
     for row in rows:
         assert 0 < row.radius < row.failed_eps and row.margin > 0
         assert row.radius == largest if row.failed_eps == INF else row.failed_eps <= row.radius * 1.0011
+
+
+def test_counts_are_those_of_the_python_interface(finished):
+    """p = 0, of the whole sequence by values and by frames, and at one number."""
+    for name, flags, told in (
+        ("0_norm_bound_sequence_crown", (), {}),
+        ("0_norm_bound_sequence_frames_crown", ("--together", "frame"), {"together": "frame"}),
+        ("0_norm_bound_sequence_k_1_crown", ("--k", 1), {"max_eps": 1}),
+    ):
+        outcome = finished.bound("--p", 0, "--ball", "sequence", *flags)
+        assert outcome.code == 0 and "change to anything in [0, 1]" in outcome.out, outcome.err
+        rows = finished.rows(name)
+        model, x, labels = finished.samples(rows)
+        told |= {
+            "norm": 0,
+            "ball": "sequence",
+            "clip": (0.0, 1.0),
+            "targets": torch.tensor([row.target for row in rows]),
+        }
+        counts = certified_radius(model, x, labels, **told).tolist()
+        assert [row.radius for row in rows] == counts
+        assert f"certified at 1 changes: {sum(count >= 1 for count in counts)} of {len(rows)}" in outcome.out
 
 
 def test_per_frame_radii_and_heatmap(finished):
@@ -388,7 +411,7 @@ BAD = {
     "tol": (("--tol", 1), None, ["--tol"]),
     "eps0": (("--eps0", 0), None, ["--eps0"]),
     "unknown flag": (("--epz0", 1), None, ["--epz0"]),
-    "unknown method": (("--method", "forward"), None, ["--method"]),
+    "unknown method": (("--method", "sideways"), None, ["--method"]),
     "T does not divide 28": (("--time-step", 5), None, ["5 frames do not divide"]),
     "no MNIST": (("--data-dir", "nowhere"), None, ["no MNIST"]),
     "wrong hidden size": (("--hidden-size", 8), None, ["no checkpoint", "train it by"]),

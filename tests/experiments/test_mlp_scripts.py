@@ -234,3 +234,54 @@ def test_colour_images(tmp_path):
     assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and "no classifier of mnist" in outcome.err
     outcome = call("mlp/bound_mlp.py", *data, *where[2:], "--work-dir", tmp_path / "cifar10_classifier")
     assert outcome.code == 2 and "--dataset cifar10" in outcome.err
+
+
+def test_a_model_for_counted_changes_is_trained_bounded_and_decided(tmp_path):
+    data = write_mnist_folder(tmp_path / "data")
+    where = ("--data-dir", data)
+    how = (
+        "--certified",
+        "ibp",
+        "--p",
+        0,
+        "--train-eps",
+        1,
+        "--epochs",
+        20,
+        "--lr",
+        0.02,
+        "--held-back",
+        40,
+        "--threads",
+        1,
+    )
+    trained = call("mlp/train_mlp_mnist_classifier.py", *SIZES, *where, "--save-dir", tmp_path, *how)
+    assert trained.code == 0 and "1 changed values of every image" in trained.out, trained.err
+    named = (*SIZES, "--work-dir", tmp_path, "--recipe", "ibp_0_1", *where)
+    bound = call("mlp/bound_mlp.py", *named, "--N", 12, "--p", 0, "--k", 2, "--out-dir", tmp_path / "out")
+    assert bound.code == 0 and "certified at 2 changes" in bound.out, bound.err
+    rows = read_bound_rows(tmp_path / "out" / "certified_bound.csv")
+    assert {row.radius for row in rows} <= {0.0, 1.0, 2.0}
+    checkpoint = tmp_path / "mlp_6_5_relu_ibp_0_1" / "mlp"
+    asked = (
+        "--model",
+        checkpoint,
+        *where,
+        "--p",
+        0,
+        "--k",
+        1,
+        "--N",
+        4,
+        "--time-limit",
+        2,
+        "--out-dir",
+        tmp_path / "v",
+    )
+    decided = call("scripts/decide.py", *asked, "--threads", 1)
+    assert decided.code == 0 and "1 changed values" in decided.out, decided.err
+    verdicts = list(csv.DictReader((tmp_path / "v" / "verdicts.csv").open()))
+    assert len(verdicts) == 4 and {row["verdict"] for row in verdicts} <= {"certified", "falsified", "unknown"}
+    for flags in (("--p", 0, "--train-eps", 1.5), ("--p", 0, "--train-eps", 1, "--clip")):
+        refused = call("mlp/train_mlp_mnist_classifier.py", *SIZES, *where, "--certified", "ibp", *flags)
+        assert refused.code == 2 and "--p 0" in refused.err and refused.err.count("\n") == 1, refused.err

@@ -38,6 +38,7 @@ def weights(path: Path) -> list[torch.Tensor]:
     ("script", "flags", "name"),
     [
         (RNN, ("--pooling", "mean", *BALLS), "rnn_4_8_tanh_mean_ibp_inf_0.05/rnn"),
+        (RNN, ("--certified", "crown-ibp", "--train-eps", 1, "--p", 0), "rnn_4_8_tanh_crown-ibp_0_1/rnn"),
         (
             LSTM,
             ("--certified", "crown-ibp", "--train-eps", 0.1, "--p", 2, "--loss-fusion"),
@@ -136,7 +137,7 @@ def test_bound_scripts_find_the_model(tmp_path, data):
         ((*BALLS, "--beta", 1, 0), "--beta has no effect with --certified ibp"),
         ((*BALLS, "--loss-fusion"), "--loss-fusion has no effect"),
         ((*BALLS, "--small-box", 0.5), "it is for sabr"),
-        ((*BALLS, "--p", 2, "--clip"), "--clip cuts l_inf boxes"),
+        ((*BALLS[:2], "--train-eps", 1, "--p", 0, "--clip"), "--p 0 lets values change"),
         ((*BALLS, "--frames", 4), "--frames must be from 0 to 3"),
         ((*BALLS, "--held-back", 10**6), "leaves nothing"),
         ((*BALLS, "--ramp-share", 0.01), "the ramp must end after the clean steps"),
