@@ -19,7 +19,7 @@ from utils.training.certified.losses import Batch, robust_loss
 from utils.training.certified.recipe import Moment, Recipe
 
 BATCH, FRAMES, SIZE, LOW, HIGH = 4, 3, 2, -1.0, 1.0
-METHODS = ("ibp", "crown-ibp", "crown", "alpha")
+METHODS = ("ibp", "crown-ibp", "crown", "forward", "forward-backward", "alpha")
 
 
 def mlp() -> nn.Module:
@@ -108,9 +108,14 @@ def check_counts(name: str, kind: str, methods=METHODS, dtype=torch.float64) -> 
                 torch.testing.assert_close(bound.double(), worst, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+FEW = {("mlp", "values"), ("cnn", "pixels"), ("rnn", "values"), ("rnn", "frames"), ("gru", "values")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [pytest.param(*case, marks=[] if case in FEW else pytest.mark.full) for case in CASES]
+)
 def test_no_choice_of_values_is_below_a_bound(name, kind):
-    check_counts(name, kind, METHODS if kind == "values" else METHODS[:-1])
+    check_counts(name, kind, METHODS if (name, kind) == ("mlp", "values") else METHODS[:-1])
 
 
 @pytest.mark.parametrize("name", ("mlp", "cnn", "rnn"))
@@ -203,7 +208,9 @@ def test_whole_numbers_are_asked_for():
 # --- attacks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [pytest.param(*case, marks=[] if case in FEW else pytest.mark.full) for case in CASES]
+)
 def test_attacks_stay_in_the_set_and_are_hardly_worse_than_all_choices(name, kind):
     net, x, labels = question(name)
     options, numbers = COUNTED[kind]
@@ -280,7 +287,7 @@ def test_losses_are_above_the_worst_one_and_fall(loss):
                     point = x.clone()
                     point[:, place] = end
                     assert (nn.functional.cross_entropy(net(point), y, reduction="none") <= total + 1e-5).all()
-        losses.append(float(total.mean()))
+        losses.append(float(total.mean().detach()))
         optimizer.zero_grad()
         total.mean().backward()
         optimizer.step()

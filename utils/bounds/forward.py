@@ -95,12 +95,14 @@ class ForwardPass(BoundPass):
 
     def _deviation(self, coefficients: Tensor) -> Tensor:
         """Most that functions, (batch or 1, rows, columns), can fall below their value at the centre, (batch, rows)."""
-        found = [
-            self.deviation(frame, coefficients[..., place])
+        parts = {
+            frame: coefficients[..., place]
             for frame, place in self._columns.items()
             if place.stop <= coefficients.shape[-1]
-        ]
-        return self.perturbation.total_deviation(found)
+        }
+        if self.perturbation.is_joint:
+            return self.joint_deviation({frame.frame: part for frame, part in parts.items()})
+        return self.perturbation.total_deviation([self.deviation(frame, part) for frame, part in parts.items()])
 
     def _concrete(self, line: Line) -> Interval:
         spread = [] if line.spread is None else [-line.spread]
