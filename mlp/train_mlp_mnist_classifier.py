@@ -28,11 +28,11 @@ if __name__ == "__main__":
 from utils.network.checkpoint import build_model, model_name, save_checkpoint
 from utils.runs.cli import apply_common_arguments
 from utils.runs.results import check_writable
+from utils.training.certified.weights import objective_of
 from utils.training.datasets import load_images
 from utils.training.loop import accuracy, plot_history, rehearse, train
 from utils.training.mnist import make_mlp_config
 from utils.training.state import TrainingState
-from utils.training.weights import objective_of
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from test_bound_scripts import call
 
 from data.mnist import load_mnist
 from utils.network.checkpoint import load_checkpoint
-from utils.training.weights import MovingWeights
+from utils.training.certified.weights import MovingWeights
 
 
 @pytest.fixture(scope="module")

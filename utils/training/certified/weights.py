@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..network.reading import graph_of, read_for_step
-from ..perturbation.sets import Perturbation
-from ..question.specification import margin_rows
-from ..weights import MovedWeights, WeightPass, Weights
-from . import lipschitz
-from .certified.losses import of_margins
-from .loop import Objective, accuracy
+from ...network.reading import graph_of, read_for_step
+from ...perturbation.sets import Perturbation
+from ...question.specification import margin_rows
+from ...weights import MovedWeights, WeightPass, Weights
+from .. import lipschitz
+from ..loop import Objective, accuracy
+from .losses import of_margins
 
 METHODS = ("ibp", "crown-ibp", "crown")
 CLEAN, RAMP = 0.1, 0.6  # shares of the steps without moves, and after which eps has its full size
