@@ -27,6 +27,7 @@ from utils.experiments.arguments import (
     method_of,
     result_folder,
     result_folder_name,
+    valid_range,
 )
 from utils.runs.cli import ArgumentParser, add_common_arguments, answer_early, run_main
 from utils.training.arguments import add_cnn_model_arguments
@@ -40,7 +41,8 @@ def get_args() -> argparse.Namespace:
     add_cnn_model_arguments(group)
     add_trained_argument(group)
     add_dataset_argument(group)
-    add_goal_arguments(parser.add_argument_group("what is certified (eps and radii are in pixel values, in [0, 1])"))
+    group = parser.add_argument_group("what is certified (eps and radii are in pixel values, in [0, 1])")
+    add_goal_arguments(group, together=("pixel",))
     group = parser.add_argument_group("how")
     add_method_arguments(group)
     group.add_argument(
@@ -80,7 +82,7 @@ def main() -> None:
         targets = None if samples.targets is None else samples.targets.to(device)
 
         # Ask: what may move, which classes must not be reached, and how that is bounded.
-        threat = Threat(args.p, clip=(0.0, 1.0) if args.clip else None)
+        threat = Threat(args.p, clip=valid_range(args), together=args.together)
         method = method_of(args)
 
         def problem_of(chosen: list[int], frame: int | None) -> MarginProblem:
@@ -88,7 +90,7 @@ def main() -> None:
             return MarginProblem(Question(model, images[chosen], labels[chosen], goal, threat), method)
 
         def columns_of(problem: MarginProblem) -> dict[str, Tensor]:
-            how = {"tol": args.tol, "eps0": args.eps0, "max_eps": largest_eps(args, images[0].numel())}
+            how = {"tol": args.tol, "eps0": args.k or args.eps0, "max_eps": largest_eps(args, images[0].numel())}
             found = search_radius(problem, batch_size=len(problem.x), dtype=getattr(torch, args.dtype), **how)
             columns = {"radius": found.radius, "failed_eps": found.failed, "start_radius": found.start}
             if args.attack:

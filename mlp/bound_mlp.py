@@ -26,6 +26,7 @@ from utils.experiments.arguments import (
     method_of,
     result_folder,
     result_folder_name,
+    valid_range,
 )
 from utils.runs.cli import ArgumentParser, add_common_arguments, answer_early, run_main
 from utils.training.arguments import add_mlp_model_arguments, add_recipe_argument
@@ -115,7 +116,7 @@ def main() -> None:
         targets = None if samples.targets is None else samples.targets.to(device)
 
         # Ask: what may move, which classes must not be reached, and how that is bounded.
-        threat = Threat(args.p, clip=(0.0, 1.0) if args.clip else None)
+        threat = Threat(args.p, clip=valid_range(args))
         method = method_of(args)
 
         def problem_of(chosen: list[int], frame: int | None) -> MarginProblem:
@@ -123,7 +124,7 @@ def main() -> None:
             return MarginProblem(Question(model, images[chosen], labels[chosen], goal, threat), method)
 
         def columns_of(problem: MarginProblem) -> dict[str, Tensor]:
-            how = {"tol": args.tol, "eps0": args.eps0, "max_eps": largest_eps(args, config["input_size"])}
+            how = {"tol": args.tol, "eps0": args.k or args.eps0, "max_eps": largest_eps(args, config["input_size"])}
             found = search_radius(problem, batch_size=len(problem.x), dtype=getattr(torch, args.dtype), **how)
             columns = {"radius": found.radius, "failed_eps": found.failed}
             return columns | {"margin": found.margin, "evaluations": found.evaluations}

@@ -10,12 +10,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.runs.cli import ArgumentParser, answer_early, run_main
 from utils.training.arguments import add_mlp_training_arguments
+from utils.training.certified.arguments import add_certified_arguments, recipe_of
 from utils.training.datasets import add_dataset_argument, settle_folder
 
 
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add_mlp_training_arguments(parser)
+    add_certified_arguments(parser, of_sequences=False)
     add_dataset_argument(parser.add_argument_group("data"))
     args = parser.parse_args()
     settle_folder(args, "save_dir")
@@ -28,16 +30,21 @@ if __name__ == "__main__":
 from utils.network.checkpoint import build_model, model_name, save_checkpoint
 from utils.runs.cli import apply_common_arguments
 from utils.runs.results import check_writable
+from utils.training.certified.objective import Certified
 from utils.training.certified.weights import objective_of
 from utils.training.datasets import load_images
-from utils.training.loop import accuracy, plot_history, rehearse, train
-from utils.training.mnist import make_mlp_config
+from utils.training.loop import plot_history, rehearse, train
+from utils.training.mnist import accuracies, evaluate, hold_back, make_mlp_config
 from utils.training.state import TrainingState
 
 
 def main() -> None:
     args = get_args()
     device = apply_common_arguments(args)
+    recipe = recipe_of(args, frames=1, input_penalty=0.0)
+    if recipe is not None and (args.lipschitz_weight or args.perturb):
+        raise ValueError("--certified, --perturb and --lipschitz-weight are different trainings: give one of them")
+    objective = objective_of(args) if recipe is None else Certified(recipe)
 
     # Load: images as vectors of pixels, (N, 784) or (N, 3072), for training and test.
     data = load_images(args)
@@ -45,8 +52,7 @@ def main() -> None:
     labels = [classes.to(device) for classes in (data.train_y, data.test_y)]
 
     # Build.
-    objective = objective_of(args)
-    config = make_mlp_config(args, data)
+    config = make_mlp_config(args, data, recipe)
     model = build_model(config).to(device)
     path = args.save_dir / model_name(config) / "mlp"
     if args.dry_run:
@@ -55,16 +61,16 @@ def main() -> None:
 
     # Train; every epoch is kept, and --resume goes on from the last one.
     state = TrainingState(path, args, labels[0])
-    history = train(model, pixels, labels, args, state, objective)
+    seen = hold_back(pixels, labels, args.held_back)  # the training set's, and what is watched meanwhile
+    history = train(model, *seen, args, state, objective)
 
     # Evaluate, save and draw.
-    config["train_accuracy"] = accuracy(model, pixels[0], labels[0])
-    config["test_accuracy"] = accuracy(model, pixels[1], labels[1])
+    config |= evaluate(model, pixels, labels, objective, history)
     save_checkpoint(path, model, config)
     state.discard()
-    plot_history(history, path.parent / "training_curve.png", model_name(config))
-    print(f"test accuracy {config['test_accuracy']:.4f} ({len(labels[1])} images of {data.source}), ", end="")
-    print(f"training accuracy {config['train_accuracy']:.4f}; saved {path}")
+    watched = "test" if args.held_back is None else "held-back"
+    plot_history(history, path.parent / "training_curve.png", model_name(config), watched)
+    print(f"{accuracies(config)} ({len(labels[1])} test images of {data.source}); saved {path}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Certified radii of your own model on your own data.
 
     python scripts/certify.py --model my_model.py:Net --weights w.pt --data x.npy --labels y.npy
+    python scripts/certify.py --model my_model.py:Net --weights w.pt --data x.npy --p 0 --clip 0 1   # counts changes
+    python scripts/certify.py --model my_model.py:Net --weights w.pt --data x.npy --box lower.npy upper.npy
     python scripts/certify.py --model net.onnx --data x.npz:x --labels x.npz:y --p inf --clip 0 1 --eps 0.01
     torchrun --nproc-per-node 2 scripts/certify.py ... --out-dir FOLDER     # shared among processes, --resume goes on
 
@@ -44,11 +46,10 @@ from utils.runs.ranks import joined
 BATCH = 20
 
 
-def load_inputs(args: argparse.Namespace, like: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Inputs, classes and scales of the values; floats in the model's precision, whole numbers as words."""
+def load_inputs(args: argparse.Namespace, like: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Inputs and classes; floats in the model's precision, whole numbers as words."""
     x = load_array(args.data, "--data")[: args.N]
     labels = None if args.labels is None else load_array(args.labels, "--labels").long()[: args.N]
-    scales = None if args.scales is None else load_array(args.scales, "--scales")
     if args.shape:
         if x[0].numel() != torch.Size(args.shape).numel():
             raise ValueError(f"--shape {args.shape} does not fit inputs of {x[0].numel()} values")
@@ -57,7 +58,15 @@ def load_inputs(args: argparse.Namespace, like: torch.dtype) -> tuple[Tensor, Te
         raise ValueError(f"--data must hold (batch, ...), not {tuple(x.shape)}")
     if labels is not None and len(labels) != len(x):
         raise ValueError(f"--labels holds {len(labels)} classes, --data {len(x)} inputs")
-    return (x.to(like) if x.is_floating_point() else x.long()), labels, scales
+    return (x.to(like) if x.is_floating_point() else x.long()), labels
+
+
+def load_box(args: argparse.Namespace, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The ends of --box, those of every input in the shape of x."""
+    if args.box is None:
+        return None
+    ends = [load_array(file, "--box").to(x) for file in args.box]
+    return tuple(end[: len(x)].reshape(x.shape) if end.numel() >= x.numel() else end for end in ends)
 
 
 def main() -> None:
@@ -71,14 +80,16 @@ def main() -> None:
         if not isinstance(model, Graph):
             model = model.to(device)
             like = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        x, labels, scales = load_inputs(args, like)
+        x, labels = load_inputs(args, like)
+        scales = None if args.scales is None else load_array(args.scales, "--scales")
         if isinstance(model, Graph) and x.dim() > 1:
             frames = model.frames
             x = x.to(like).reshape(len(x), len(frames), frames[0].size)
         args.N = len(x)  # a later run may have more
         if args.dry_run:
             x, labels = x[:1], None if labels is None else labels[:1]
-        run = OwnRun(args, model, x.to(device), None if labels is None else labels.to(device), scales)
+        labels = None if labels is None else labels.to(device)
+        run = OwnRun(args, model, x.to(device), labels, scales, load_box(args, x.to(device)))
         run.check()
         counts = run.counts
         print(f"{args.model}: {counts['drawn']} inputs of {args.data}, {counts['misclassified']} misclassified", end="")

@@ -4,8 +4,9 @@
     python scripts/check_certificate.py sample_00012.npz --weights weights.npz
 
 A certificate (docs/certificates.md describes the files) names a network by the hash of its weights, an input, a set of
-perturbed inputs, a label and classes to beat, and gives slopes for a linear relaxation of every non-linear operation,
-and curvatures if these are curved. They prove nothing by themselves and any are allowed. The checker unrolls the
+perturbed inputs (balls, or sequences in which at most k frames are replaced, each by one of a list of its own), a label
+and classes to beat, and gives slopes for a linear relaxation of every non-linear operation, and curvatures if these are
+curved. They prove nothing by themselves and any are allowed. The checker unrolls the
 network anew, finds for every slope an intercept of its own that makes the relaxation sound, bounds every operand by
 backward substitution to the input, what curvatures lose over all neurons together by eigenvalues that Cholesky factors
 prove, and in the end the margins: label's logit less another class's. It confirms if all lower bounds are above 0.
@@ -41,6 +42,7 @@ VALUE_ERROR = SIGMOID_ERROR + 16 * U  # of F sigmoid(y) - b y and of its derivat
 GUARD = 64  # of quadratic forms, see ``Forms``: relative to their trace, in units of gamma
 TINY = 1e-290  # more than all that underflow can take away, even if it flushes to zero
 LARGEST = 1e15  # numbers above are refused: so TINY is enough, and nothing sensible is so large
+POINT_WIDTH = 1e-6  # wider values at single substitutes are not kept apart: planes may do better
 MAX_BYTES, MAX_HEADER, MAX_FRAMES = 2**28, 2**20, 10**4  # of a file packed or not, of its header, of a sequence
 
 # Choices that matter to how tight bounds of squares are, not to whether they hold: how many common directions, squares
@@ -287,11 +289,13 @@ class Node:
     index = -1
     low = high = None
     tight = False
+    points = None  # (low, high) at x and at each substitute of the only word that it reads, (S + 1, size) each
     line = None  # (J, R, center) of an operand that a backward step has bounded: |node - center - J delta| <= R
 
     def __init__(self, size, parents=()):
         self.size, self.parents = size, tuple(parents)
         self.perturbed = any(parent.perturbed for parent in self.parents)
+        self.reads = frozenset().union(*(parent.reads for parent in self.parents))  # words that may be replaced
 
     @property
     def magnitude(self):
@@ -299,11 +303,41 @@ class Node:
 
     def own_range(self):
         """(low, high) from the parents' ranges, or None if a backward step of the node itself is to give it."""
-        return None
+        return self.range_by(whole)
+
+    def range_by(self, ends):
+        """(low, high) by interval arithmetic from ``ends`` (``whole`` or ``apart``) of nodes before it."""
+        raise NotImplementedError
+
+    def find_points(self):
+        """If it reads one word, and rounding has not grown too much: all its values, each in a small interval.
+
+        Whether it is a node with ``points`` or one between planes, what is derived is sound.
+        """
+        known = all(parent.points is not None for parent in self.parents if parent.perturbed)
+        if len(self.reads) != 1 or not known:
+            return
+        low, high = self.range_by(apart)
+        if (high - low <= POINT_WIDTH * (1 + np.abs(low))).all():
+            self.take_points(low, high)
+
+    def take_points(self, low, high):
+        self.points, self.tight = (low, high), True
+        self.low, self.high = low.min(axis=0), high.max(axis=0)
 
     def backward(self, rows):
         """Replace rows . node by what is below it: ([(parent, coefficients)], constant, error of both), per row."""
         raise NotImplementedError
+
+
+def whole(node):
+    """The node's range over all inputs of the set."""
+    return node.low, node.high
+
+
+def apart(node):
+    """Its ranges at x and at each substitute of a word; of an exact node the only one."""
+    return whole(node) if node.points is None else node.points
 
 
 class Fixed(Node):
@@ -333,12 +367,39 @@ class Frame(Node):
         self.low, self.high = ends[0] - room[0], ends[1] + room[1]
 
 
+class Word(Node):
+    """The normalised input of a time step that is one of several vectors: x_t itself, which is first, or a substitute."""
+
+    def __init__(self, place, vectors, mean, std):
+        super().__init__(vectors.shape[1])
+        values = (vectors - mean) / std
+        room = 4 * U * np.abs(values) + TINY
+        if len(vectors) > 1:
+            self.perturbed, self.reads = True, frozenset([place])
+            self.take_points(values - room, values + room)
+        else:
+            self.low, self.high = (values - room)[0], (values + room)[0]
+
+
 class Affine(Node):
     """sum_i matrices[i] @ parents[i] + bias."""
 
     def __init__(self, parents, matrices, bias):
         super().__init__(len(bias), parents)
         self.matrices, self.bias, self.sizes = matrices, bias, None
+
+    def own_range(self):
+        return None
+
+    def range_by(self, ends):
+        """From the middles of the parents' ranges, so that the error is that of a matrix product."""
+        middle, reach = self.bias, gamma(1) * np.abs(self.bias) + TINY
+        for matrix, parent in zip(self.matrices, self.parents, strict=True):
+            center, radius = middle_of(*ends(parent))
+            middle = middle + center @ matrix.T
+            reach = reach + (radius + gamma(parent.size + 2) * np.abs(center)) @ np.abs(matrix.T)
+            reach = reach + 4 * U * np.abs(middle)
+        return middle - 2 * reach, middle + 2 * reach
 
     def backward(self, rows):
         if self.sizes is None:
@@ -355,10 +416,10 @@ class Mix(Node):
         super().__init__(parents[0].size, parents)
         self.factors, self.divisor = factors or [1.0] * len(parents), float(divisor)
 
-    def own_range(self):
-        pairs = list(zip(self.parents, self.factors, strict=True))
-        low = sum(p.low if f > 0 else -p.high for p, f in pairs) / self.divisor
-        high = sum(p.high if f > 0 else -p.low for p, f in pairs) / self.divisor
+    def range_by(self, ends):
+        pairs = [(ends(parent), factor) for parent, factor in zip(self.parents, self.factors, strict=True)]
+        low = sum(low if f > 0 else -high for (low, high), f in pairs) / self.divisor
+        high = sum(high if f > 0 else -low for (low, high), f in pairs) / self.divisor
         room = gamma(len(pairs)) * sum(p.magnitude for p in self.parents) / self.divisor
         return low - room - TINY, high + room + TINY
 
@@ -370,15 +431,15 @@ class Mix(Node):
 class GateMix(Mix):
     """sigmoid(-z) tanh(n) + sigmoid(z) h: for every z a mean of tanh(n) and h, linear in sigmoid(z)."""
 
-    def own_range(self):
+    def range_by(self, ends):
         (n, _), (h, z) = (product.parents for product in self.parents)
-        gates = [np.clip(gate, 0.0, 1.0) for gate in sigmoid_range(z.low, z.high)]
-        sums = super().own_range()
-        (t_low, t_high), ends = tanh_range(n.low, n.high), []
-        for new, kept, least in ((t_low, h.low, np.minimum), (t_high, h.high, np.maximum)):
+        gates = [np.clip(gate, 0.0, 1.0) for gate in sigmoid_range(*ends(z))]
+        sums, (h_low, h_high) = super().range_by(ends), ends(h)
+        (t_low, t_high), found = tanh_range(*ends(n)), []
+        for new, kept, least in ((t_low, h_low, np.minimum), (t_high, h_high, np.maximum)):
             first, last = ((1.0 - gate) * new + gate * kept for gate in gates)
-            ends.append((least(first, last), 8 * U * (np.abs(new) + np.abs(kept)) + TINY))
-        (low, low_room), (high, high_room) = ends
+            found.append((least(first, last), 8 * U * (np.abs(new) + np.abs(kept)) + TINY))
+        (low, low_room), (high, high_room) = found
         return np.maximum(sums[0], low - low_room), np.minimum(sums[1], high + high_room)
 
 
@@ -395,14 +456,15 @@ class Relaxed(Node):
         if bends is None or any(operand.line is None for operand, _ in self.operands):
             self.bends = None
 
-    def own_range(self):
-        x = self.parents[0]
+    def range_by(self, ends):
+        low, high = ends(self.parents[0])
         if self.kind == "relu":
-            return np.maximum(x.low, 0.0), np.maximum(x.high, 0.0)
-        low, high = tanh_range(x.low, x.high) if self.kind.startswith("tanh") else (x.low, x.high)
+            return np.maximum(low, 0.0), np.maximum(high, 0.0)
+        if self.kind.startswith("tanh"):
+            low, high = tanh_range(low, high)
         if len(self.parents) == 1:
             return low, high
-        gate_low, gate_high = sigmoid_range(self.parents[1].low, self.parents[1].high)
+        gate_low, gate_high = sigmoid_range(*ends(self.parents[1]))
         gate_low = np.maximum(gate_low, 0.0)
         low, high = low * np.where(low >= 0, gate_low, gate_high), high * np.where(high >= 0, gate_high, gate_low)
         return low - 2 * U * np.abs(low) - TINY, high + 2 * U * np.abs(high) + TINY
@@ -475,8 +537,8 @@ def operand_of(node):
 class Sum:
     """A lower bound as it grows, a number per row: the terms so far and what their errors may amount to."""
 
-    def __init__(self, count):
-        self.total, self.slack = np.zeros(count), np.zeros(count)
+    def __init__(self, *shape):
+        self.total, self.slack = np.zeros(shape), np.zeros(shape)
 
     def add(self, term, error):
         self.total = self.total + term
@@ -489,8 +551,8 @@ class Sum:
 class Network:
     """The unrolled classifier, with the ranges of its nodes over one set of inputs."""
 
-    def __init__(self, norm, ball, by_intervals, curved=False):
-        self.nodes, self.norm, self.ball, self.by_intervals, self.curved = [], norm, ball, by_intervals, curved
+    def __init__(self, by_intervals, curved=False):
+        self.nodes, self.by_intervals, self.curved = [], by_intervals, curved
         self.inputs = None
 
     def add(self, node):
@@ -498,14 +560,16 @@ class Network:
         node.index = len(self.nodes)
         self.nodes.append(node)
         if node.low is None:
+            node.find_points()
+        if node.low is None:
             found = node.own_range()
             node.low, node.high = self._ends(self._lines(node, deep=False)) if found is None else found
         return node
 
-    def add_inputs(self, frames):
-        """Append all frames."""
+    def add_inputs(self, frames, gather):
+        """Append all frames; ``gather`` makes the set of those that are perturbed."""
         added = [self.add(frame) for frame in frames]
-        self.inputs = Inputs([frame for frame in added if frame.perturbed], self.norm, self.ball)
+        self.inputs = gather([frame for frame in added if frame.perturbed])
         return added
 
     def relax(self, kind, parents, slopes, bends):
@@ -516,6 +580,8 @@ class Network:
 
     def tighten(self, node):
         """Bound an operand by backward substitution to the input; once."""
+        if node.points is not None:
+            return
         if isinstance(node, Mix) and len(node.parents) == 1:
             self.tighten(node.parents[0])
             node.low, node.high = node.own_range()
@@ -571,13 +637,13 @@ class Network:
         Coefficients are rounded when they are handed to a parent. What that changes is at most their error times the
         parent's magnitude, and goes to the slack.
         """
-        result, pending, frames, losses = Sum(len(rows)), {node.index: rows}, {}, {}
+        result, pending, met, losses = Sum(len(rows)), {node.index: rows}, {}, {}
         for index in range(node.index, -1, -1):
             if index not in pending:
                 continue
             current, coefficients = self.nodes[index], pending.pop(index)
-            if isinstance(current, Frame) and current.perturbed:
-                frames[index] = coefficients
+            if self.inputs.takes(current):
+                met[current] = coefficients
             elif index != node.index and not (deep and current.perturbed):
                 result.add(*_over_box(coefficients, current.low, current.high))
             else:
@@ -591,7 +657,7 @@ class Network:
                         error = error + gamma(0) * (np.abs(passed) @ parent.magnitude)
                     pending[parent.index] = passed
                 result.add(constant, error)
-        return result, self.inputs.meet(frames, result), losses
+        return result, self.inputs.meet(met, result), losses
 
     def joint_loss(self, losses, lines=None, share=OWN_SHARE):
         """A number above  sum_k w_k d_k^2  (less ``lines`` delta) on the whole set, per row.
@@ -623,12 +689,16 @@ class Inputs:
         self.splits = np.cumsum(self.widths)[:-1]
         self.sides = np.concatenate([frame.sides for frame in frames]) if frames else np.zeros(0)
 
+    def takes(self, node):
+        """Whether backward substitution ends at a node."""
+        return isinstance(node, Frame) and node.perturbed
+
     def meet(self, found, result):
         """S of rows whose coefficients at the frames are ``found``; the centers' terms are added to the result."""
         slopes = [np.zeros((len(result.total), frame.size)) for frame in self.frames]
         for place, frame in enumerate(self.frames):
-            if frame.index in found:
-                slopes[place] = scaled = found[frame.index] / frame.std
+            if frame in found:
+                slopes[place] = scaled = found[frame] / frame.std
                 center = frame.center - frame.mean
                 result.add(scaled @ center, gamma(frame.size) * (np.abs(scaled) @ np.abs(center)))
         slopes = np.concatenate(slopes, axis=1) if slopes else np.zeros((len(result.total), 0))
@@ -743,6 +813,49 @@ class Inputs:
         across = np.maximum.reduceat(np.maximum.reduceat(form, starts, axis=0), starts, axis=1) + error
         total = own.sum() + across.sum() - np.trace(across)
         return float(total) * (1 + gamma(len(starts) ** 2)) + gamma(len(starts) ** 2) * float(across.sum())
+
+
+class Replacements:
+    """At most ``budget`` words are replaced, each by one of its own substitutes: what that does to rows of nodes.
+
+    Backward substitution ends at nodes with ``points``, which read one word each. Let f_t(s) be the sum of all terms of
+    word t at its s-th substitute, s = 0 being x_t itself. The sum over words is at least
+
+        sum_t f_t(0)  +  the sum of the k least  min(0, min_s f_t(s) - f_t(0)),
+
+    as words that gain nothing need not be replaced.
+    """
+
+    def __init__(self, budget):
+        self.budget = budget
+
+    def takes(self, node):
+        return node.points is not None
+
+    def meet(self, found, result):
+        """What each word can take from each row at most, (rows, words), all <= 0; f_t(0) is added to the result."""
+        changes = {}
+        for node, coefficients in found.items():
+            (word,) = node.reads
+            middle, radius = middle_of(*node.points)
+            size, error = np.abs(coefficients), radius + gamma(node.size + 2) * np.abs(middle)
+            result.add(coefficients @ middle[0], size @ error[0])
+            change = changes.setdefault(word, Sum(len(coefficients), len(middle) - 1))
+            change.add(coefficients @ (middle[1:] - middle[0]).T, size @ (error[1:] + error[0]).T)
+        falls = [np.minimum(change.below().min(axis=1), 0.0) for change in changes.values()]
+        return np.stack(falls, axis=1) if falls else np.zeros((len(result.total), 0))
+
+    def deviation(self, falls):
+        """A number above what the ``budget`` words that take most take together, for every row."""
+        falls = np.where(np.isnan(falls), -np.inf, falls)  # these would be sorted behind all numbers
+        taken = np.sort(falls, axis=1)[:, : self.budget]
+        return -taken.sum(axis=1) * (1 + gamma(taken.shape[1]))
+
+
+def middle_of(low, high):
+    """(middle, radius) of intervals."""
+    middle = 0.5 * (low + high)
+    return middle, np.maximum(high - middle, middle - low) * (1 + 4 * U) + TINY
 
 
 class Forms:
@@ -987,11 +1100,21 @@ def rigorous_margins(model, weights, certificate):
     return np.concatenate(found)
 
 
-def _margins(model, weights, certificate, targets, slopes, bends):
-    net = Network(certificate["norm"], certificate["ball"], by_intervals=not slopes, curved=bool(bends))
-    settings = certificate["clip"], weights["mean"], weights["std"]
+def _inputs(certificate, mean, std):
+    """The frames of a certificate's set, and what gathers those that are perturbed."""
+    if "substitutes" in certificate:
+        lists, budget = certificate["substitutes"], certificate["budget"]
+        pairs = zip(certificate["x"], lists if budget else [part[:0] for part in lists], strict=True)
+        words = [Word(t, np.concatenate((x[None], new)), mean, std) for t, (x, new) in enumerate(pairs)]
+        return words, lambda perturbed: Replacements(budget)
     frames = zip(certificate["x"], certificate["eps"], strict=True)
-    inputs = [[frame] for frame in net.add_inputs([Frame(x, eps, *settings) for x, eps in frames])]
+    frames = [Frame(x, eps, certificate["clip"], mean, std) for x, eps in frames]
+    return frames, lambda perturbed: Inputs(perturbed, certificate["norm"], certificate["ball"])
+
+
+def _margins(model, weights, certificate, targets, slopes, bends):
+    net = Network(by_intervals=not slopes, curved=bool(bends))
+    inputs = [[frame] for frame in net.add_inputs(*_inputs(certificate, weights["mean"], weights["std"]))]
     directions = ("forward", "backward")[: 2 if model["bidirectional"] else 1]
     for layer in range(model["num_layers"]):
         runs = []
@@ -1156,19 +1279,54 @@ def check_certificate_shapes(header, shapes):
     x = shapes.get("x", ())
     require(len(x) == 2 and min(x) > 0, "x is missing or not (T, n)")
     require(x[0] <= MAX_FRAMES, f"x has {x[0]} frames, more than {MAX_FRAMES}")
-    require(shapes.get("eps") == (x[0],), f"eps has not one number for each of the {x[0]} frames")
+    if "substitutions" in header:
+        _, counts = read_substitutions(header, x[0])
+        most, found = (sum(counts), x[1]), shapes.get("substitutes")
+        require(found == most, f"substitutes has shape {found}, not {most}")
+    else:
+        require(shapes.get("eps") == (x[0],), f"eps has not one number for each of the {x[0]} frames")
+    given = "x", "substitutes" if "substitutions" in header else "eps"
     for name, shape in shapes.items():
         sliced = len(shape) in (4, 5) and shape[-4:-2] == (x[0], 2) and shape[-2] in (1, 2)
-        require(name in ("x", "eps") or sliced, f"{name} has shape {shape}: no slopes of {x[0]} frames")
+        require(name in given or sliced, f"{name} has shape {shape}: no slopes of {x[0]} frames")
+
+
+def read_substitutions(header, frames):
+    """(budget, number of substitutes of each frame)."""
+    found = header["substitutions"]
+    require(isinstance(found, dict), "substitutions is no table")
+    budget, counts = found.get("budget"), found.get("counts")
+    require(type(budget) is int and 0 <= budget <= frames, f"the budget is no number of at most {frames} frames")
+    whole_numbers = isinstance(counts, list) and all(type(count) is int and 0 <= count < 10**6 for count in counts)
+    require(whole_numbers and len(counts) == frames, f"counts has not one number for each of the {frames} frames")
+    return budget, counts
 
 
 def read_certificate(path):
     """The certificate as a dictionary; ``check`` fits it to its model."""
     header, arrays = read_npz(path, check_certificate_shapes)
+    x = usable(arrays["x"], arrays["x"].shape, "x")
+    read_set = read_replacements if "substitutions" in header else read_balls
+    set_ = read_set(header, arrays, x)
+    label, targets = header.get("label"), header.get("targets")
+    require(type(label) is int and label >= 0, "the label is no class")
+    require(isinstance(targets, list) and targets and all(type(k) is int and k >= 0 for k in targets), "no targets")
+    require(label not in targets, "the label is a target")
+    weights, sample = header.get("weights"), header.get("sample")
+    for part, names in ((weights, ("file", "sha256")), (sample, ("sha256",))):
+        require(isinstance(part, dict) and all(isinstance(part.get(n), str) for n in names), "a hash is missing")
+    require(Path(weights["file"]).name == weights["file"], "the weights are not beside the certificate")
+    hints = {name: array for name, array in arrays.items() if name not in ("x", "eps", "substitutes")}
+    stated = {"x_stated": sample["sha256"], "weights": weights}
+    return {"x": x, "label": label, "targets": targets, "hints": hints, **stated, **set_}
+
+
+def read_balls(header, arrays, x):
+    """What a certificate says of balls around x, and the hash of x."""
     norms = {"1": 1.0, "2": 2.0, "inf": np.inf}
     require(header.get("norm") in tuple(norms), "the norm is not 1, 2 or inf")
     require(header.get("ball") in ("frame", "sequence"), "the ball is unknown")
-    x, clip = usable(arrays["x"], arrays["x"].shape, "x"), header.get("clip")
+    clip = header.get("clip")
     eps = usable(arrays["eps"], (len(x),), "eps")
     require(bool((eps >= 0).all()), "eps holds negative numbers")
     if header["ball"] == "sequence":
@@ -1178,28 +1336,21 @@ def read_certificate(path):
         require(numbers and abs(clip[0]) <= LARGEST and abs(clip[1]) <= LARGEST, "clip is not (lowest, highest)")
         require(header["norm"] == "inf", "only l_inf boxes are cut to a range")
         require(bool(((x >= clip[0]) & (x <= clip[1])).all()), "x lies outside the range it is cut to")
-    label, targets = header.get("label"), header.get("targets")
-    require(type(label) is int and label >= 0, "the label is no class")
-    require(isinstance(targets, list) and targets and all(type(k) is int and k >= 0 for k in targets), "no targets")
-    require(label not in targets, "the label is a target")
-    weights, sample = header.get("weights"), header.get("sample")
-    for part, names in ((weights, ("file", "sha256")), (sample, ("sha256",))):
-        require(isinstance(part, dict) and all(isinstance(part.get(n), str) for n in names), "a hash is missing")
-    require(Path(weights["file"]).name == weights["file"], "the weights are not beside the certificate")
-    hints = {name: array for name, array in arrays.items() if name not in ("x", "eps")}
-    return {
-        "x": x,
-        "eps": eps,
-        "norm": norms[header["norm"]],
-        "ball": header["ball"],
-        "clip": None if clip is None else tuple(map(float, clip)),
-        "label": label,
-        "targets": targets,
-        "weights": weights,
-        "x_hash": hash_arrays({"x": arrays["x"]}),
-        "x_stated": sample["sha256"],
-        "hints": hints,
-    }
+    clip = None if clip is None else tuple(map(float, clip))
+    hashes = {"x_hash": hash_arrays({"x": arrays["x"]})}
+    return {"eps": eps, "norm": norms[header["norm"]], "ball": header["ball"], "clip": clip, **hashes}
+
+
+def read_replacements(header, arrays, x):
+    """Substitutes of every frame, how many frames may be replaced, and hashes: of this set, and of the whole file."""
+    budget, counts = read_substitutions(header, len(x))
+    given = usable(arrays["substitutes"], arrays["substitutes"].shape, "substitutes")
+    require(isinstance(header.get("sha256"), str), "a hash is missing")
+    set_ = {name: arrays[name] for name in ("x", "substitutes")}
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    hashes = {"x_hash": hash_arrays(set_, header["substitutions"]), "hash": hash_arrays(arrays, rest)}
+    lists = np.split(given, np.cumsum(counts)[:-1])
+    return {"substitutes": lists, "budget": budget, **hashes, "stated": header["sha256"]}
 
 
 def fit(certificate, model):
@@ -1211,6 +1362,8 @@ def fit(certificate, model):
     certificate["slopes"] = take_hints("slopes", certificate, model, arrays)
     certificate["bends"] = take_hints("curvatures", certificate, model, arrays)
     require(all((bends >= 0).all() for bends in certificate["bends"].values()), "a curvature is negative")
+    planes = "substitutes" not in certificate or not certificate["bends"]
+    require(planes, "there are no rules for curvatures where frames are replaced")
     require(bool(certificate["slopes"]) or not certificate["bends"], "there are curvatures without slopes")
     require(not arrays, f"{next(iter(arrays), None)} has no place in the model")
 
@@ -1253,6 +1406,8 @@ def check(path, weights_path=None, cache=None):
     fit(certificate, model)
     if certificate["x_hash"] != certificate["x_stated"]:
         raise Rejected("it is about another input: the hash of x differs")
+    if certificate.get("hash") != certificate.get("stated"):
+        raise Rejected("it has been changed: the hash of the file's content differs")
     try:
         with np.errstate(all="ignore"):  # what overflows ends as NaN or infinity, and is rejected
             margin = float(rigorous_margins(model, weights, certificate).min())
@@ -1265,19 +1420,27 @@ def check(path, weights_path=None, cache=None):
 
 def describe(certificate, model, margin):
     """What has been proved, in one line."""
+    set_ = describe_replacements(certificate) if "substitutes" in certificate else describe_balls(certificate)
+    targets = sorted(set(certificate["targets"]))
+    others = "all others" if len(targets) == model["num_classes"] - 1 else ", ".join(map(str, targets))
+    hashes = f"input {certificate['x_hash'][:12]}, model {certificate['weights']['sha256'][:12]}"
+    return f"margin {margin:.6g}, {set_}, class {certificate['label']} against {others}, {hashes}"
+
+
+def describe_balls(certificate):
     perturbed = np.flatnonzero(certificate["eps"])
     eps = certificate["eps"][perturbed]
     size = " to ".join(f"{end:.8g}" for end in sorted({min(eps, default=0.0), max(eps, default=0.0)}))
     place = "every frame" if len(perturbed) == len(certificate["x"]) else f"frames {perturbed.tolist()}"
     place = f"one ball around {place}" if certificate["ball"] == "sequence" else place
     clip = "" if certificate["clip"] is None else ", cut to [{:g}, {:g}]".format(*certificate["clip"])
-    targets = sorted(set(certificate["targets"]))
-    others = "all others" if len(targets) == model["num_classes"] - 1 else ", ".join(map(str, targets))
-    hashes = f"input {certificate['x_hash'][:12]}, model {certificate['weights']['sha256'][:12]}"
-    return (
-        f"margin {margin:.6g}, l_{certificate['norm']:g} eps {size} on {place}{clip}, "
-        f"class {certificate['label']} against {others}, {hashes}"
-    )
+    return f"l_{certificate['norm']:g} eps {size} on {place}{clip}"
+
+
+def describe_replacements(certificate):
+    sizes = [len(given) for given in certificate["substitutes"]]
+    most = f"at most {certificate['budget']} of {len(sizes)} frames replaced, each by one of its own list"
+    return f"{most} ({sum(sizes)} in all, of {np.count_nonzero(sizes)} frames)"
 
 
 def one_line(reason):

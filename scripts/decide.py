@@ -2,6 +2,7 @@
 
     python scripts/decide.py --model lstm_4_32 --p inf --eps 0.02 --N 20 --time-limit 10
     python scripts/decide.py --model lstm_4_32 --p inf --eps 0.02 --clip --targeted --resume
+    python scripts/decide.py --model lstm_4_32 --p 0 --k 2                  # two pixels of every slice change
     python scripts/decide.py --dataset cifar10 --data-dir FOLDER --model cnn_small_16 --p inf --eps 0.001
     torchrun --nproc-per-node 2 scripts/decide.py --model lstm_4_32 --p 2 --eps 0.2 --N 100
 
@@ -27,7 +28,7 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.choices import TIME_LIMIT
-from utils.experiments.arguments import check_arguments
+from utils.experiments.arguments import add_norm_arguments, check_arguments, valid_range
 from utils.experiments.table_arguments import MODELS_DIR
 from utils.runs.cli import (
     ROOT,
@@ -36,7 +37,6 @@ from utils.runs.cli import (
     add_common_arguments,
     answer_early,
     apply_common_arguments,
-    norm_value,
     positive_float,
     positive_int,
     run_main,
@@ -52,17 +52,15 @@ def get_args() -> argparse.Namespace:
     )
     add_dataset_argument(parser)
     group = parser.add_argument_group("what is decided")
-    group.add_argument(
-        "--eps", type=positive_float, required=True, help="how far every frame may move, in pixel values in [0, 1]"
-    )
-    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball around every frame: 1, 2 or inf")
-    group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
+    group.add_argument("--eps", type=positive_float, help="how far every frame may move, in pixel values in [0, 1]")
+    add_norm_arguments(group)
+    group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1]")
     kind = group.add_mutually_exclusive_group()
     kind.add_argument("--targeted", action="store_true", help="against one random other class an image")
     kind.add_argument(
         "--untargeted", dest="targeted", action="store_false", help="against all other classes (this is the default)"
     )
-    parser.set_defaults(targeted=False)
+    parser.set_defaults(targeted=False, together=None)
     group.add_argument("--N", type=positive_int, default=20, help="test images drawn, the misclassified among them")
     group = parser.add_argument_group("how")
     group.add_argument(
@@ -74,7 +72,12 @@ def get_args() -> argparse.Namespace:
         "--out-dir", type=Path, help="folder of the results (default: P_norm_verdicts beside the checkpoint)"
     )
     add_common_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    wanted = "--k, with --p 0" if args.p == 0.0 else "--eps"
+    if (args.eps is None) == (args.k is None) or (args.p == 0.0) != (args.k is not None):
+        parser.error(f"a decision is at one size: give {wanted}, and nothing else")
+    args.eps = float(args.k) if args.k else args.eps
+    return args
 
 
 if __name__ == "__main__":
@@ -88,7 +91,7 @@ from utils.attack.pgd import VERDICT, AttackProblem, AttackResult
 from utils.certify.bab import VERDICTS, decide
 from utils.experiments.table_run import make_record
 from utils.experiments.tables import Case, load_all_images, norm_text
-from utils.experiments.wording import UNIT, describe_goal, describe_threat
+from utils.experiments.wording import describe_goal, describe_threat, unit_of
 from utils.runs.ranks import Ranks, joined
 from utils.runs.results import Record, check_writable, digest, exclusive, read_record
 from utils.runs.rows import KeyedRow
@@ -133,8 +136,9 @@ class VerdictRow(VerdictKey, KeyedRow):
 
 def described(args: argparse.Namespace, num_frames: int) -> argparse.Namespace:
     """The flags as those of a bound script, for its checks and words. Raises ValueError if they contradict."""
-    flags = {"per_frame": False, "frames": None, "ball": "frame", "method": "bab", "save_certificate": False}
-    flags |= {"untargeted": not args.targeted, "target": None, "p": args.p, "clip": args.clip}
+    flags = {"per_frame": False, "frames": None, "ball": "frame", "save_certificate": False, "together": None}
+    flags |= {"untargeted": not args.targeted, "target": None, "p": args.p, "clip": args.clip, "k": args.k}
+    flags["method"] = "alpha" if args.p == 0.0 else "bab"
     threat = argparse.Namespace(**flags, time_step=num_frames)
     check_arguments(threat)
     return threat
@@ -151,7 +155,7 @@ class Run:
 
     def __init__(self, case: Case, args: argparse.Namespace):
         self.case, self.args = case, args
-        self.threat: dict[str, Any] = {"norm": args.p, "clip": (0.0, 1.0) if args.clip else None}
+        self.threat: dict[str, Any] = {"norm": args.p, "clip": valid_range(args)}
         self.replica = copy.deepcopy(case.model).cpu()  # files hold CPU tensors, so that they can be read anywhere
         self.examples: dict[int, AttackResult] = {}  # found and not saved yet, by sample
         exact = AttackProblem(case.model, case.x, case.labels).model(VERDICT)
@@ -213,7 +217,7 @@ def describe_run(args: argparse.Namespace, case: Case, source: str) -> Record:
     pixels = (255 * case.x).round().to(torch.uint8).cpu().numpy()
     record = make_record(args, [case], source, case.x.device)
     record["data"]["drawn_sha256"] = digest([pixels.tobytes(), case.labels.cpu().numpy().tobytes()])
-    return {"threat_model": describe_threat(threat), "goal": describe_goal(threat), "unit": UNIT} | record
+    return {"threat_model": describe_threat(threat), "goal": describe_goal(threat), "unit": unit_of(args)} | record
 
 
 def summarize(rows: Sequence[VerdictRow]) -> Record:
@@ -237,10 +241,12 @@ def result_lines(rows: Sequence[VerdictRow], args: argparse.Namespace) -> list[s
 
 def summary_line(summary: Record, args: argparse.Namespace) -> str:
     own = f" ({summary['misclassified']} of them misclassified as they are)" if summary["misclassified"] else ""
+    size = f"eps {args.eps:g} (pixel values in [0, 1], a ball of this radius in {norm_text(args.p)} around every frame)"
+    if args.p == 0.0:
+        size = f"{args.k} changed values (of every frame, to anything in [0, 1])"
     return (
         f"{summary['certified']} certified, {summary['falsified']} falsified{own}, {summary['unknown']} unknown of "
-        f"{summary['images']} test images at eps {args.eps:g} (pixel values in [0, 1], a ball of this radius in "
-        f"{norm_text(args.p)} around every frame); {summary['seconds_per_image']:.2g} s per image, limit "
+        f"{summary['images']} test images at {size}; {summary['seconds_per_image']:.2g} s per image, limit "
         f"{args.time_limit:g} s"
     )
 

@@ -18,7 +18,7 @@ READERS = {"trace.py", "symbolic.py"}  # of modules: a line or two an operation
 HEAVY = ("torch", "scipy", "matplotlib")
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("vanilla_rnn", "lstm", "gru", "mlp", "cnn", "scripts", "benchmarks")
+    for folder in ("vanilla_rnn", "lstm", "gru", "mlp", "cnn", "transformer", "scripts", "benchmarks")
     for path in (ROOT / folder).glob("*.py")
 )
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from data.mnist import load_mnist
 from utils.certify import MarginProblem, search_radius
-from utils.experiments.arguments import method_of, result_folder, result_folder_name
+from utils.experiments.arguments import method_of, result_folder, result_folder_name, valid_range
 from utils.experiments.mnist import Run, largest_eps, load_classifier, make_record, print_introduction, started
 from utils.experiments.samples import draw_samples
 from utils.question import Question, Threat
@@ -56,7 +56,7 @@ def main() -> None:
         targets = None if samples.targets is None else samples.targets.to(device)
 
         # Ask: what may move, which classes must not be reached, and how that is bounded.
-        threat = Threat(args.p, args.ball, args.frames, clip=(0.0, 1.0) if args.clip else None)
+        threat = Threat(args.p, args.ball, args.frames, clip=valid_range(args), together=args.together)
         method = method_of(args)
 
         def problem_of(chosen: list[int], frame: int | None) -> MarginProblem:
@@ -67,7 +67,7 @@ def main() -> None:
         def columns_of(problem: MarginProblem) -> dict[str, Tensor]:
             how = {
                 "tol": args.tol,
-                "eps0": args.eps0,
+                "eps0": args.k or args.eps0,
                 "max_eps": largest_eps(args),
                 "dtype": getattr(torch, args.dtype),
             }

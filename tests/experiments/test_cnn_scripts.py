@@ -128,7 +128,7 @@ def test_a_radius_above_an_attacks_stops_the_script(folder, tmp_path, monkeypatc
 
 def test_what_does_not_fit_is_named(folder, tmp_path):
     out = ("--out-dir", tmp_path)
-    assert_one_line(call(BOUND, *flags(folder, "--clip", *out)), "--clip", "--p inf")
+    assert_one_line(call(BOUND, *flags(folder, "--together", "pixel", *out)), "--together", "--p 0")
     assert_one_line(call(BOUND, *flags(folder, "--model", "cnn7", *out)), "cnn/train_cnn_mnist_classifier.py")
     assert_one_line(call(BOUND, *flags(folder, "--width", 3, *out)), "--width 3")
     other = ("--model-name", "cnn", "--batch-norm")

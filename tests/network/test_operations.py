@@ -42,6 +42,18 @@ def channels(weight) -> nn.PReLU:
     return layer.double()
 
 
+class Attends(nn.Module):
+    """Attention with its weights, which are read, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(N, 3, kdim=N, vdim=N, batch_first=True)
+
+    def forward(self, h):
+        mixed, share = self.attention(h, h, h)
+        return torch.cat((mixed, share), dim=-1)
+
+
 IMAGE = (2, 3, 4)
 READ = {
     "silu": nn.SiLU(),
@@ -72,6 +84,16 @@ READ = {
     "reflect": lambda h: F.pad(h, (2, 1), mode="reflect"),
     "replicate and circular": lambda h: F.pad(h, (1, 2), mode="replicate") + F.pad(h, (2, 1), mode="circular"),
     "windows": lambda h: h.unfold(1, 2, 1),
+    "attention": lambda h: F.scaled_dot_product_attention(h, 0.5 * h, h.flip(1)),
+    "attention of heads": Attends(),
+    "layer of a transformer": nn.TransformerEncoderLayer(N, 2, 5, activation="gelu", batch_first=True),
+    "normalised first": nn.TransformerEncoderLayer(N, 2, 5, batch_first=True, norm_first=True),
+    "layer norm": nn.LayerNorm(N),
+    "softmax within": lambda h: 3.0 * h.softmax(-1) + h.softmax(1).tanh(),
+    "greatest over an axis": lambda h: (
+        h.amax(1) - h.max(dim=1).values.tanh() + 0.5 * h.min(1)[0] + h.amax(-1).sum(1)[:, None]
+    ),
+    "products": lambda h: h * h.tanh() + 0.1 * h * h + h @ h.mT @ h,
     "einsum": lambda h: torch.einsum("btn,nk->bkt", h, W),
 }
 IMAGES = {
@@ -121,8 +143,8 @@ def test_lines_that_cross_the_function_are_noticed(monkeypatch):
     [
         (nn.GELU(approximate="tanh"), "approximated by tanh"),
         (nn.Threshold(0.2, 5.0), "jumps"),
-        (lambda h: h.amax(1), "no bound"),
-        (lambda h: h.max(1).values, "over an axis"),
+        (lambda h: h.amax(0), "one axis of a sample"),
+        (lambda h: h.max(), "not over all values"),
         (lambda h: h**0.5, "whole exponent"),
         (lambda h: torch.einsum("btn,btn->bt", h, h), "both depend"),
     ],
@@ -132,6 +154,25 @@ def test_what_is_not_read_is_said(function, words):
     module.function = function
     with pytest.raises(UnsupportedError, match=words):
         trace(module, torch.randn(2, T, N, dtype=torch.float64))
+
+
+def test_attention_in_onnx_files(tmp_path):
+    pytest.importorskip("onnx")
+    from test_onnx import node, write
+
+    from utils.network.onnx_graph import read_onnx
+
+    given = {"w": torch.linspace(-1.0, 1.0, 9).sin().reshape(3, 3), "g": torch.tensor([1.0, -0.5, 2.0])}
+    nodes = [
+        node("MatMul", "x", "w", output="q"),
+        node("Transpose", "x", output="k", perm=[0, 2, 1]),
+        node("MatMul", "q", "k", output="s"),
+        node("Softmax", "s", output="p", axis=-1),
+        node("MatMul", "p", "q", output="c"),
+        node("LayerNormalization", "c", "g", "g", output="n", epsilon=1e-3),
+        node("Mul", "n", "x", output="y"),
+    ]
+    assert read_onnx(write(tmp_path / "net.onnx", nodes, given, (1, 4, 3), 17, out=(1, 4, 3))).runs
 
 
 ONNX = {

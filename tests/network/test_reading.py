@@ -108,7 +108,8 @@ def under_autocast(module, x):
 
 def attend(module, x):
     states = module.rnn(x)[0]
-    return module.head(module.attention(states, states, states)[0].mean(dim=1))
+    masked = torch.zeros(x.shape[:2], dtype=torch.bool)
+    return module.head(module.attention(states, states, states, key_padding_mask=masked)[0].mean(dim=1))
 
 
 REFUSED = {
@@ -122,7 +123,7 @@ REFUSED = {
     "of a number": (lambda m, x: m.last(1 / x), "^/: a division by values of the input"),
     "of a constant": (lambda m, x: m.last(torch.ones(3) / x), "^/: only a division by constants"),
     "norm": (lambda m, x: m.last(x / x.norm(dim=-1, keepdim=True)), "^norm: the length"),
-    "attention": (attend, "^attention: attention multiplies"),
+    "attention": (attend, "^attention: .* without masks"),
     "power": (lambda m, x: m.last(x**0.5), r"^\*\*: a power"),
     "whole numbers": (lambda m, x: m.last(x // 2), "^//: it rounds"),
     "order": (lambda m, x: m.last(x.sort(dim=1)[0]), "^sort: an order"),
@@ -140,8 +141,8 @@ def test_the_true_cause_is_named_in_the_users_words(name):
 
 
 def test_no_line_of_this_collection_is_named():
-    with pytest.raises(ValueError, match="LayerNorm") as caught:
-        certified_margin(nn.Sequential(nn.Flatten(), nn.LayerNorm(12)), X, LABELS, 0.01)
+    with pytest.raises(ValueError, match="GroupNorm") as caught:
+        certified_margin(nn.Sequential(nn.Flatten(), nn.GroupNorm(1, 12)), X, LABELS, 0.01)
     assert ".py" not in str(caught.value)
 
 

@@ -149,7 +149,7 @@ def test_an_onnx_file(place, tmp_path):
         (("--model", "MODEL:Other", "--data", "X"), "has no Other"),
         (("--model", "my_model", "--data", "X"), "FILE.py:NAME"),
         (("--model", "MODEL:Net", "--data", "BOTH"), "holds x, y: say which"),
-        (("--model", "MODEL:Net", "--data", "X", "--clip", "0", "1"), "--p inf"),
+        (("--model", "MODEL:Net", "--data", "X", "--p", "0"), "give --clip"),
         (("--model", "MODEL:Net", "--data", "X", "--eps", "0.1", "--method", "bab"), "another than bab"),
         (("--model", "MODEL:Net", "--data", "X", "--save-certificate"), "certificates are of"),
         (("--model", "MODEL:Net", "--data", "X", "--shape", "5"), "--shape [5] does not fit"),

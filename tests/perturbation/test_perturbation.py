@@ -97,7 +97,7 @@ def test_a_frame_is_exact_only_if_no_sample_perturbs_it():
         ("p must be 1, 2 or inf", {"norm": 3.0}),
         ("p must be 1, 2 or inf", {"norm": float("nan")}),
         ("ball must be one of", {"ball": "word"}),
-        ("only l_inf boxes", {"norm": 2.0, "clip": (0.0, 1.0)}),
+        ("are CutBalls", {"norm": 2.0, "clip": (0.0, 1.0)}),
         ("outside the range", {"norm": INF, "clip": (0.0, 0.1)}),
         (r"eps \(batch, T\)", {"eps": torch.ones(BATCH)}),
         (r"eps \(batch, T\)", {"eps": torch.ones(BATCH, FRAMES + 1)}),

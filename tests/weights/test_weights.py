@@ -13,6 +13,7 @@ from reference import lower_bounds
 from torch import nn
 from torch.func import functional_call
 
+from utils.bounds.passes import BoundPass
 from utils.choices import Method
 from utils.network.cnn import make_cnn
 from utils.network.models import MLP, SequenceClassifier
@@ -228,7 +229,7 @@ class OneUse(passes.WeightSources):
 
 def with_sources(monkeypatch, kind):
     def sources(self):
-        self._collecting = kind(self)
+        self._collecting = kind(self, BoundPass.sources(self))
         return self._collecting
 
     monkeypatch.setattr(passes.WeightPass, "sources", sources)

@@ -35,7 +35,9 @@ def save_attack(
     """Write perturbed inputs with all that a replay needs but the model; arguments as the attack had them."""
     told = threat_of(**threat)
     content = {"perturbed": result.x, "x": x, "labels": labels, "norm": float(told.norm), "targets": targets}
-    torch.save(content | {"frames": told.frames, "clip": told.clip, "ball": told.ball}, Path(path))
+    torch.save(
+        content | {"frames": told.frames, "clip": told.clip, "ball": told.ball, "together": told.together}, Path(path)
+    )
 
 
 @plain_state()

@@ -9,10 +9,8 @@ are exact or have balls of their own.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,112 +18,14 @@ from torch import Tensor, nn
 
 from ..clock import Pace
 from ..graph.graph import Graph
-from ..network.models import SequenceClassifier
-from ..network.reading import graph_of
 from ..network.state import plain_state
-from ..perturbation.moves import FrameBalls
-from ..question.question import Question
-from ..question.threat import threat_of
+from .changes import fewest_changes, least_margins
+from .problem import VERDICT, AttackProblem, AttackResult, RadiusAttackResult, is_inside, margin_and_gradient
 
-VERDICT = torch.float64
 # Perturbations end this share inside their ball, so that the rounding of x + delta does not take them out of it.
 INSIDE = 1e-9
 FIRST_STEP, LAST_STEP = 2.0, 0.03  # step sizes, as shares of eps
 MAX_GROWTHS = 12  # doublings of eps without success after which a sample counts as unbroken
-
-
-class AttackProblem:
-    """Margins, and their gradients, of a batch under one threat model.
-
-    Arguments as for ``utils.certify.certified_margin``, but that an attack's inputs can be clipped for every p.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module | Graph,
-        x: Tensor,
-        labels: Tensor,
-        targets: Tensor | None = None,
-        **threat: Any,
-    ):
-        told = threat_of(**threat)
-        if told.lengths is not None:
-            raise ValueError(
-                "attacks take sequences of one length: leave out lengths, and cut x to the frames that count"
-            )
-        question = Question(model, x, labels, targets, told)
-        self.question, self.rows, self._model = question, question.rows, question.model
-        self.balls = question.threat.moves(question.x.detach().to(VERDICT))
-        self._models: dict[torch.dtype, Callable[[Tensor], Tensor]] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def model(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """The network in another precision: logits of (batch, T, n)."""
-        if dtype not in self._models and isinstance(self._model, SequenceClassifier):
-            self._models[dtype] = copy.deepcopy(self._model).to(dtype).eval().requires_grad_(False)
-        elif dtype not in self._models:
-            graph = graph_of(self._model, self.balls.x.shape[1], dtype, "plane")
-            self._models[dtype] = graph.detach().evaluate
-        return self._models[dtype]
-
-    def margins(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
-        """All margins (m, ..., n_specs) of the chosen samples at inputs x, (m, ..., T, n), in the precision of x."""
-        rows = self.rows[chosen].to(x.dtype)
-        # cuDNN's recurrent layers have no gradient in evaluation mode.
-        with torch.backends.cudnn.flags(enabled=False):
-            logits = self.model(x.dtype)(x.flatten(0, -3))
-        logits = logits.reshape(*x.shape[:-2], rows.shape[-1])
-        margins, offsets = torch.einsum("b...c,bsc->b...s", logits, rows), self.question.offsets
-        if offsets is None:
-            return margins
-        return margins + offsets[chosen].to(margins).reshape(len(rows), *[1] * (margins.dim() - 2), -1)
-
-    def worst_margin(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
-        return self.margins(x, chosen).amin(dim=-1)
-
-    def linear_radius(self) -> Tensor:
-        """eps at which the first margin to vanish would do so if all were linear, (batch,); 0 if one has already."""
-        x = self.balls.x[:, None].expand(-1, self.rows.shape[1], -1, -1).detach().clone()
-        margins, gradient = margin_and_gradient(self, x, slice(None))
-        slope = self.balls.gradient_norms(gradient).sum(dim=-1)
-        radius = (margins.diagonal(dim1=-2, dim2=-1).clamp(min=0.0) / slope).nan_to_num(nan=0.0, posinf=torch.inf)
-        return radius.amin(dim=1)
-
-
-def margin_and_gradient(problem: AttackProblem, x: Tensor, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
-    """Margins (m, n_specs, ..., n_specs) at x, (m, n_specs, ..., T, n), and the gradient of row i's own at x[:, i]."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        margins = problem.margins(x, chosen)
-        own = margins.movedim(1, -2).diagonal(dim1=-2, dim2=-1)
-        (gradient,) = torch.autograd.grad(own.sum(), x)
-    return margins.detach(), gradient
-
-
-@dataclass
-class AttackResult:
-    """What an attack found.
-
-    Attributes:
-        x: perturbed inputs, (batch, T, n), float64: those with the least margin.
-        margin: worst margin there, (batch,), float64; below 0 where the attack succeeded.
-    """
-
-    x: Tensor
-    margin: Tensor
-
-
-@dataclass
-class RadiusAttackResult(AttackResult):
-    """``radius``, (batch,): size max_t ||x'_t - x_t||_p of the smallest perturbation that succeeded; inf if none did.
-
-    0 where the input is misclassified (margin <= 0) as it is. ``x`` and ``margin`` belong to that perturbation; x is
-    unperturbed where there is none.
-    """
-
-    radius: Tensor
 
 
 def descend(
@@ -173,16 +73,6 @@ def settle(problem: AttackProblem, chosen: Tensor, eps: Tensor, delta: Tensor) -
     return x, problem.worst_margin(x, chosen)
 
 
-def is_inside(balls: FrameBalls, x: Tensor, eps: Tensor) -> Tensor:
-    """Whether x, (m, T, n), lies in the set of radii eps, (m, groups), as float64 has it, (m,)."""
-    delta = x.to(VERDICT) - balls.x.to(VERDICT)
-    inside = (balls.sizes(delta) <= eps).all(dim=-1)
-    inside &= (delta == 0).logical_or(balls.may_move()).flatten(1).all(dim=1)
-    if balls.clip is not None:
-        inside &= ((x >= balls.clip[0]) & (x <= balls.clip[1])).flatten(1).all(dim=1)
-    return inside
-
-
 @plain_state()
 def pgd(
     model: nn.Module | Graph,
@@ -213,6 +103,11 @@ def pgd(
     """
     problem = AttackProblem(model, x, labels, **threat)
     eps = problem.balls.per_group(problem.question.eps(eps, VERDICT))
+    how = {"steps": steps, "restarts": restarts, "seed": seed, "deadline": deadline}
+    if problem.counts:
+        samples = torch.arange(len(eps), device=eps.device).split(batch_size)
+        found = [least_margins(problem, part, eps[part], dtype, **how) for part in samples]
+        return AttackResult(*(torch.cat(part) for part in zip(*found, strict=True)))
     starts = _starts(problem, restarts, seed, dtype)
     parts = []
     for chosen in torch.arange(len(eps), device=eps.device).split(batch_size):
@@ -299,6 +194,10 @@ def attack_radius(
         clean = problem.worst_margin(problem.balls.x)
     radius = torch.zeros_like(clean).masked_fill(clean > 0, torch.inf)
     result = RadiusAttackResult(problem.balls.x.clone(), clean, radius)
+    if problem.counts:
+        for rows in (clean > 0).nonzero().squeeze(-1).split(batch_size):
+            fewest_changes(problem, rows, steps, restarts, seed, dtype, result)
+        return result
     first = problem.linear_radius()
     for rows in (clean > 0).nonzero().squeeze(-1).split(batch_size):
         smallest_break(problem, rows, first[rows], attack, tol, result)

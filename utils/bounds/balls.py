@@ -31,6 +31,7 @@ from ..graph.convolution import Convolution
 from ..graph.graph import Graph
 from ..graph.nodes import Bounds, Frame, Interval, Linear, Node, apply_rows
 from ..graph.nonlinear import Activation, NonLinear
+from ..perturbation.budgets import most
 from ..perturbation.sets import InputSet
 from .eigenvalues import spectral_norm
 
@@ -52,7 +53,7 @@ class Balls:
     @staticmethod
     def fit(graph: Graph, perturbation: InputSet) -> bool:
         """Whether there are any: a single l_2 ball, and no recurrent cell."""
-        return perturbation.is_round and len(graph.frames) == 1 and not graph.recurrent
+        return perturbation.in_ball and len(graph.frames) == 1 and not graph.recurrent
 
     def __init__(self, bounds: Bounds):
         self.bounds = weakref.proxy(bounds)
@@ -78,7 +79,7 @@ class Balls:
             return Ball(value, error, value.new_zeros(1))
         if isinstance(node, Frame):
             center = bounds.perturbation.center(node.frame)
-            return Ball(center, torch.zeros_like(center), bounds.deviation(node, center.new_ones(1, 1, 1))[:, 0])
+            return Ball(center, torch.zeros_like(center), bounds.perturbation.ball_radius(node.frame))
         parents = [self.of(parent) for parent in node.parents]
         if any(parent is None for parent in parents):
             return None
@@ -235,18 +236,7 @@ class Balls:
 def squares_in_ball(weights: Tensor, reach: Tensor, radius: Tensor) -> Tensor:
     """Upper bound of sum_k w_k d_k^2, (batch, rows), for |d_k| <= reach_k and ||d|| <= radius.
 
-    For weights w >= 0, (batch, rows, size), reach (batch, size) and radius (batch,). For every s >= 0,
-
-        sum_k w_k d_k^2  <=  s radius^2 + sum_k (w_k - s)^+ reach_k^2,
-
-    and the best s, at which the bound is exact, is the weight where the squares of the reaches of all that weigh more
-    first make up the ball's.
+    For weights w >= 0, (batch, rows, size), reach (batch, size) and radius (batch,): the squares are moves that share
+    a budget in l_1.
     """
-    with torch.no_grad():
-        heaviest, order = weights.sort(dim=-1, descending=True)
-        filled = (reach**2).unsqueeze(-2).expand_as(weights).gather(-1, order).cumsum(dim=-1)
-        full = (filled < (radius**2)[:, None, None]).sum(dim=-1, keepdim=True)
-        zero = torch.zeros_like(heaviest[..., :1])
-        share = torch.cat((heaviest, zero), dim=-1).gather(-1, full)
-    beyond = ((weights - share).clamp(min=0.0) * (reach**2).unsqueeze(-2)).sum(dim=-1)
-    return share.squeeze(-1) * (radius**2)[:, None] + beyond
+    return most(weights, (reach**2).unsqueeze(-2), (radius**2)[:, None], 1.0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ from ..graph.nodes import Frame, Interval, Linear, Node, apply_rows
 from ..graph.nonlinear import NonLinear
 from ..perturbation.lp_ball import dual_norm
 from ..perturbation.sets import Perturbation
+from ..perturbation.substitutions import Substitutions
 from ..relaxation.lines import Plane, Relaxation
-from .backward import Contribution, FrameSources, Sources, gather, spread
+from .backward import Contribution, FrameSources, JointSources, Sources, gather, spread
 from .balls import Balls
 from .neurons import is_exact_image, readers, tightened
 from .rounding import Rounding
+from .words import Words
 
 METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify.interface`` adds those that take several
 
@@ -59,6 +62,7 @@ class BoundPass:
         self.graph, self.perturbation, self.method = graph, perturbation, method
         self._values: dict[Node, Tensor] = {}
         self._exact = self._find_exact()
+        self.words = Words(self) if isinstance(perturbation, Substitutions) else None
         self.rounding = Rounding(self) if sound else None
         self.balls = Balls(self) if Balls.fit(graph, perturbation) else None
         self._target: Node | None = None  # of the backward pass at work
@@ -152,7 +156,7 @@ class BoundPass:
         if node not in self._intervals:
             with self.at(node):
                 value = self.exact_value(node) if self.is_exact(node) else None
-                low, high = node.interval(self) if value is None else (value, value)
+                low, high = self._own_interval(node) if value is None else (value, value)
                 if self.rounding:
                     lost = self.rounding.of_interval(node, low, high)
                     low, high = low - lost, high + lost
@@ -160,6 +164,9 @@ class BoundPass:
                 self._intervals[node] = (low, high) if box is None else intersect((low, high), box)
         low, high = self._intervals[node]
         return self.fit(low), self.fit(high)
+
+    def _own_interval(self, node: Node) -> Interval:
+        return self.words.interval(node) if self.words and self.words.is_leaf(node) else node.interval(self)
 
     def known_interval(self, node: Node) -> Interval | None:
         """The interval of a node that is perturbed, if it was asked for before."""
@@ -172,6 +179,10 @@ class BoundPass:
     def deviation(self, frame: Frame, coefficients: Tensor) -> Tensor:
         """``Perturbation.frame_deviation`` for the samples of the node at work."""
         return self._narrowed().frame_deviation(frame.frame, coefficients)
+
+    def joint_deviation(self, coefficients: dict[int, Tensor]) -> Tensor:
+        """``CutBalls.joint_deviation`` for the samples of the node at work."""
+        return self._narrowed().joint_deviation(coefficients)
 
     def weight_reach(self, frame: Frame, weight: Tensor) -> tuple[Tensor, Tensor]:
         """``Perturbation.frame_reach`` for a Linear child's weight; frames that share it share the work."""
@@ -199,7 +210,10 @@ class BoundPass:
             what = ("rows", norm, node.windows, node.transposed)
             return self.graph.once(what, made_of, lambda: node.row_norms(norm))
 
-        return self._narrowed().map_reach(frame.frame, node.apply, node.absolute, norms)
+        perturbation = self._narrowed()
+        if perturbation.takes_windows and node.has_taps:
+            return node.reach_by_taps(partial(perturbation.window_deviation, frame.frame))
+        return perturbation.map_reach(frame.frame, node.apply, node.absolute, norms)
 
     def squared_radius(self, frames: Sequence[Frame]) -> Tensor:
         """``Perturbation.squared_radius`` for the samples of the node at work."""
@@ -223,7 +237,8 @@ class BoundPass:
         """Bound, by backward passes, every node that some relaxation needs bounds of."""
         needed = readers(self.graph)
         for node in sorted(needed.keys() - self._known, key=lambda operand: operand.index):
-            if not self.is_exact(node) and not (self.chooses and is_exact_image(self, node)):
+            known = self.is_exact(node) or (self.words and self.words.is_leaf(node))
+            if not known and not (self.chooses and is_exact_image(self, node)):
                 self._intervals[node] = intersect(self.interval(node), tightened(self, node, needed[node]))
 
     def bound_by_rows(self, node: Node) -> Interval:
@@ -324,7 +339,9 @@ class BoundPass:
 
     def sources(self) -> Sources:
         """Where the next backward pass ends."""
-        return FrameSources(self)
+        if self.words:
+            return self.words.sources()
+        return JointSources(self) if self.perturbation.is_joint else FrameSources(self)
 
     def _meet(self, node: Node, coefficients: Tensor) -> Tensor | None:
         """Called with a node and all its coefficients when a backward pass comes to it; what rows gain, (batch, rows).

@@ -21,15 +21,30 @@ the greatest change counts ``NOISE_FACTOR`` times.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..graph.mixing import Mixing
 from ..graph.nodes import Bounds, Constant, Frame, Node, apply_rows
 from ..graph.nonlinear import NonLinear
 from ..relaxation.lines import GUARD_ULPS, Plane, Relaxation
 
 NOISE_RUNS, NOISE_FACTOR = 3, 8.0
+RELAXED = (NonLinear, Mixing)  # whose planes take in what rows lose
+
+
+class Points(Protocol):
+    """Where ``Noise`` evaluates nodes."""
+
+    def exact_value(self, node: Node) -> Tensor: ...
+
+    def at(self, node: Node) -> AbstractContextManager: ...
+
+    def fit(self, tensor: Tensor) -> Tensor: ...
 
 
 class Rounding:
@@ -44,7 +59,7 @@ class Rounding:
         self.gamma, self.tiny = (longest + self._others) * precision.eps, precision.tiny
         self.ulp = GUARD_ULPS * precision.eps
         self._known: dict[Node, tuple[Tensor, Tensor]] = {}
-        self._noisy: dict[Node, list[Tensor]] = {}
+        self._noise = Noise(self.bounds, weakref.proxy(self).gamma_of)
 
     def gamma_of(self, node: Node) -> float:
         """gamma of the sums that the node's bounds and rows take."""
@@ -62,17 +77,21 @@ class Rounding:
         bounds = self.bounds
         if bounds.is_exact(node):
             value = bounds.exact_value(node).detach()
-            return value.abs(), self._exact_error(node, value)
+            return value.abs(), self._noise.error(node)
         if isinstance(node, Frame):
             size = bounds.known_part(node).detach().abs() + bounds.half_widths(node).detach()
             return size, torch.zeros_like(size)
-        if isinstance(node, NonLinear):
+        if bounds.words and bounds.words.is_leaf(node):
+            return bounds.words.size_and_error(node)
+        if isinstance(node, RELAXED):
             low, high = bounds.interval(node)
             size = torch.maximum(low.detach().abs(), high.detach().abs())
             return size, torch.zeros_like(size)
         sizes, errors = zip(*(self.of(parent) for parent in node.parents), strict=True)
         size = node.term_sizes(*sizes)
-        free = all(isinstance(parent, (Frame, NonLinear)) and not bounds.is_exact(parent) for parent in node.parents)
+        free = not bounds.words and all(
+            isinstance(parent, (Frame, *RELAXED)) and not bounds.is_exact(parent) for parent in node.parents
+        )
         error = torch.zeros_like(size) if free else node.term_sizes(*errors, own=False)
         if node.rounds:
             error = error + self.gamma_of(node) * size + self.tiny
@@ -86,8 +105,11 @@ class Rounding:
 
     def of_interval(self, node: Node, low: Tensor, high: Tensor) -> Tensor:
         """What the ends of a node's interval, made from those of its parents, may be wrong by."""
-        if self.bounds.is_exact(node) or not isinstance(node, NonLinear):
+        leaf = self.bounds.words and self.bounds.words.is_leaf(node)
+        if leaf or self.bounds.is_exact(node) or not isinstance(node, RELAXED):
             return self.of(node)[1]
+        if isinstance(node, Mixing):
+            return self.gamma_of(node) * node.term_sizes(*(self.of(parent)[0] for parent in node.parents)) + self.tiny
         return self.ulp * torch.maximum(low.detach().abs(), high.detach().abs()) + self.tiny
 
     def widen(self, node: NonLinear, relaxation: Relaxation) -> Relaxation:
@@ -110,32 +132,44 @@ class Rounding:
             lost = lost + torch.addcmul(self.tiny * size, steepest, torch.add(error, size, alpha=gamma))
         return lost
 
-    # --- what nothing perturbs ---
 
-    def _exact_error(self, node: Node, value: Tensor) -> Tensor:
+class Noise:
+    """Errors of nodes that are evaluated, not bounded, estimated by errors of random signs after every step.
+
+    ``points`` says where: by ``exact_value`` of a node, (points, size), and by ``at`` and ``fit``, as passes have them.
+    """
+
+    def __init__(self, points: Points, gamma: Callable[[Node], float]):
+        """``gamma`` gives what a node's sums may be wrong by, relative to their size."""
+        self._points, self._gamma = points, gamma
+        self._noisy: dict[Node, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def error(self, node: Node) -> Tensor:
+        """About the most that the node's computed values may be wrong by, (points, size)."""
+        value = self._points.exact_value(node)
         if isinstance(node, (Constant, Frame)):
             return torch.zeros_like(value)
-        with torch.no_grad():
-            changes = [(noisy - value).abs() for noisy in self._noisy_values(node)]
+        changes = [(noisy - value).abs() for noisy in self._values(node)]
         return NOISE_FACTOR * torch.stack(changes).amax(dim=0)
 
-    def _noisy_values(self, node: Node) -> list[Tensor]:
-        """An exact node's values with errors; its own value, and those before it, are known by now."""
+    def _values(self, node: Node) -> list[Tensor]:
+        """The node's values with errors; its own value, and those before it, are known by now."""
         if node not in self._noisy:
-            with self.bounds.at(node):
+            with self._points.at(node):
                 self._noisy[node] = self._with_noise(node)
-        return [self.bounds.fit(values) for values in self._noisy[node]]
+        return [self._points.fit(values) for values in self._noisy[node]]
 
     def _with_noise(self, node: Node) -> list[Tensor]:
-        value = self.bounds.exact_value(node)
+        value = self._points.exact_value(node)
         if isinstance(node, (Constant, Frame)):
             return [value] * NOISE_RUNS
-        runs = [node.value(*parents) for parents in zip(*map(self._noisy_values, node.parents), strict=True)]
+        runs = [node.value(*parents) for parents in zip(*map(self._values, node.parents), strict=True)]
         if not node.rounds:
             return runs
         size = value.abs()
         if not isinstance(node, NonLinear):
-            size = node.term_sizes(*(self.bounds.exact_value(parent).abs() for parent in node.parents))
+            size = node.term_sizes(*(self._points.exact_value(parent).abs() for parent in node.parents))
         seed = torch.Generator().manual_seed(node.index)
         signs = torch.randint(0, 2, (NOISE_RUNS, 1, node.size), generator=seed).to(value) * 2.0 - 1.0
-        return [run + self.gamma_of(node) * size * sign for run, sign in zip(runs, signs, strict=True)]
+        return [run + self._gamma(node) * size * sign for run, sign in zip(runs, signs, strict=True)]

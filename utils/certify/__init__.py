@@ -16,6 +16,12 @@ from .lipschitz import (
 from .outputs import OutputBounds, band_radius, output_bounds
 from .problem import MarginProblem, margin_problem
 from .radius import RadiusResult, search_radius
+from .substitution import (
+    Substitutes,
+    decide_substitution,
+    save_substitution_certificates,
+    substitution_margins,
+)
 from .verify import Verifier
 from .vnnlib import read_vnnlib
 from .vnnlib_write import counter_example, write_robustness
@@ -29,6 +35,7 @@ __all__ = [
     "MarginProblem",
     "OutputBounds",
     "RadiusResult",
+    "Substitutes",
     "StageCost",
     "Verifier",
     "band_radius",
@@ -37,6 +44,7 @@ __all__ = [
     "certified_radius",
     "counter_example",
     "decide",
+    "decide_substitution",
     "local_lipschitz",
     "margin_problem",
     "margin_rows",
@@ -46,7 +54,9 @@ __all__ = [
     "read_vnnlib",
     "sampled_lipschitz",
     "save_certificates",
+    "save_substitution_certificates",
     "search_radius",
     "search_without_stationary_point",
+    "substitution_margins",
     "write_robustness",
 ]

@@ -22,7 +22,8 @@ from ..choices.tables import ATTACKS
 from ..clock import Pace, now, share_of
 from ..graph.graph import Graph
 from ..network.state import plain_state
-from ..question.arguments import as_inputs
+from ..question.arguments import as_inputs, as_tensor
+from ..question.elements import by_element
 from ..question.question import Question
 from ..question.threat import threat_of
 from .problem import SLACK, MarginProblem, margin_problem
@@ -107,7 +108,7 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
     """One sample's margins, (n_specs,), bounded ever more tightly until all are above ``enough`` or time is up.
 
     Layers as balls, where they are, and planes come first, with no look at the clock, then tuned slopes, curved bounds
-    of all targets together, and of each by itself, unless the problem's method is "curve".
+    of all targets together, and of each by itself, unless the problem's method is "curve" or, of slopes alone, "alpha".
     """
     problem.slopes, dtype, bounds = None, eps.dtype, Pace(deadline)
     best = _margins_by_balls(problem, eps, deadline, enough)
@@ -121,7 +122,7 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
         if bounds.allows():
             best = torch.maximum(best, problem.margins(eps, dtype)[0])
     steps = Pace(deadline, CURVED_STEP * bounds.longest)
-    if float(best.min()) <= enough and steps.allows(1.0 + VERDICT_STEPS):
+    if problem.method.curved and float(best.min()) <= enough and steps.allows(1.0 + VERDICT_STEPS):
         aim = enough * SLACK[TUNING] / SLACK[dtype]  # above what rounding in the precision of tuning may hide
         problem.tune_curves(eps, TUNING, problem.method.curve_steps, aim=aim, pace=steps)
         if steps.allows(VERDICT_STEPS):
@@ -230,7 +231,7 @@ def decide(
         dtype: precision of the bounds.
         seed: of PGD's random starts.
         attack: what looks for a counter-example, a key of ``utils.choices.ATTACKS``.
-        threat: norm, frames, clip and ball.
+        threat: norm, frames, clip, ball and together.
     """
     for name in ("method", "alpha_steps", "curve_steps"):
         if name in threat:
@@ -250,10 +251,17 @@ def decide(
         radii = [part[own] if part.dim() == 1 else part[own, :end] for part in (eps, outer)]
         question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end], "features": None}
         question["scales"] = None if asked.threat.scales is None else asked.threat.scales[own, :end]
+        if question.get("box") is not None:
+            ends = [
+                by_element(as_tensor(side, "box", "numbers").to(asked.x), "box", asked.x) for side in question["box"]
+            ]
+            question |= {"scales": None, "box": tuple(side[own, :end] for side in ends)}
+        question["together"] = None if asked.threat.together is None else asked.threat.together[:end]
         started = now()
         deadline = started + time_limit
         found = search(model, mine, labels[own], radii[0], seed=seed, deadline=deadline, **question)
-        how = {"method": "bab", "relaxation": relaxation, "time_limit": time_limit}
+        last = "alpha" if asked.threat.norm == 0.0 else "bab"  # curved bounds know no set of p = 0
+        how = {"method": last, "relaxation": relaxation, "time_limit": time_limit}
         problem = margin_problem(model, mine, labels[own], **how, **question)
         broken = float(found.margin) < 0
         if broken:
@@ -269,8 +277,8 @@ def decide(
 def certify_until(problem: MarginProblem, eps: Tensor, deadline: float) -> tuple[bool, Tensor]:
     """Whether a problem's only sample is certified at eps, (1,) or (1, T), before the deadline, and its margins.
 
-    Its method is "curve" or "bab"; cheaper bounds come first. Nothing is certified at an eps, other than 0, that the
-    floats of x do not resolve.
+    Its method is "alpha", "curve" or "bab"; cheaper bounds come first. Nothing is certified at an eps, other than 0,
+    that the floats of x do not resolve.
     """
     dtype = eps.dtype
     if now() > deadline:

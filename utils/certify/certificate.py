@@ -93,10 +93,10 @@ def describe_model(model: SequenceClassifier) -> tuple[dict, dict[str, np.ndarra
     tensors["h0"] = zeros if model.h0 is None else model.h0
     if isinstance(rnn, nn.LSTM):
         tensors["c0"] = zeros if model.c0 is None else model.c0
-    return header, {name: _array(value) for name, value in tensors.items()}
+    return header, {name: to_array(value) for name, value in tensors.items()}
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def to_array(tensor: Tensor) -> np.ndarray:
     """Little-endian float32 or float64; other precisions become float32, which must hold them exactly."""
     kind = "<f8" if tensor.dtype == torch.float64 else "<f4"
     return tensor.detach().cpu().to(torch.float64).numpy().astype(kind)
@@ -244,7 +244,7 @@ def _write_certified(
         return {}
     hints = {} if problem.method.name == "ibp" else collect_hints(problem.model, bounds)
     folder.mkdir(parents=True, exist_ok=True)
-    weights_hash = _write_weights(folder / WEIGHTS_NAME, problem.model)
+    weights_hash = write_weights(folder / WEIGHTS_NAME, problem.model)
     paths = {}
     for position in holds.nonzero().squeeze(-1).tolist():
         sample = int(chosen[position])
@@ -254,7 +254,7 @@ def _write_certified(
         else:
             own = {name: value[position if len(value) > 1 else 0, :length] for name, value in hints.items()}
         arrays = {"x": exact[position, :length], "eps": eps[position, :length], **own}
-        arrays = {name: _array(value) for name, value in arrays.items()}
+        arrays = {name: to_array(value) for name, value in arrays.items()}
         header = _header(problem, problem.rows[sample], weights_hash, hash_arrays({"x": arrays["x"]}), names[sample])
         paths[sample] = folder / f"sample_{names[sample]}.npz"
         write_npz(paths[sample], header, arrays)
@@ -278,7 +278,7 @@ def _header(problem: MarginProblem, rows: Tensor, weights_hash: str, input_hash:
     }
 
 
-def _write_weights(path: Path, model: SequenceClassifier) -> str:
+def write_weights(path: Path, model: SequenceClassifier) -> str:
     """Write the weights file unless it is there; its hash."""
     header, arrays = describe_model(model)
     found = hash_arrays(arrays, header)
@@ -296,8 +296,9 @@ def _write_weights(path: Path, model: SequenceClassifier) -> str:
 def collect_hints(model: SequenceClassifier, bounds: BoundPass) -> dict[str, Tensor]:
     """Slopes of all relaxations as slopes.l0.forward.NAME: (batch or 1, T, 2, operands, hidden).
 
-    In the third dimension: lower, upper. Nodes that no perturbation reaches have no relaxation: zeros. If any node has
-    curved bounds there are curvatures, likewise, with zeros for planes.
+    In the third dimension: lower, upper. Nodes that no perturbation reaches have no relaxation, nor have those that read one
+    word of which there are several: zeros. If any node has curved bounds there are curvatures, likewise, with zeros for
+    planes.
     """
     rnn, num_frames = model.rnn, len(bounds.graph.frames)
     nonlinear = [node for node in bounds.graph.nodes if isinstance(node, NonLinear)]
@@ -326,7 +327,7 @@ def _node_hints(
     if not isinstance(node, kind) or len(node.parents) != operands:
         raise RuntimeError(f"node {node.index} of the graph is not the {name} of a cell: certificates do not fit it")
     none = torch.zeros(1, 2, operands, node.size, dtype=torch.float64)
-    if bounds.is_exact(node):
+    if bounds.is_exact(node) or (bounds.words and bounds.words.is_leaf(node)):
         return none, none
     lower, upper = bounds.relaxation(node)
     return _stacked(lower.slopes, upper.slopes), none if curves is None else _stacked(*curves[2:])

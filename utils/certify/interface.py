@@ -15,6 +15,7 @@ from ..question.threat import Frames, Threat
 from .bab import TUNING, best_margins
 from .problem import MarginProblem
 from .radius import MAX_EPS, search_radius
+from .substitution import Substitutes, substitution_margins
 
 
 @plain_state()
@@ -22,7 +23,7 @@ def certified_margin(
     model: nn.Module | Graph,
     x: Tensor,
     labels: Tensor,
-    eps: float | Tensor,
+    eps: float | Tensor | None,
     *,
     norm: float = 2.0,
     targets: Tensor | None = None,
@@ -34,6 +35,9 @@ def certified_margin(
     lengths: Tensor | None = None,
     features: Any = None,
     scales: Any = None,
+    together: Any = None,
+    box: Any = None,
+    substitutions: Substitutes | None = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
@@ -54,11 +58,13 @@ def certified_margin(
             score must stay positive (after a sigmoid: above 1/2) and 0 where it must stay negative. Of a model with
             outputs of every step, (batch, T, classes) or one score a step, (batch, T): as in torch's losses, a step
             with the label -100 asks for nothing.
-        eps: radius in the units of x: a number, (batch,), or (batch, T) for one radius a frame.
-        norm: p of the l_p balls: 1, 2 or inf, also as "l1", "l2", "linf".
+        eps: radius in the units of x: a number, (batch,), or (batch, T) for one radius a frame. For p = 0 how many
+            values change, a whole number.
+        norm: p of the l_p balls: 1, 2 or inf, also as "l1", "l2", "linf"; or 0: at most eps values change, to anything
+            in the range ``clip``, of every frame or of the whole sequence, as ``ball`` says.
         targets: classes to beat, one for all, (batch,) or (batch, n_specs); None for every other class.
         frames: which frames are perturbed (``frame_mask``); the others are exact. None for all.
-        clip: valid input range (lowest, highest) to which l_inf boxes are cut.
+        clip: valid input range (lowest, highest) to which balls are cut.
         ball: "frame" for a ball around every frame, "sequence" for one around the whole sequence.
         method: "crown", "ibp" or "crown-ibp" (``utils.bounds``); "forward" or "forward-backward": layers by linear
             functions of the input (``bounds.forward``); "ball": layers as l_2 balls, with slopes tuned to the
@@ -74,6 +80,12 @@ def certified_margin(
             (batch, T, n) or of the shape of x; None for all.
         scales: by what each element moves more than eps, likewise: ||(x' - x) / scales||_p <= eps, and what has scale 0
             is exact. With ``eps=1`` they are an eps for every element.
+        together: for p = 0, what changes together and counts as one: "pixel", all channels of a place of an image;
+            "frame" (with ball="sequence"); numbers of groups, (n,), (T, n) or of an input's shape. None for values.
+        box: (lower, upper) for p = inf, likewise or numbers: x' lies between x + eps (lower - x) and
+            x + eps (upper - x), so that eps = 1 is all of a box in which x need not be the middle.
+        substitutions: in place of balls: what every frame may become (``utils.certify.substitution``). eps is how many
+            frames may, a whole number or None for every one; methods are "crown", "crown-ibp" and "ibp".
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
         curve_steps: gradient steps of "curve", each at the price of a dozen bounds by planes or more.
         time_limit: seconds that "bab" may take for a sample, from its start: planes, tuned slopes and "curve" count.
@@ -88,7 +100,13 @@ def certified_margin(
     Raises:
         ValueError: an argument does not fit; the message says which.
     """
-    threat = Threat(norm, ball, frames, clip, lengths, features, scales)
+    threat = Threat(norm, ball, frames, clip, lengths, features, scales, together, box)
+    if substitutions is not None:
+        if threat != Threat():
+            raise ValueError("substitutions are all that happens: leave out norm, frames and what else describes balls")
+        return substitution_margins(
+            model, x, labels, substitutions, [eps], targets=targets, method=method, dtype=dtype or torch.float64
+        ).squeeze(-1)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
     dtype = dtype or problem.x.dtype
@@ -126,6 +144,8 @@ def certified_radius(
     lengths: Tensor | None = None,
     features: Any = None,
     scales: Any = None,
+    together: Any = None,
+    box: Any = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
@@ -152,10 +172,10 @@ def certified_radius(
         batch_size: samples bounded at once; less needs less memory.
 
     Returns:
-        The largest eps that certified, in the units of x; 0 where none did (a misclassified sample), or none that the
-        floats of x resolve.
+        The largest eps that certified, in the units of x, for p = 0 the largest number of changes; 0 where none did (a
+        misclassified sample), or none that the floats of x resolve.
     """
-    threat = Threat(norm, ball, frames, clip, lengths, features, scales)
+    threat = Threat(norm, ball, frames, clip, lengths, features, scales, together, box)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat), how)
     search = {

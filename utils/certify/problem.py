@@ -15,7 +15,7 @@ from ..bounds.balls import Balls
 from ..bounds.curve import CurvedPass, CurveTable, tune_curves
 from ..bounds.memory import PER_NEURON, Parts, samples_at_once
 from ..bounds.passes import BoundPass
-from ..choices.method import Method
+from ..choices.method import OF_ANY_SET, Method
 from ..choices.tables import METHODS
 from ..clock import Pace
 from ..graph.convolution import Convolution
@@ -53,6 +53,12 @@ class MarginProblem:
         self._widest: int | None = None
         self._parts = Parts()
         self.threat.around(self.x, torch.ones_like(self.x[:, 0, 0]))  # raises what is wrong with the threat model
+        self._check_method()
+
+    def _check_method(self) -> None:
+        if self.threat.norm == 0.0 and self.method.name not in OF_ANY_SET:
+            known = ", ".join(OF_ANY_SET)
+            raise ValueError(f"method {self.method.name} knows no set of p = 0: take one of {known}")
 
     @property
     def model(self) -> Network:
@@ -119,6 +125,8 @@ class MarginProblem:
         """The spacing of floats of x's precision at the greatest number that moves, (m,): no smaller eps certifies."""
         x = self.x[chosen].detach()
         size, scales = x.abs(), self.threat.scales
+        if self.threat.box is not None:
+            scales = torch.maximum(scales, self.threat.box)
         if scales is not None:
             size = torch.where(scales[chosen] > 0, size / scales[chosen].clamp(min=1e-300), 0.0)
         return torch.finfo(x.dtype).eps * (size.amax(dim=2) * self.threat.frames[chosen]).amax(dim=1).to(dtype)
@@ -173,7 +181,7 @@ class MarginProblem:
         """The pass that bounds some samples' margins, with what is tuned by now."""
         graph, perturbation = self.graph(dtype, chosen), self._perturbation(eps, chosen, dtype)
         if self.curves is not None:
-            return CurvedPass(graph, perturbation, select_curves(self.curves, chosen, dtype), sound)
+            return CurvedPass(graph, perturbation.uncut, select_curves(self.curves, chosen, dtype), sound)
         if self.method.integrates:
             how = {"chain": self.method.chain, "layers": self.method.layers, "direct": self.method.name == "shell"}
             how["shells"] = self.method.shells
@@ -182,7 +190,8 @@ class MarginProblem:
         return METHODS[self.method.name](graph, perturbation, slopes, sound)
 
     def _perturbation(self, eps: Tensor, chosen: Tensor, dtype: torch.dtype) -> Perturbation:
-        return self.threat.part(chosen).around(self.x[chosen].to(dtype), eps)
+        perturbation = self.threat.part(chosen).around(self.x[chosen].to(dtype), eps)
+        return perturbation if self.method.takes_any_set else perturbation.uncut
 
     @torch.no_grad()
     def tune(
@@ -221,7 +230,7 @@ class MarginProblem:
         table = self.curves
         for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
             start = None if self.curves is None else select_curves(self.curves, part, dtype)
-            perturbation, rows = self._perturbation(part_eps, part, dtype), self.rows[part].to(dtype)
+            perturbation, rows = self._perturbation(part_eps, part, dtype).uncut, self.rows[part].to(dtype)
             tuned = tune_curves(self.graph(dtype, part), perturbation, rows, steps, start, **until)
             table = [None] * len(tuned) if table is None else table
             store(table, part, tuned, len(self.x))
@@ -246,6 +255,7 @@ class MarginProblem:
         """The same problem by another method, with nothing tuned."""
         other = copy.copy(self)
         other.method, other.slopes, other.curves = replace(self.method, name=name), None, None
+        other._check_method()
         return other
 
     def in_balls(self, dtype: torch.dtype) -> bool:

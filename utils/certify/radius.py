@@ -17,6 +17,7 @@ from ..bounds.alpha import STEP_BOUNDS
 from ..bounds.curve import CURVED_STEP, VERDICT_STEPS
 from ..clock import Pace, now, share_of
 from .bab import ALPHA_SHARE, TUNED_SHARE, refine_radii
+from .counts import search_counts
 from .problem import SLACK, MarginProblem
 from .search import SPREAD, Bracket, MarginOf, foretold_radius, largest_certified
 from .sweep import direct_problem, sweep_radii
@@ -90,10 +91,10 @@ def search_radius(
         if precision not in SLACK:
             raise ValueError(f"a radius is searched in torch.float32 or torch.float64, not {precision}")
     search = _Searcher(tol, eps0, max_eps, dtype, search_dtype)
+    by_rows = _count_rows if problem.threat.norm == 0.0 else _search_rows
     at_once = 1 if problem.method.branches else batch_size  # a time limit is that of one sample
     parts = [
-        _search_rows(problem, rows, search)
-        for rows in torch.arange(len(problem.x), device=problem.x.device).split(at_once)
+        by_rows(problem, rows, search) for rows in torch.arange(len(problem.x), device=problem.x.device).split(at_once)
     ]
     return RadiusResult(*(torch.cat([getattr(part, name) for part in parts]) for name in RadiusResult.__annotations__))
 
@@ -206,6 +207,12 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
     if problem.method.branches:
         start = found.low.clone()
         refine_radii(problem, rows, found, search, steps)
+    return RadiusResult(found.low, found.high, found.margin, found.evaluations, start)
+
+
+def _count_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> RadiusResult:
+    """Numbers of changes, where p = 0."""
+    found, start = search_counts(problem, rows, search.dtype, search.max_eps, search.eps0 or 1.0, search.search_dtype)
     return RadiusResult(found.low, found.high, found.margin, found.evaluations, start)
 
 

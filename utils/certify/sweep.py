@@ -86,7 +86,7 @@ def _sweep(
 
 def _sweep_part(problem, rows: Tensor, limit: Tensor, shares: Tensor, dtype: torch.dtype, sound: bool) -> Bracket:
     method, graph = problem.method, problem.graph(dtype, rows)
-    largest = problem.threat.part(rows).around(problem.x[rows].to(dtype), limit)
+    largest = problem.threat.part(rows).around(problem.x[rows].to(dtype), limit).uncut
     specs = problem.rows[rows].to(dtype)
     how = {"chain": method.chain, "layers": method.layers, "direct": method.name == "shell"}
     shells = shells_of(graph, largest, specs, shares, sound=sound, **how)

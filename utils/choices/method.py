@@ -15,6 +15,7 @@ DIRECTIONS = ("backward", "both")  # in which gradients are followed through the
 CHAINS = ("chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
 FORWARD_METHODS = ("forward", "forward-backward")  # linear functions of the input are carried on
 WITHOUT_MATRICES = (*DIRECT_METHODS, *FORWARD_METHODS, "ball", "alpha")  # which need none of a convolution
+OF_ANY_SET = (*DIRECT_METHODS, "alpha")  # whose bounds are linear in the input; others know balls and boxes alone
 WITH_SLOPES = ("ball", *TUNED_METHODS)  # that tune the slopes of planes; "ball" by itself
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise
@@ -76,6 +77,11 @@ class Method:
     def takes_convolutions(self) -> bool:
         """Whether it follows convolutions as such; the others ask for their matrices."""
         return self.name in WITHOUT_MATRICES
+
+    @property
+    def takes_any_set(self) -> bool:
+        """Whether it follows any set, such as balls cut to a range, as such; the others take the ball around it."""
+        return self.name in (*OF_ANY_SET, "ball") or self.curved
 
     @property
     def curved(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..choices.method import (
@@ -15,13 +15,22 @@ from ..choices.method import (
     CURVED_METHODS,
     DIRECT_METHODS,
     GRADIENT_METHODS,
+    OF_ANY_SET,
     SHELLS,
     TIME_LIMIT,
     WITH_SLOPES,
     Method,
 )
 from ..choices.tables import BALLS, METHODS, RELAXATIONS
-from ..runs.cli import ROOT, add_common_arguments, non_negative_int, norm_value, positive_float, positive_int
+from ..runs.cli import (
+    ROOT,
+    add_common_arguments,
+    non_negative_int,
+    norm_or_count,
+    norm_value,
+    positive_float,
+    positive_int,
+)
 
 TARGETS = ("random", "runnerup", "least")
 # Flags that have an effect with some methods only: their values if they are left out, and these methods.
@@ -41,7 +50,7 @@ def add_bound_arguments(parser: argparse.ArgumentParser, architecture: str, hidd
     group = parser.add_argument_group("model (the checkpoint must agree)")
     add_model_arguments(group, architecture, hidden_size, time_step)
     group = parser.add_argument_group("what is certified (eps and radii are in pixel values, which lie in [0, 1])")
-    add_goal_arguments(group)
+    add_goal_arguments(group, together=("frame",))
     group.add_argument("--per-frame", action="store_true", help="a radius for every single frame, the others exact")
     group.add_argument("--frames", type=non_negative_int, nargs="+", help="perturb only these frames (0: the top one)")
     group.add_argument(
@@ -97,12 +106,12 @@ def add_folder_arguments(group, architecture: str) -> None:
     group.add_argument("--model-name", default=architecture, help="name of the checkpoint in its model folder")
 
 
-def add_goal_arguments(group, images: int = 100, clip: bool = True) -> None:
-    """Flags for the images, the ball and the classes to keep away from."""
+def add_goal_arguments(group, images: int = 100, clip: bool = True, together: Sequence[str] = ()) -> None:
+    """Flags for the images, the ball and the classes to keep away from; ``together``: what may be one change."""
     group.add_argument(
         "--N", type=positive_int, default=images, help="test images drawn; the misclassified get no radius"
     )
-    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the perturbation: 1, 2 or inf")
+    add_norm_arguments(group, together) if clip else _add_norm(group, norm_value, "1, 2 or inf")
     group.add_argument("--untargeted", action="store_true", help="against all other classes instead of one target")
     group.add_argument(
         "--target",
@@ -112,7 +121,25 @@ def add_goal_arguments(group, images: int = 100, clip: bool = True) -> None:
         "or class K (default: random)",
     )
     if clip:
-        group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
+        group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1]")
+
+
+def _add_norm(group, kind: Callable[[str], float], known: str) -> None:
+    group.add_argument("--p", type=kind, default=2.0, help=f"norm of the perturbation: {known}")
+
+
+def add_norm_arguments(group, together: Sequence[str] = ()) -> None:
+    """--p, 0 among the norms, and what belongs to that."""
+    _add_norm(group, norm_or_count, "1, 2 or inf; 0 counts the values that change, to anything in the valid range")
+    group.add_argument(
+        "--k", type=positive_int, help="with --p 0: certify at this many changes, and fewer where that fails"
+    )
+    if together:
+        what = {"pixel": "all channels of a pixel", "frame": "a whole frame, with --ball sequence"}
+        listed = ", ".join(f"{name}: {what[name]}" for name in together)
+        group.add_argument(
+            "--together", choices=tuple(together), help=f"with --p 0: what counts as one change; {listed}"
+        )
 
 
 def add_method_arguments(group) -> None:
@@ -236,21 +263,44 @@ def check_arguments(args: argparse.Namespace) -> None:
         fill_in(args, [args.method])
     if getattr(args, "save_certificate", False) and args.method not in CERTIFIED_METHODS:
         raise ValueError(f"--save-certificate is for --method {', '.join(CERTIFIED_METHODS)}, not {args.method}")
-    if args.clip and args.p != math.inf:
-        raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
+    check_norm(args)
     if getattr(args, "frames", None):
         args.frames = sorted(set(args.frames))
         if args.frames[-1] >= args.time_step:
             raise ValueError(f"--frames must be from 0 to {args.time_step - 1}, not {args.frames[-1]}")
 
 
+def check_norm(args: argparse.Namespace) -> None:
+    """Raise ValueError if --p, --clip and what belongs to --p 0 contradict each other or the method."""
+    given = {"--k": getattr(args, "k", None), "--together": getattr(args, "together", None)}
+    if args.p == 0.0:
+        if args.clip is True:
+            raise ValueError("--p 0 lets values change to anything in [0, 1] as it is: leave out --clip")
+        if getattr(args, "method", "crown") not in OF_ANY_SET:
+            raise ValueError(f"--p 0 is for --method {', '.join(OF_ANY_SET)}, not {args.method}")
+        if getattr(args, "eps0", None) is not None:
+            raise ValueError("--eps0 is a radius: with --p 0 give --k")
+        if given["--together"] == "frame" and args.ball != "sequence":
+            raise ValueError("--together frame counts frames of the whole sequence: it needs --ball sequence")
+    elif any(given.values()):
+        flag = next(flag for flag, value in given.items() if value)
+        raise ValueError(f"{flag} is about numbers of changes: it needs --p 0")
+    if getattr(args, "save_certificate", False) and (args.p == 0.0 or (args.clip and args.p != math.inf)):
+        raise ValueError("--save-certificate knows balls and, with --p inf, cut boxes: leave out --p 0 and --clip")
+
+
+def valid_range(args: argparse.Namespace) -> tuple[float, float] | None:
+    """The range in which perturbed pixels stay: [0, 1] with --clip, and where they change to anything; else None."""
+    return (0.0, 1.0) if args.clip or args.p == 0.0 else None
+
+
 def result_folder_name(args: argparse.Namespace) -> str:
     """Name of the result folder: 2_norm_bound_crown for p = 2 and all defaults, and a word for all that differs.
 
     In this order: untargeted, or target_runnerup, target_least, target_K; per_frame, or frames_0_3; sequence (the
-    ball); clip; always the method (crown, ibp, jacobian, ...) and, of gradients, what bounds them and the layers; the
-    relaxation (plane, line, constant) of cells with gates. Number of images, seed, tolerance, steps, time and
-    precision have no word: a new run with others replaces the earlier one.
+    ball); clip; k_5; pixels or frames, where these change together; always the method (crown, ibp, jacobian, ...) and,
+    of gradients, what bounds them and the layers; the relaxation (plane, line, constant) of cells with gates. Number of
+    images, seed, tolerance, steps, time and precision have no word: a new run with others replaces the earlier one.
     """
     words = [f"{args.p:g}_norm_bound"]
     words += ["untargeted"] * args.untargeted
@@ -259,6 +309,8 @@ def result_folder_name(args: argparse.Namespace) -> str:
     words += ["_".join(map(str, ["frames", *args.frames]))] if args.frames else []
     words += [args.ball] * (args.ball != "frame")
     words += ["clip"] * args.clip
+    words += [f"k_{args.k}"] if getattr(args, "k", None) else []
+    words += [f"{args.together}s"] if getattr(args, "together", None) else []
     words += [args.method]
     words += [args.chain, args.layer_method] if args.method in GRADIENT_METHODS else []
     words += [relaxation_of(args)] if relaxes_products(args) else []

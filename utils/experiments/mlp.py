@@ -16,7 +16,8 @@ def load_mlp(args: argparse.Namespace, device: torch.device) -> tuple[MLP, Confi
     """The model that the flags describe, its config and its path. Raises CheckpointError if there is none like it."""
     settle_folder(args, "work_dir")
     described = {"architecture": "mlp", "layers": args.layers, "activation": args.activation}
-    path = args.work_dir / model_name(described | {"lipschitz_weight": float(args.lipschitz)}) / args.model_name
+    trained = {"lipschitz_weight": float(args.lipschitz), "recipe": getattr(args, "recipe", None)}
+    path = args.work_dir / model_name(described | trained) / args.model_name
     model, config = load_checkpoint(path, device)
     for key, value in described.items():
         if config[key] != value:

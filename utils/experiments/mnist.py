@@ -31,7 +31,7 @@ from ..training.mnist import check_slices
 from .arguments import check_arguments
 from .plots import plot_results
 from .samples import Samples
-from .wording import UNIT, describe_goal, describe_method, describe_threat, short_title
+from .wording import describe_goal, describe_method, describe_threat, short_title, unit_of
 
 DEFAULT_BATCH = {"cpu": 20, "cuda": 500}
 NUM_EXAMPLES = 4  # images drawn beside the heat-map
@@ -92,7 +92,8 @@ def largest_eps(args: argparse.Namespace, values: int = SIDE * SIDE) -> float:
         return 1.0
     moved = args.time_step if args.frames is None else len(args.frames)
     frames = moved if args.ball == "sequence" and not args.per_frame else 1
-    return (values // args.time_step * frames) ** (1 / args.p)
+    size = values // args.time_step * frames
+    return float(args.k or size) if args.p == 0.0 else size ** (1 / args.p)
 
 
 class Run:
@@ -116,6 +117,8 @@ class Run:
         self.args, self.samples, self.kind = args, samples, kind
         self.problem_of, self.columns_of = problem_of, columns_of
         self.frames = list(range(args.time_step)) if args.per_frame else [None]
+        asked = getattr(args, "k", None)
+        self.counted = [n for n in (1, 2, 5, 10, asked) if n and n <= (asked or n)] if args.p == 0.0 else []
         targets = ["all"] * len(samples.labels) if samples.targets is None else samples.targets.tolist()
         self.keys = [
             Key(index, label, label, target, frame)
@@ -181,7 +184,7 @@ class Run:
                 return []
             if args.per_frame:
                 write_examples(self.samples, folder)
-            results.finish(summarize(results.rows), utc_now())
+            results.finish(summarize(results.rows, self.counted), utc_now())
             report(folder)
             if args.save_certificate:
                 print(
@@ -214,7 +217,7 @@ def make_record(
         "threat_model": describe_threat(args),
         "goal": describe_goal(args),
         "method": describe_method(args),
-        "unit": UNIT,
+        "unit": unit_of(args),
         "model": checkpoint_facts(path, model_name(config), config),
         "data": {
             "source": data.source,
@@ -260,6 +263,8 @@ def print_summary(summary: Record) -> None:
     attacked = [("attacked", summary["attack"])] if "attack" in summary else []
     for title, values in [*lines, ("all", summary), *attacked]:
         print(f"{title:<10}" + "".join(f"{values[name]:>10.5f}" for name in names))
+    for number, share in summary.get("at_changes", {}).items():
+        print(f"certified at {number} changes: {share} of {summary['rows']}")
     if summary["not_certified"]:
         print(f"{summary['not_certified']} radii are 0: not certified at any eps")
     print(f"{summary['samples']} images, {summary['seconds_per_sample']:.3g} s per image", end="")

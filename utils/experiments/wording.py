@@ -10,11 +10,14 @@ from ..choices.method import GRADIENT_METHODS
 from .arguments import relaxation_of, relaxes_products
 
 UNIT = "pixel values, which lie in [0, 1]"
+CHANGES = "numbers of changes"
 RELAXED = {"plane": "planes", "volume": "planes of least volume", "line": "lines", "constant": "constants"}
 
 
 def describe_threat(args: argparse.Namespace) -> str:
     """What may be done to an image, in words."""
+    if args.p == 0.0:
+        return _describe_changes(args)
     rows, norm = SIDE // args.time_step, f"l_{args.p:g}"
     band = f"{rows} rows, {rows * SIDE} pixels"
     moved = args.time_step if args.frames is None else len(args.frames)
@@ -31,6 +34,26 @@ def describe_threat(args: argparse.Namespace) -> str:
         every = "at most the same eps" if moved > 1 else "at most eps"
         text = f"{listed} ({band} each) move, each by {every} in the {norm} norm"
     return text + ("; pixels stay in [0, 1]" if args.clip else "")
+
+
+def unit_of(args: argparse.Namespace) -> str:
+    """What eps and radii are in."""
+    return CHANGES if args.p == 0.0 else UNIT
+
+
+def _describe_changes(args: argparse.Namespace) -> str:
+    """What may be done to an image where p = 0, in words."""
+    what = {None: "values", "pixel": "pixels, with all their channels,", "frame": "whole frames"}
+    changed = what[getattr(args, "together", None)]
+    if args.time_step == 1:
+        place = "of the image"
+    elif args.per_frame:
+        place = f"of one of {args.time_step} frames, the others are exact"
+    else:
+        listed = "" if args.frames is None else f" {', '.join(map(str, args.frames))}"
+        moved = f"frames{listed} of {args.time_step}" if listed else f"all {args.time_step} frames"
+        place = f"of {moved} together" if args.ball == "sequence" else f"of each of {moved}"
+    return f"at most k {changed} {place} change to anything in [0, 1]"
 
 
 def describe_goal(args: argparse.Namespace) -> str:

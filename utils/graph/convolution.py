@@ -17,6 +17,7 @@ from torch import Tensor
 from .nodes import Bounds, Chain, Frame, Interval, Linear, Node, apply_rows, sum_length
 
 MAX_MATRIX = 1 << 27  # entries of one weight matrix, where something needs it
+PART_NUMBERS = 1 << 20  # of one sample's windows that are worked on at once
 SMALL_MATRIX = 1 << 20  # entries of a matrix whose spectral norm is bounded as such
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -160,6 +161,39 @@ class Convolution(Node):
         center = center + self.apply(0.5 * (low + high))
         radius = self.absolute(0.5 * (high - low))
         return center - radius, center + radius
+
+    @property
+    def has_taps(self) -> bool:
+        """Whether every value meets one window of the parent's images, of all channels."""
+        return not self.transposed and self.windows.groups == 1
+
+    def reach_by_taps(self, deviation: Callable[..., Tensor]) -> Interval:
+        """Most that each value can fall and rise, (batch, size) each, where a set takes rows of windows.
+
+        ``deviation`` gives how far rows (..., channels, taps) can fall, see ``CutBalls.window_deviation``.
+        """
+        channels, taps = self.windows.large[0], self.weight.shape[2] * self.weight.shape[3]
+        size = max(1, PART_NUMBERS // (channels * taps * self.windows.small[1] * self.windows.small[2]))
+
+        def windows(vectors: Tensor) -> Tensor:
+            return self._taps(vectors).unsqueeze(2)
+
+        def falls(weight: Tensor) -> Tensor:
+            rows = weight.reshape(-1, channels, taps)
+            found = torch.cat([deviation(part[None, None], windows) for part in rows.split(size)], dim=-1)
+            return found.mT.flatten(1)
+
+        return falls(self.weight), falls(-self.weight)
+
+    def _taps(self, vectors: Tensor) -> Tensor:
+        """What each place's window holds of images, (N, size) to (N, places, channels, taps), 0 outside of them."""
+        images = F.pad(vectors.reshape(-1, *self.windows.large), self.windows.pads)
+        for axis, (step, gap) in enumerate(zip(self.windows.stride, self.windows.dilation, strict=True)):
+            reach = (self.weight.shape[2 + axis] - 1) * gap + 1
+            images = images.unfold(2 + axis, reach, step)[..., ::gap]
+        _, height, width = self.windows.small
+        found = images[:, :, :height, :width]  # (N, channels, height, width, rows of taps, columns of taps)
+        return found.permute(0, 2, 3, 1, 4, 5).reshape(len(images), height * width, images.shape[1], -1)
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor:
         (parent,) = self.parents

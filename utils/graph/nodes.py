@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ Interval = tuple[Tensor, Tensor]
 
 class Bounds(Protocol):
     """What a node may ask of the pass that walks it, and how it hands coefficients on; see ``utils.bounds``."""
+
+    words: Any  # what is known of nodes that read single words; None unless the set replaces words
+    rounding: Any
 
     def is_exact(self, node: Node) -> bool: ...
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .cnn import ALWAYS_NORMALISED, CNN_KINDS, ImageClassifier, make_cnn
 from .models import MLP, MLP_ACTIVATIONS, POOLINGS, SequenceClassifier
 from .speech import MelFeatures, SpeechClassifier, check_features
+from .transformer import TRANSFORMER_KEYS, SequenceTransformer, check_transformer, make_transformer
 
 ARCHITECTURES = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 ACTIVATIONS = ("tanh", "relu")
@@ -33,6 +34,7 @@ CONFIG_KEYS = ("architecture", *SIZES, *FLAGS, "activation", "pooling", "input_m
 MLP_KEYS = ("architecture", "input_size", "layers", "num_classes", "activation", "leaky_slope")
 CNN_SIZES = ("width", "channels", "size", "num_classes")
 CNN_KEYS = ("architecture", "kind", "batch_norm", *CNN_SIZES, "input_mean", "input_std")
+KEYS = {"mlp": MLP_KEYS, "cnn": CNN_KEYS, "transformer": TRANSFORMER_KEYS}  # of other architectures: CONFIG_KEYS
 # One of them is in every state dict of bare models.
 FIRST_NAMES = ("head.weight", "weight_ih_l0", "rnn.weight_ih_l0", "layers.0.weight", "layers.0.0.weight")
 COUNTER = "num_batches_tracked"  # of normalisation: the one weight that is no floating-point number
@@ -48,7 +50,7 @@ MLP_FOLDER_NAME = re.compile(
 CNN_FOLDER_NAME = re.compile(rf"cnn_(?P<kind>{'|'.join(CNN_KINDS)})_(?P<width>\d+)(?P<norm>_bn)?(_(?P<recipe>.+))?")
 
 Config = dict[str, Any]
-Classifier = SequenceClassifier | MLP | ImageClassifier
+Classifier = SequenceClassifier | MLP | ImageClassifier | SequenceTransformer
 
 
 class CheckpointError(ValueError):
@@ -61,7 +63,7 @@ def model_name(config: Config) -> str:
     That of certified training ends with the recipe's name: lstm_7_64_ibp_inf_0.1.
     """
     if config["architecture"] == "mlp":
-        recipe = ["lipschitz"] if config.get("lipschitz_weight") else []
+        recipe = ["lipschitz"] if config.get("lipschitz_weight") else [config["recipe"]] if config.get("recipe") else []
         recipe += ["weights"] if config.get("perturb") else []
         return "_".join(["mlp", *map(str, config["layers"]), config["activation"], *recipe])
     if config["architecture"] == "cnn":
@@ -91,6 +93,8 @@ def build_model(config: Config, dtype: torch.dtype = torch.float32) -> Classifie
         sizes = (config[key] for key in ("channels", "size", "num_classes", "width"))
         statistics = config["input_mean"], config["input_std"]
         return make_cnn(config["kind"], *sizes, config["batch_norm"], *statistics).to(dtype)
+    if config["architecture"] == "transformer":
+        return make_transformer(config).to(dtype)
     kind = ARCHITECTURES[config["architecture"]]
     nonlinearity = {"nonlinearity": config["activation"]} if config["architecture"] == "rnn" else {}
     rnn = kind(
@@ -115,7 +119,7 @@ def build_model(config: Config, dtype: torch.dtype = torch.float32) -> Classifie
 def check_config(config: Config) -> None:
     """Raise ValueError, naming the key, if config does not describe a model."""
     architecture = config.get("architecture")
-    missing = [key for key in {"mlp": MLP_KEYS, "cnn": CNN_KEYS}.get(architecture, CONFIG_KEYS) if key not in config]
+    missing = [key for key in KEYS.get(architecture, CONFIG_KEYS) if key not in config]
     if missing:
         raise ValueError(f"the config lacks {', '.join(missing)}")
     if architecture == "mlp":
@@ -123,6 +127,8 @@ def check_config(config: Config) -> None:
     if architecture == "cnn":
         _check_values(config, CNN_SIZES, ("batch_norm",), {"kind": CNN_KINDS})
         return _check_normalisation(config, "channels")
+    if architecture == "transformer":
+        return check_transformer(config)
     activations = ACTIVATIONS if architecture == "rnn" else (None,)
     known = {"architecture": tuple(ARCHITECTURES), "activation": activations, "pooling": POOLINGS}
     _check_values(config, SIZES, FLAGS, known)

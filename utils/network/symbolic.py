@@ -24,6 +24,7 @@ from torch import Tensor
 from ..graph.convolution import MAX_MATRIX, Convolution, Windows
 from ..graph.graph import Graph
 from ..graph.mix import weighted_sum
+from ..graph.mixing import MatMul, Mixing, Shape
 from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum
 from ..graph.nonlinear import Activation, Product
 from ..graph.picks import Concat, Negative, Slice
@@ -403,7 +404,11 @@ class Builder:
                 x, name = self._vector(other), "x*sigmoid(y)"
             product = self._once(name, (x, y), None, lambda x=x, y=y, name=name: Product(x, y, name, self.relaxation))
             return Symbol(self._local(product).ids, factor, torch.zeros_like(factor))
-        raise UnsupportedError("a product of two tensors is supported if one is a sigmoid, or one minus a sigmoid")
+        x, y = (self._vector(part) for part in parts)
+        if x is y:
+            return self._local(self._once("activation", (x,), "power(2)", lambda: Activation(x, "power(2)")))
+        size = len(parts[0].ids)
+        return self._local(self._once("x*y", (x, y), None, lambda: MatMul(x, y, Shape(size, 1, 1, 1))))
 
     def _gate(self, node: Node, part: Symbol) -> tuple[Tensor, Node] | None:
         """(factor, y) if the elements are factor * sigmoid(y)."""
@@ -482,7 +487,11 @@ class Builder:
             offsets = self._offsets(row.ids[columns], node)
             first = int(columns[0])
             together = torch.equal(columns, torch.arange(first, first + len(columns)))
-            if together and torch.equal(offsets, torch.arange(node.size)):
+            if isinstance(node, Mixing) and node.size > 2 * len(columns):  # a token's part of attention over all
+                detail = offsets.numpy().tobytes()
+                node = self._once("pick", (node,), detail, lambda node=node, offsets=offsets: Pick(node, offsets))
+                part = weight[:, columns]
+            elif together and torch.equal(offsets, torch.arange(node.size)):
                 part = weight[:, first : first + len(columns)]
             else:
                 self._check_matrix(len(weight), node.size)

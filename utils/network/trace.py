@@ -38,6 +38,9 @@ HIDDEN_FILES += tuple(str(Path(__file__).with_name(name)) for name in ("symbolic
 
 Handler = Callable[..., object]
 OPERATIONS: dict[str, Handler] = {}
+# What makes a node of a softmax that something reads; ``operations.attention`` sets it.
+SETTLE: list[Callable] = [lambda builder, value: value]
+ENDS_ONLY = frozenset(("softmax", "log_softmax"))
 
 
 def _names(text: str) -> frozenset[str]:
@@ -77,11 +80,8 @@ COMPARISON = (
     "max(x, c) or min(x, c), write clamp or relu"
 )
 REASONS = {
-    "layer_norm": "LayerNorm divides by a standard deviation of the perturbed values, which has no bound here",
     "group_norm": "GroupNorm divides by a standard deviation of the perturbed values, which has no bound here",
     "instance_norm": "InstanceNorm divides by a standard deviation of the perturbed values, which has no bound here",
-    "scaled_dot_product_attention": ATTENTION,
-    "multi_head_attention_forward": ATTENTION,
     "_transformer_encoder_layer_fwd": ATTENTION,
     "_native_multi_head_attention": ATTENTION,
     "rdiv": "a division by values of the input has no bound here: divide by constants",
@@ -208,6 +208,8 @@ def _apply(name: str, function, args, kwargs):
     if name in VIEWS:
         result = _view(function, symbols, options)
     elif name in OPERATIONS:
+        if name not in ALIASES | ENDS_ONLY:
+            symbols, options = (SETTLE[0](some.builder, value) for value in (symbols, options))
         result = OPERATIONS[name](some.builder, *symbols, **options)
     elif name in REASONS or name.strip("_") in REASONS:
         raise UnsupportedError(REASONS.get(name) or REASONS[name.strip("_")])
@@ -262,7 +264,8 @@ def _wrap(result, like: Traced, storage):
     if isinstance(result, Symbol):
         return Traced.of(like.builder, result, like, storage)
     if isinstance(result, (tuple, list)):
-        return type(result)(_wrap(part, like, storage) for part in result)
+        parts = [_wrap(part, like, storage) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
     return result
 
 
@@ -318,11 +321,14 @@ for _name in ("view", "view_as", "reshape_as"):
 OPERATIONS["expand_as"] = _shaped(lambda part, shape: part.expand(shape))
 
 
-@operation("T", "mT")
+@operation("T")
 def _transposed(builder, x):
     if len(x.shape) != 2:
-        raise UnsupportedError("T and mT are read of matrices only")
+        raise UnsupportedError("T is read of matrices only")
     return x.view(lambda part: part.T)
+
+
+OPERATIONS["mT"] = lambda builder, x: x.view(lambda part: part.mT)
 
 
 @operation("__iter__")

@@ -10,11 +10,13 @@ from ..choices.method import CERTIFIED_METHODS
 from ..choices.tables import BALLS, RELAXATIONS
 from ..experiments.arguments import (
     add_method_arguments,
+    add_norm_arguments,
     add_search_arguments,
+    check_norm,
     fill_in,
     target_choice,
 )
-from ..runs.cli import finite, non_negative_int, norm_value, positive_float, positive_int
+from ..runs.cli import finite, non_negative_int, positive_float, positive_int
 
 
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,7 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
 def add_question(parser: argparse.ArgumentParser) -> None:
     """What is certified, and how."""
     group = parser.add_argument_group("what is certified (eps and radii are in the units of the data)")
-    group.add_argument("--p", type=norm_value, default=2.0, help="norm of the perturbation: 1, 2 or inf")
+    add_norm_arguments(group, ("pixel", "frame"))
     group.add_argument("--eps", type=positive_float, help="certify at this radius (default: search the largest)")
     group.add_argument(
         "--target",
@@ -51,10 +53,17 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--frames", type=non_negative_int, nargs="+", help="perturb only these frames")
     group.add_argument("--ball", choices=tuple(BALLS), default="frame", help="a ball around every frame, or around all")
-    group.add_argument("--clip", type=finite, nargs=2, metavar=("LOW", "HIGH"), help="valid inputs (only for --p inf)")
+    group.add_argument("--clip", type=finite, nargs=2, metavar=("LOW", "HIGH"), help="valid inputs")
     group.add_argument("--features", type=non_negative_int, nargs="+", help="perturb only these values of a frame")
     group.add_argument(
         "--scales", metavar="FILE", help="by what each value moves more than eps, (n,), (T, n) or (N, T, n)"
+    )
+    group.add_argument(
+        "--box",
+        metavar=("LOWER", "UPPER"),
+        nargs=2,
+        help="lower and upper ends of every value, likewise: radii are shares of that box, in which the input need not "
+        "be the middle, up to all of it, 1",
     )
     group = parser.add_argument_group("how")
     add_method_arguments(group)
@@ -74,14 +83,21 @@ def add_certificates(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError if flags contradict each other."""
     fill_in(args, [args.method])
-    if args.clip and args.p != math.inf:
-        raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
+    if args.box:
+        args.p, args.max_eps = math.inf, min(args.max_eps, 1.0)  # of shares of the box
+    check_norm(argparse.Namespace(**vars(args) | {"clip": False, "save_certificate": False}))
+    if args.p == 0.0 and args.clip is None:
+        raise ValueError("--p 0 lets values change to anything in a range: give --clip LOW HIGH")
+    if args.box and (args.scales or args.features or args.clip or args.ball != "frame"):
+        raise ValueError("--box says how far every value goes: leave out --clip, --scales, --features and --ball")
     flag = next((name for name in ("save_certificate", "save_certificates") if getattr(args, name, None)), None)
     if flag is not None:
         flag = f"--{flag.replace('_', '-')}"
         if args.method not in CERTIFIED_METHODS:
             raise ValueError(f"{flag} is for --method {', '.join(CERTIFIED_METHODS)}, not {args.method}")
-        if args.features or args.scales:
-            raise ValueError(f"{flag} knows balls and boxes alone: leave out --features and --scales")
+        if args.features or args.scales or args.box:
+            raise ValueError(f"{flag} knows balls and boxes alone: leave out --features, --scales and --box")
+        if args.p == 0.0 or (args.clip and args.p != math.inf):
+            raise ValueError(f"{flag} knows balls and, with --p inf, cut boxes: leave out --p 0 and --clip")
     if args.eps is not None and (args.method == "bab" or args.eps0 is not None):
         raise ValueError("--eps asks at one radius: leave out --eps0, and of methods take another than bab")

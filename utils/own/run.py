@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -47,10 +48,12 @@ class OwnRun:
         x: Tensor,
         labels: Tensor | None,
         scales: Tensor | None,
+        box: tuple[Tensor, Tensor] | None = None,
     ):
-        self.args, self.model = args, model
+        self.args, self.model, self.box = args, model, box
         clip = None if args.clip is None else tuple(args.clip)
-        self.threat = Threat(args.p, args.ball, args.frames, clip, features=args.features, scales=scales)
+        told = {"features": args.features, "scales": scales, "together": args.together}
+        self.threat = Threat(args.p, args.ball, args.frames, clip, **told)
         self.method: Method = method_of(args)
         scores = scores_of(model, x)
         predicted = (scores[:, 0] > 0).long() if scores.shape[1] == 1 else scores.argmax(dim=1)
@@ -65,6 +68,8 @@ class OwnRun:
         self.x, self.labels, self.scales = x[kept], labels[kept], scales
         if scales is not None and scales.shape[:1] == x.shape[:1] and scales.dim() == x.dim():
             self.scales = scales[kept]
+        if box is not None:
+            self.box = tuple(end[kept] if end.shape == x.shape else end for end in box)
         self.targets = None if targets is None else targets[kept]
         names = ["all"] * len(kept) if targets is None else self.targets.tolist()
         rows = zip(kept.tolist(), self.labels.tolist(), names, strict=True)
@@ -84,14 +89,15 @@ class OwnRun:
         own, scales = self.threat, self.scales
         if scales is not None and scales.dim() == self.x.dim() and len(scales) == len(self.x):
             scales = scales[chosen]
-        own = Threat(own.norm, own.ball, own.frames, own.clip, features=own.features, scales=scales)
+        box = self.box and tuple(end[chosen] if end.shape == self.x.shape else end for end in self.box)
+        own = replace(own, scales=scales, box=box)
         return MarginProblem(Question(self.model, self.x[chosen], self.labels[chosen], goal, own), self.method)
 
     def columns_of(self, problem: MarginProblem) -> dict[str, Tensor]:
         args = self.args
         dtype = getattr(torch, args.dtype)
         if args.eps is None:
-            how = {"tol": args.tol, "eps0": args.eps0, "max_eps": args.max_eps, "dtype": dtype}
+            how = {"tol": args.tol, "eps0": args.k or args.eps0, "max_eps": args.k or args.max_eps, "dtype": dtype}
             found = search_radius(problem, batch_size=len(problem.x), **how)
             columns = {"radius": found.radius, "failed_eps": found.failed, "start_radius": found.start}
             return columns | {"margin": found.margin, "evaluations": found.evaluations}
@@ -120,13 +126,20 @@ class OwnRun:
         radius = torch.tensor([row.radius for row in rows], dtype=DTYPE, device=problem.x.device)
         write_certificates(folder, problem, radius, [f"{row.index:05d}" for row in rows])
 
+    @property
+    def unit(self) -> str:
+        """What radii are in."""
+        if self.box is not None:
+            return "shares of the box"
+        return "numbers of changes" if self.args.p == 0.0 else "units of the data"
+
     def record(self, device: torch.device, hashes: dict[str, str]) -> Record:
         """What run.json says about the run."""
         args = self.args
         goal = "untargeted" if args.target is None else f"target {args.target}"
         return {
             "title": f"{goal}; {args.method}",
-            "unit": "units of the data",
+            "unit": self.unit,
             "model": {"name": args.model, "path": json_value(args.weights or args.model), **hashes, "config": {}},
             "data": {"source": args.data, "drawn_sha256": digest(self.as_bytes())},
             "counts": self.counts,

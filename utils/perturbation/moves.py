@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..choices.tables import BALLS
-from .lp_ball import NORMS, dual_norm, random_in_ball, random_on_sphere, steepest
+from .budgets import nearest_within
+from .lp_ball import INF, NORMS, dual_norm, random_in_ball, random_on_sphere, steepest
 
 
 @dataclass
@@ -22,6 +23,7 @@ class FrameBalls:
         ball: a key of ``BALLS``, see ``utils.perturbation.balls``.
         clip: (lowest, highest) valid input value, for any p, or None.
         stretch: by which every element's move is larger than that of a ball, (batch, T, n); None for 1.
+        above: that of moves upwards, where ``stretch`` is that of moves downwards; None if both are alike.
 
     Perturbations are delta = x' - x, (batch, T,
     n) or with more dimensions between the batch and T; radii are eps, (batch, groups) or with the same dimensions.
@@ -33,18 +35,23 @@ class FrameBalls:
     ball: str = "frame"
     clip: tuple[float, float] | None = None
     stretch: Tensor | None = None
+    above: Tensor | None = None
 
     def __post_init__(self):
         if self.norm not in NORMS:
             raise ValueError(f"p must be 1, 2 or inf, not {self.norm}")
         self._ball = BALLS[self.ball]
+        self._check_range()
+
+    def _check_range(self) -> None:
         if self.clip is not None and bool(((self.x < self.clip[0]) | (self.x > self.clip[1])).any()):
             raise ValueError(f"inputs lie outside the range {list(self.clip)} that they are to be clipped to")
 
     def select(self, rows: Tensor | slice, dtype: torch.dtype) -> FrameBalls:
         """The set of some of the samples, in a precision."""
         stretch = None if self.stretch is None else self.stretch[rows].to(dtype)
-        return FrameBalls(self.x[rows].to(dtype), self.mask[rows], self.norm, self.ball, self.clip, stretch)
+        above = None if self.above is None else self.above[rows].to(dtype)
+        return FrameBalls(self.x[rows].to(dtype), self.mask[rows], self.norm, self.ball, self.clip, stretch, above)
 
     @property
     def groups(self) -> int:
@@ -62,7 +69,7 @@ class FrameBalls:
         """(..., groups, elements) of the balls' own moves behind perturbations, zeros where nothing may move."""
         delta = delta * self._between(self.mask, delta)[..., None]
         if self.stretch is not None:
-            factor = self._between(self.stretch, delta).to(delta)
+            factor = self._factor(delta)
             delta = torch.where(factor > 0, delta / torch.where(factor > 0, factor, 1.0), 0.0)
         return self._ball.group(delta)
 
@@ -70,18 +77,25 @@ class FrameBalls:
         """Gradients with respect to the balls' own moves, (..., groups, elements), from those with respect to x."""
         gradient = gradient * self._between(self.mask, gradient)[..., None]
         if self.stretch is not None:
-            gradient = gradient * self._between(self.stretch, gradient).to(gradient)
+            gradient = gradient * self._factor(gradient)
         return self._ball.group(gradient)
 
     def frames(self, grouped: Tensor) -> Tensor:
         """Perturbations (..., T, n) of the balls' own moves."""
         delta = self._ball.frames(grouped, self.x.shape[1:])
-        return delta if self.stretch is None else delta * self._between(self.stretch, delta).to(delta)
+        return delta if self.stretch is None else delta * self._factor(delta)
+
+    def _factor(self, moves: Tensor) -> Tensor:
+        """By what moves in these directions are larger than those of balls."""
+        down = self._between(self.stretch, moves).to(moves)
+        return down if self.above is None else torch.where(moves > 0, self._between(self.above, moves).to(moves), down)
 
     def may_move(self) -> Tensor:
         """Which elements are perturbed at all, (batch, T, n) or (batch, T, 1)."""
         mask = self.mask[..., None]
-        return mask if self.stretch is None else mask & (self.stretch > 0)
+        if self.stretch is None:
+            return mask
+        return mask & (self.stretch > 0) if self.above is None else mask & (torch.maximum(self.stretch, self.above) > 0)
 
     def sizes(self, delta: Tensor) -> Tensor:
         """||.||_p of each group, (..., groups)."""
@@ -116,9 +130,18 @@ class FrameBalls:
         return eps if eps.dim() == delta.dim() - 1 else self._between(eps[..., None], delta).squeeze(-1)
 
     def project(self, delta: Tensor, eps: Tensor) -> Tensor:
-        """A near point of the set: the nearest of the balls, then moved towards x into the valid range."""
-        nearest = self._ball.project(self.group(delta), self._spread(eps, delta), self.norm)
+        """The point of the set nearest to a perturbation, in l_2 of the balls' own moves."""
+        grouped, eps = self.group(delta), self._spread(eps, delta)
+        if self.clip is None or self.norm == INF:
+            nearest = self._ball.project(grouped, eps, self.norm)
+        else:
+            rooms = torch.where(grouped > 0, self._rooms(delta, self.clip[1]), self._rooms(delta, self.clip[0]))
+            nearest = grouped.sign() * nearest_within(grouped.abs(), rooms.abs(), eps, self.norm)
         return self.clip_range(self.frames(nearest))
+
+    def _rooms(self, like: Tensor, end: float) -> Tensor:
+        """Moves of the balls that would bring x to an end of the range, grouped."""
+        return self.group(self._between(end - self.x, like).expand(like.shape))
 
     def clip_range(self, delta: Tensor) -> Tensor:
         """Perturbations cut to the valid range: as x is in it, no element grows, so no ball is left."""

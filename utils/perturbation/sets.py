@@ -32,6 +32,14 @@ class InputSet:
     norm: float
     stretch: Tensor | None = None  # by element; see ``Perturbation``
     is_symmetric = True  # about its centre
+    is_joint = False  # whether frames share a budget: then there is ``joint_deviation``, see ``CutBalls``
+    rough = False  # whether what costs much may be bounded a little less tightly, as in a training
+    takes_windows = False  # whether there is ``window_deviation``, likewise
+
+    @property
+    def uncut(self) -> InputSet:
+        """The set itself, or a ball that holds it where it is one cut to a range: for what knows balls alone."""
+        return self
 
     @property
     def is_box(self) -> bool:
@@ -41,6 +49,11 @@ class InputSet:
     def is_round(self) -> bool:
         """Whether balls look the same in any orthonormal coordinates."""
         return self.norm == 2.0
+
+    @property
+    def in_ball(self) -> bool:
+        """Whether frames lie in l_2 balls that say something: there is ``ball_radius`` then."""
+        return self.is_round
 
     @property
     def norms_weights(self) -> bool:
@@ -119,6 +132,7 @@ class Perturbation(InputSet):
         clip: (lowest, highest) valid input value, to which l_inf boxes are cut, or None.
         stretch: by which every element's move is larger than that of a ball, (batch, T, n), at least 0; None for 1. The
             moves x' - x are those of balls, element by element times this.
+        above: for p = inf, that of moves upwards, where ``stretch`` is that of moves downwards; None if both are alike.
     """
 
     x: Tensor
@@ -127,36 +141,41 @@ class Perturbation(InputSet):
     ball: str = "frame"
     clip: tuple[float, float] | None = None
     stretch: Tensor | None = None
+    above: Tensor | None = None
 
     def __post_init__(self):
         if self.norm not in NORMS:
             raise ValueError(f"p must be 1, 2 or inf, not {self.norm}")
-        self._ball = BALLS[self.ball]
         if self.clip is not None and self.norm != INF:
-            raise ValueError("only l_inf boxes can be cut to the valid input range: leave out clip or take p = inf")
+            raise ValueError("balls that are cut to a range, but for boxes, are CutBalls")
+        self._ball = BALLS[self.ball]
+        self._check_shapes()
+        stretched = self.stretch is not None
+        self._box = self._uneven_box() if self.clip is not None or (stretched and self.norm == INF) else None
+        reach = self.eps * self._largest_stretch.amax(dim=-1) if stretched else self.eps
+        self._exact = (reach == 0).all(dim=0).tolist()
+
+    def _check_shapes(self) -> None:
         if self.x.dim() != 3 or self.eps.shape != self.x.shape[:2]:
             shapes = f"{tuple(self.x.shape)} and {tuple(self.eps.shape)}"
             raise ValueError(f"x must be (batch, T, n) and eps (batch, T), not {shapes}")
         if not bool(((self.eps >= 0) & self.eps.isfinite()).all()):
             raise ValueError("eps must be a finite number >= 0 for every frame")
         self._ball.check(self.eps)
-        stretched = self.stretch is not None
-        self._box = self._uneven_box() if self.clip is not None or (stretched and self.norm == INF) else None
-        reach = self.eps * self.stretch.amax(dim=-1) if stretched else self.eps
-        self._exact = (reach == 0).all(dim=0).tolist()
 
     def _uneven_box(self) -> tuple[Tensor, Tensor]:
         """Centre and half-width, (batch, T, n) each, of boxes cut to the valid range (which must hold x itself).
 
         Exact frames and elements, such as padding, stay as they are, wherever they lie.
         """
-        sides = self.eps[..., None] if self.stretch is None else self.eps[..., None] * self.stretch
+        down = self.eps[..., None] if self.stretch is None else self.eps[..., None] * self.stretch
+        up = down if self.above is None else self.eps[..., None] * self.above
         low, high = (-math.inf, math.inf) if self.clip is None else self.clip
-        moved = sides > 0
+        moved = torch.maximum(down, up) > 0
         if bool((((self.x < low) | (self.x > high)) & moved).any()):
             raise ValueError(f"inputs lie outside the range [{low}, {high}] that they are to be clipped to")
-        below = torch.where(moved, (self.x - sides).clamp(min=low), self.x)
-        above = torch.where(moved, (self.x + sides).clamp(max=high), self.x)
+        below = torch.where(moved, (self.x - down).clamp(min=low), self.x)
+        above = torch.where(moved, (self.x + up).clamp(max=high), self.x)
         center = 0.5 * (below + above)
         return center, torch.maximum(above - center, center - below)  # both ends inside, however the centre was rounded
 
@@ -165,6 +184,7 @@ class Perturbation(InputSet):
         part = copy.copy(self)
         part.x, part.eps = self.x[:samples], self.eps[:samples]
         part.stretch = None if self.stretch is None else self.stretch[:samples]
+        part.above = None if self.above is None else self.above[:samples]
         part._box = None if self._box is None else tuple(side[:samples] for side in self._box)
         return part
 
@@ -176,11 +196,21 @@ class Perturbation(InputSet):
             part._box = tuple(side.repeat_interleave(times, dim=0) for side in self._box)
         if self.stretch is not None:
             part.stretch = self.stretch.repeat_interleave(times, dim=0)
+        if self.above is not None:
+            part.above = self.above.repeat_interleave(times, dim=0)
         return part
+
+    @property
+    def _largest_stretch(self) -> Tensor:
+        return self.stretch if self.above is None else torch.maximum(self.stretch, self.above)
 
     @property
     def is_round(self) -> bool:
         return self.norm == 2.0 and self.stretch is None
+
+    def ball_radius(self, frame: int) -> Tensor:
+        """Radius of an l_2 ball around the frame's centre that holds all of it, (batch,); see ``in_ball``."""
+        return self.eps[:, frame]
 
     def _stretched(self, frame: int, coefficients: Tensor) -> Tensor:
         """Coefficients of the ball's own moves, from those of the moves of x: (batch or 1, ..., n)."""
@@ -192,7 +222,7 @@ class Perturbation(InputSet):
     def _farthest(self, frame: int) -> Tensor:
         """eps times the greatest factor of the frame, (batch,)."""
         eps = self.eps[:, frame]
-        return eps if self.stretch is None else eps * self.stretch[:, frame].amax(dim=-1)
+        return eps if self.stretch is None else eps * self._largest_stretch[:, frame].amax(dim=-1)
 
     @property
     def scales(self) -> bool:
@@ -250,10 +280,11 @@ class Perturbation(InputSet):
     def sides(self, frame: int) -> tuple[Tensor, Tensor]:
         """How far below and above x the frame's box reaches, (batch, n) each, at least 0."""
         side, at = self._stretched(frame, self.eps[:, frame, None].expand_as(self.x[:, frame])), self.x[:, frame]
+        up = side if self.above is None else self.eps[:, frame, None] * self.above[:, frame]
         if self.clip is None:
-            return side, side
+            return side, up
         low, high = self.clip
-        down, up = torch.minimum(side, at - low), torch.minimum(side, high - at)
+        down, up = torch.minimum(side, at - low), torch.minimum(up, high - at)
         return down.clamp(min=0.0), up.clamp(min=0.0)
 
     def frame_fall(self, frame: int, low: Tensor, high: Tensor) -> Tensor:
@@ -275,7 +306,7 @@ class Perturbation(InputSet):
 
     def linear_deviation(self, gradients: Tensor) -> Tensor:
         """Most that sum_t g_t x'_t can deviate, (batch,), for g of the shape of x: as if no range were valid."""
-        gradients = gradients if self.stretch is None else gradients * self.stretch
+        gradients = gradients if self.stretch is None else gradients * self._largest_stretch
         return self._ball.total(self.eps * dual_norm(gradients, self.norm), self.norm)
 
     def ellipsoid(self, frames: list[int], squares: Tensor, widths: list[int]) -> tuple[Tensor, Tensor]:

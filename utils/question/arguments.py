@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..network.state import usable_tensor
 
-NORM_NAMES = {"1": 1.0, "2": 2.0, "inf": math.inf}
+NORM_NAMES = {"0": 0.0, "1": 1.0, "2": 2.0, "inf": math.inf}
 
 
 def as_tensor(value: Any, name: str, meaning: str) -> Tensor:
@@ -62,7 +62,7 @@ def as_eps(value: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_norm(value: Any) -> float:
-    """1, 2 or inf, from a number or from "2", "l2", "linf" ..."""
+    """0, 1, 2 or inf, from a number or from "2", "l2", "linf" ..."""
     if isinstance(value, str):
         value = NORM_NAMES.get(value.lower().removeprefix("l").removeprefix("_"), value)
     try:
@@ -70,7 +70,7 @@ def as_norm(value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if number not in NORM_NAMES.values():
-        raise ValueError(f"norm: p must be 1, 2 or inf, not {value!r}")
+        raise ValueError(f"norm: p must be 1, 2 or inf, or 0, not {value!r}")
     return number
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,3 +75,53 @@ def box_of(lower: Any, upper: Any) -> tuple[Tensor, Tensor]:
     sides = torch.maximum(upper - center, center - lower)
     above = torch.nextafter(sides, torch.full_like(sides, torch.inf))
     return center, torch.where(upper > lower, above, 0.0)
+
+
+def box_sides(box: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """How far below and above x, (batch, T, n), a box (lower, upper) reaches, (batch, T, n) each in float64, outwards.
+
+    Raises:
+        ValueError: the ends do not fit, or x does not lie between them; the message says why.
+    """
+    if not isinstance(box, (tuple, list)) or len(box) != 2:
+        raise ValueError("box must be (lower, upper)")
+    given = (as_tensor(end, name, f"numbers, {SHAPES}") for end, name in zip(box, ("lower", "upper"), strict=True))
+    lower, upper = (
+        by_element(end.to(x.device).double(), name, x) for end, name in zip(given, ("lower", "upper"), strict=True)
+    )
+    at = x.detach().double()
+    if not bool(((lower <= at) & (at <= upper) & lower.isfinite() & upper.isfinite()).all()):
+        raise ValueError("x must lie in the box, whose ends must be finite")
+    sides = (at - lower, upper - at)
+    # In the precision of x, in which the sets are.
+    rounded = (torch.nextafter(side.to(x.dtype), torch.full_like(x, torch.inf).detach()) for side in sides)
+    return tuple(torch.where(side > 0, up.double(), 0.0) for side, up in zip(sides, rounded, strict=True))
+
+
+def group_numbers(together: Any, x: Tensor, shape: Sequence[int] | None = None) -> Tensor | None:
+    """Numbers of the groups of values that change together, (T, n); None for each value by itself.
+
+    Args:
+        together: "pixel", all channels of a place of an image; "frame"; numbers, (n,), (T, n) or of an input's shape.
+        x: frames, (batch, T, n).
+        shape: of one input before it was taken as frames.
+
+    Raises:
+        ValueError: they do not fit; the message says why.
+    """
+    frames, size = x.shape[1:]
+    if together is None:
+        return None
+    if isinstance(together, str):
+        if together == "frame":
+            return torch.arange(frames, device=x.device)[:, None].expand(frames, size)
+        if together != "pixel" or shape is None or len(shape) != 3 or frames != 1:
+            raise ValueError(
+                f"together must be 'frame', numbers, or 'pixel' of images (channels, height, width), not {together!r}"
+            )
+        return torch.arange(size // shape[0], device=x.device).repeat(shape[0])[None]
+    given = as_tensor(together, "together", "'pixel', 'frame' or numbers of groups").to(x.device)
+    if given.is_floating_point() or given.dtype == torch.bool or given.numel() not in (size, frames * size):
+        wanted = f"'pixel', 'frame' or whole numbers, ({size},) or {(frames, size)}"
+        raise ValueError(f"together must be {wanted}, not {tuple(given.shape)} of {given.dtype}")
+    return given.reshape(-1, size).expand(frames, size)

@@ -41,7 +41,8 @@ class Question:
         outputs: Outputs = SCORES,
     ):
         threat = threat or Threat()
-        self.model, self.x = read_network(model, as_inputs(x), outputs)
+        x = as_inputs(x)
+        self.model, self.x = read_network(model, x, outputs)
         self.labels = labels = as_classes(labels, "labels", f"({len(self.x)},) of integers")
         if targets is not None:
             targets = as_classes(targets, "targets", "(batch,) or (batch, n_specs) of integers, or one")
@@ -53,7 +54,7 @@ class Question:
             )
         shape = output_shape(self.model)
         self.rows = output_rows(labels, shape, targets).to(self.x.device)
-        self.threat = threat.to(self.x)
+        self.threat = threat.to(self.x, x.shape[1:])
         self.picks_one = labels.dim() == 1 and shape.numel() > 1
 
     def _checked(self, threat: Threat) -> Threat:
@@ -78,7 +79,10 @@ class Question:
 
     def eps(self, value: Any, dtype: torch.dtype) -> Tensor:
         """Radii of the samples, (batch,) or (batch, T), from what a user gave. Raises ValueError if they do not fit."""
-        return as_eps(value, self.x, dtype)
+        eps = as_eps(value, self.x, dtype)
+        if self.threat.norm == 0.0 and bool((eps != eps.round()).any()):
+            raise ValueError("eps counts what changes where p = 0: it must be whole numbers")
+        return eps
 
     def part(self, samples: Tensor | slice) -> Question:
         """The question about some samples."""
@@ -106,12 +110,16 @@ class OutputQuestion(Question):
     picks_one = False
 
     def __init__(self, model: nn.Module | Graph, x: Tensor, threat: Threat, output: Any = None):
-        self.model, self.x = read_network(model, as_inputs(x), Outputs(output, scores=False))
+        x = as_inputs(x)
+        self.model, self.x = read_network(model, x, Outputs(output, scores=False))
         if output is not None and not isinstance(self.model, TracedModule):
             raise ValueError(f"the model returns one tensor: leave out output={output!r}")
         threat = self._checked(threat)
         self.shape = output_shape(self.model)
-        self.rows, self.threat = torch.eye(self.shape.numel(), device=self.x.device)[None], threat.to(self.x)
+        self.rows, self.threat = (
+            torch.eye(self.shape.numel(), device=self.x.device)[None],
+            threat.to(self.x, x.shape[1:]),
+        )
 
     def arranged(self, margins: Tensor) -> Tensor:
         return margins

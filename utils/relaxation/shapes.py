@@ -195,6 +195,19 @@ def softshrink_shape(width: float = 0.5) -> Shape:
     return Shape(lambda y: shrink(y, width), lambda y: (y.abs() > width).to(y), (-width, width), (False,) * 3, 1.0)
 
 
+def rsqrt_shape(eps: float = 1e-5) -> Shape:
+    """1 / sqrt(y + eps) where y >= 0, as of a variance; a little below 0, where rounding may lead, it is straight."""
+    if not eps > 0:
+        raise ValueError(f"rsqrt needs a positive number beside the variance, not {eps}")
+    least = -0.5 * eps
+
+    def derivative(y: Tensor) -> Tensor:
+        return torch.where(y >= least, -0.5 * (y.clamp(min=least) + eps) ** -1.5, 0.0)
+
+    steepest = 0.5 * (eps + least) ** -1.5
+    return Shape(lambda y: (y.clamp(min=least) + eps) ** -0.5, derivative, (least,), (True, True), steepest)
+
+
 SHAPES = {
     "silu": Shape(lambda y: y * y.sigmoid(), _silu_slope, (-SILU_TURN, SILU_TURN), (False, True, False), 1.1),
     "gelu": Shape(_gelu, _gelu_slope, (-SQRT2, SQRT2), (False, True, False), 1.13),
@@ -213,7 +226,7 @@ SHAPES = {
     "abs": Shape(torch.abs, _sign, (0.0,), (False, False), 1.0),
     "erf": Shape(torch.erf, lambda y: 2.0 / ROOT_PI * (-y * y).exp(), (0.0,), (True, False), 1.13),
 }
-SHAPE_FAMILIES = {"elu": elu_shape, "power": power_shape, "softshrink": softshrink_shape}
+SHAPE_FAMILIES = {"elu": elu_shape, "power": power_shape, "softshrink": softshrink_shape, "rsqrt": rsqrt_shape}
 
 
 def activation_of(shape: Shape) -> Activation:

@@ -68,8 +68,11 @@ def statistics(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "mean": mean, "max": max(values), "std": math.sqrt(variance)}
 
 
-def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """Statistics of the radii, in input units, over all rows and, if there are frames, for each of them."""
+def summarize(rows: Sequence[Row], counted: Sequence[int] = ()) -> dict[str, Any]:
+    """Statistics of the radii, in input units, over all rows and, if there are frames, for each of them.
+
+    Where radii count changes, also how many rows are certified at each of the ``counted`` numbers.
+    """
     radii = [row.radius for row in rows]
     samples = len({row.index for row in rows})
     summary: dict[str, Any] = statistics(radii) | {
@@ -78,6 +81,9 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "evaluations_per_row": sum(row.evaluations for row in rows) / len(rows),
         "seconds_per_sample": math.fsum(row.seconds for row in rows) / samples,
     }
+    if counted:
+        numbers = {str(number): sum(radius >= number for radius in radii) for number in sorted(set(counted))}
+        summary |= {"rows": len(rows), "at_changes": numbers}
     started = [row for row in rows if row.start_radius > 0]  # False for NaN
     if started:
         start = math.fsum(row.start_radius for row in started)

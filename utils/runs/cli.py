@@ -160,6 +160,11 @@ def norm_value(text: str) -> float:
     return value
 
 
+def norm_or_count(text: str) -> float:
+    """argparse type: as ``norm_value``, or 0, where changes are counted."""
+    return 0.0 if text.strip() in ("0", "0.0") else norm_value(text)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on; packages that are missing are left out."""
     found = {"python": platform.python_version()}

@@ -43,6 +43,7 @@ PARSERS = {
     "int | str": _word_or_number,
     "int | None": int,
     "float | None": float,
+    "str | None": str,
 }
 OPTIONAL = " | None"
 

@@ -62,7 +62,6 @@ def add_mlp_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--perturb-method", choices=("ibp", "crown-ibp", "crown"), default="ibp", help="how the loss is bounded"
     )
     add_loop_arguments(parser)
-    parser.set_defaults(weight_decay=PLAIN_DECAY)
 
 
 def add_cnn_training_arguments(parser: argparse.ArgumentParser, shift: int = 0, flip: bool = False) -> None:
@@ -102,7 +101,8 @@ def add_mlp_model_arguments(group) -> None:
 
 
 def add_recipe_argument(group) -> None:
-    """Add --lipschitz, of scripts that read models."""
+    """Add --lipschitz, of scripts that read models, and --recipe."""
+    group.add_argument("--recipe", metavar="NAME", help="of a model from certified training: ibp_0_1")
     group.add_argument("--lipschitz", action="store_true", help="the model that was trained with --lipschitz-weight")
 
 

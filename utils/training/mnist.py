@@ -23,7 +23,7 @@ def check_slices(time_step: int) -> None:
     as_frames(torch.empty(0, SIDE, SIDE), time_step)
 
 
-def make_mlp_config(args: argparse.Namespace, data: ImageData) -> Config:
+def make_mlp_config(args: argparse.Namespace, data: ImageData, recipe: Recipe | None = None) -> Config:
     """Likewise, of a multi-layer perceptron."""
     return {
         "architecture": "mlp",
@@ -34,6 +34,7 @@ def make_mlp_config(args: argparse.Namespace, data: ImageData) -> Config:
         **{name: getattr(args, name) for name in ("lipschitz_weight", "lipschitz_eps", "lipschitz_norm")},
         **({name: json_value(getattr(args, name)) for name in MOVED} if args.perturb else {}),
         **data_facts(args, data),
+        **({} if recipe is None else recipe_facts(recipe) | {"held_back": args.held_back}),
     }
 
 
@@ -108,7 +109,9 @@ def accuracies(config: Config) -> str:
     if "certified" not in config:
         return text
     recipe = config["certified"]
-    group = "image" if config["architecture"] == "cnn" else recipe["ball"]
+    group = "image" if config["architecture"] in ("cnn", "mlp") else recipe["ball"]
     ball = f"l_{float(recipe['p']):g} {recipe['train_eps']:g} around every {group}"
+    if float(recipe["p"]) == 0.0:
+        ball = f"{recipe['train_eps']:g} changed values of every {group}"
     kept = f"held back: {config['held_back_verified']:.4f} verified, {config['held_back_accuracy']:.4f} clean"
     return f"verified test accuracy {config['test_verified']:.4f} ({ball}), {text}; {kept}"

@@ -41,3 +41,19 @@ class FrameSources(Sources):
 
     def deviation(self) -> Tensor | None:
         return self.bounds.perturbation.total_deviation(self._deviations) if self._deviations else None
+
+
+class JointSources(Sources):
+    """Ends at input frames that share a budget: the set takes the coefficients of all of them at once."""
+
+    def __init__(self, bounds: Bounds):
+        self.bounds, self._coefficients = bounds, {}
+
+    def takes(self, node: Node) -> bool:
+        return isinstance(node, Frame)
+
+    def meet(self, node: Node, coefficients: Tensor, batch: int | None) -> None:
+        self._coefficients[node.frame] = spread(coefficients, 0, batch)
+
+    def deviation(self) -> Tensor | None:
+        return self.bounds.joint_deviation(self._coefficients) if self._coefficients else None

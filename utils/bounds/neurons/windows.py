@@ -186,6 +186,15 @@ class WindowPass:
     def _meet_frame(self, frame: Frame, given: Windows) -> None:
         values = self._inside(frame, given).values
 
+        if self.bounds.perturbation.takes_windows:
+            self._total = self._total - self.bounds.perturbation.window_deviation(
+                frame.frame,
+                values.flatten(-2),
+                lambda part: self._gather(part, frame, given).flatten(-2),
+                self._samples,
+            )
+            return
+
         def absolute(sizes: Tensor) -> Tensor:
             return _summed(values.abs() * self._gather(sizes, frame, given))
 

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from ..operations import functions
+from ..operations import attention, functions
 from ..symbolic import Symbol, UnsupportedError, check_scores, constant
-from .table import OPERATORS, operator, symbol
+from .table import OPERATORS, operator, symbol, whole_numbers
 
 
 @operator("Add", "Sum")
@@ -115,6 +115,27 @@ def _minimum(reader, first, *others):
     return first
 
 
+@operator("ReduceMax")
+def _reduce_max(reader, x, axes=None, keepdims=1):
+    axes = whole_numbers(axes) if axes is not None else []
+    if len(axes) != 1:
+        raise UnsupportedError("a maximum is supported over one axis")
+    return functions.amax(reader.builder, x, axes[0], bool(keepdims))
+
+
+@operator("ReduceMin")
+def _reduce_min(reader, x, axes=None, keepdims=1):
+    return reader.builder.negative(_reduce_max(reader, reader.builder.negative(x), axes, keepdims))
+
+
+@operator("GlobalMaxPool")
+def _global_max_pool(reader, x):
+    flat = x.view(lambda part: part.flatten(2))
+    return functions.amax(reader.builder, flat, 2, True).view(
+        lambda part: part.reshape(*x.shape[:2], *[1] * (len(x.shape) - 2))
+    )
+
+
 SHAPES = {"Mish": "mish", "HardSwish": "hardswish", "Softsign": "softsign", "Erf": "erf", "Exp": "exp", "Abs": "abs"}
 OPERATORS |= {name: lambda reader, x, of=of: reader.builder.activation(x, of) for name, of in SHAPES.items()}
 
@@ -146,6 +167,9 @@ def _hard_sigmoid(reader, x, alpha=0.2, beta=0.5):
 def _final_softmax(reader, x, axis=None, name="softmax"):
     check_scores(x)
     axis = (-1 if reader.opsets[""] >= 13 else 1) if axis is None else axis
+    if name == "softmax" and x.shape.numel() != x.shape[axis] and reader.opsets[""] >= 13:
+        share = attention.softmax(reader.builder, x.view(lambda part: part.movedim(axis, -1)))
+        return share.view(lambda part: part.movedim(-1, axis))
     if x.shape.numel() != x.shape[axis]:
         raise UnsupportedError("a softmax is supported at the end of the network only, over all its outputs")
     return Symbol(x.ids, x.scale, x.shift, name)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...graph.convolution import MAX_MATRIX
 from .. import images
+from ..operations import attention
 from ..symbolic import Symbol, UnsupportedError, constant, join
 from .table import Value, operator, symbol
 
@@ -19,8 +20,10 @@ def check_weights(*values: Value | None) -> None:
 
 @operator("MatMul")
 def _matmul(reader, x, y):
+    x, y = (attention.settled(reader.builder, value) for value in (x, y))
+    if isinstance(x, Symbol) and isinstance(y, Symbol):
+        return attention.product(reader.builder, x, y)
     if isinstance(x, Symbol):
-        check_weights(y)
         if y.dim() < 3:
             weight = y[None] if y.dim() == 1 else y.mT
             return reader.builder.linear(x, weight).view(lambda part: part.squeeze(-1) if y.dim() == 1 else part)
@@ -147,6 +150,14 @@ def _max_pool(
 @operator("GlobalAveragePool")
 def _global_average_pool(reader, x):
     return reader.builder.mean(x, range(2, len(x.shape)), keepdim=True)
+
+
+@operator("LayerNormalization")
+def _layer_norm(reader, x, scale, bias=None, axis=-1, epsilon=1e-5, stash_type=1):
+    check_weights(scale, bias)
+    if axis % len(x.shape) != len(x.shape) - 1:
+        raise UnsupportedError("it is supported over the last axis")
+    return attention.layer_norm(reader.builder, x, x.shape[-1:], scale, bias, epsilon)
 
 
 @operator("BatchNormalization")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ...graph.pooling import Maximum
 from ..symbolic import Builder, Symbol, UnsupportedError, check_scores, constant, join
 from ..trace import OPERATIONS, as_symbol, operation
+from .attention import gathered
 
 # As torch calls them, and as the table of activations does.
 NAMES = {
@@ -101,9 +105,47 @@ def power(builder, x, exponent):
     return builder.activation(x, f"power({int(exponent)})")
 
 
+class Greatest(NamedTuple):
+    """What ``torch.max`` over an axis returns; the places depend on the input, and are not there to be read."""
+
+    values: Symbol
+    indices: None = None
+
+
+@operation("amax")
+def amax(builder, x, dim=None, keepdim=False):
+    """Over one axis of a sample: one node for the greatest of all, not a chain of maxima of two."""
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    if len(dims) != 1 or dims[0] is None or dims[0] % len(x.shape) == 0:
+        raise UnsupportedError("a maximum is supported over one axis of a sample")
+    axis = dims[0] % len(x.shape)
+    parts = [x.view(lambda part, k=k: part.select(axis, k)) for k in range(x.shape[axis])]
+    nodes = tuple(gathered(builder, part) for part in parts)
+    present = torch.ones(len(nodes), nodes[0].size, dtype=torch.bool)
+    made = builder.graph.add(Maximum(nodes, present)) if len(nodes) > 1 else nodes[0]
+    shape = parts[0].shape
+    result = builder.symbol(made, torch.arange(shape[0])).view(lambda part: part.reshape(shape))
+    return result.view(lambda part: part.unsqueeze(axis)) if keepdim else result
+
+
+@operation("amin")
+def amin(builder, x, dim=None, keepdim=False):
+    return builder.negative(amax(builder, builder.negative(x), dim, keepdim))
+
+
+def _over_axis(of_axis, builder, x, others, how) -> Greatest | None:
+    """The result of max(x, dim, keepdim) or min; None for those of two tensors."""
+    dim, keepdim = (*others, *(None,) * 2)[:2]
+    dim, keepdim = how.get("dim", dim), how.get("keepdim", bool(keepdim))
+    return Greatest(of_axis(builder, x, dim, keepdim)) if type(dim) is int else None
+
+
 @operation("maximum", "max", "fmax")
 def maximum(builder, x, *others, **how):
-    """Of two tensors, one of which may be constant: y + relu(x - y)."""
+    """Of two tensors, one of which may be constant, y + relu(x - y); or over an axis."""
+    over_axis = _over_axis(amax, builder, x, others, how)
+    if over_axis is not None:
+        return over_axis
     y = _other("maximum", x, others, how)
     x, y = as_symbol(x), as_symbol(y)
     if x.is_constant:
@@ -114,6 +156,9 @@ def maximum(builder, x, *others, **how):
 
 @operation("minimum", "min", "fmin")
 def minimum(builder, x, *others, **how):
+    over_axis = _over_axis(amin, builder, x, others, how)
+    if over_axis is not None:
+        return over_axis
     x, y = (builder.negative(as_symbol(part)) for part in (x, _other("minimum", x, others, how)))
     return builder.negative(maximum(builder, x, y))
 
@@ -121,7 +166,7 @@ def minimum(builder, x, *others, **how):
 def _other(name: str, x, others, how):
     other = others[0] if others else how.get("other")
     if len(others) > 1 or isinstance(other, (int, float, type(None))):
-        raise UnsupportedError(f"a {name} has no bound here over an axis, but those of max_pool1d and max_pool2d")
+        raise UnsupportedError(f"a {name} has a bound of two tensors and over one axis, not over all values")
     return other
 
 

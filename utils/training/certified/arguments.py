@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import asdict, fields
 
 from ...choices.tables import BALLS
-from ...runs.cli import json_value, non_negative_float, non_negative_int, norm_value, positive_float, positive_int
+from ...runs.cli import json_value, non_negative_float, non_negative_int, norm_or_count, positive_float, positive_int
 from ..arguments import PLAIN_DECAY, probability
 from .recipe import LOSSES, Recipe
 
@@ -33,10 +32,12 @@ def add_certified_arguments(parser: argparse.ArgumentParser, of_sequences: bool 
         "intervals over a small box around an attack's point (sabr), or mixed with an attack's loss (mtl-ibp)",
     )
     group.add_argument("--train-eps", type=positive_float, help="radius of the balls to be certified")
-    group.add_argument("--p", type=norm_value, help="norm of the balls: 1, 2 or inf (default: inf)")
+    group.add_argument(
+        "--p", type=norm_or_count, help="norm of the balls: 1, 2 or inf; 0: --train-eps values change (default: inf)"
+    )
     if of_sequences:
         _add_sequence_arguments(group)
-    group.add_argument("--clip", action="store_true", default=None, help="boxes of --p inf are cut to [0, 1]")
+    group.add_argument("--clip", action="store_true", default=None, help="balls are cut to [0, 1]")
     group.add_argument("--overshoot", type=positive_float, help="the balls grow to this times --train-eps")
     group.add_argument("--clean-share", type=probability, help="share of the steps before the balls begin to grow")
     group.add_argument("--ramp-share", type=positive_float, help="share of the steps after which they are full")
@@ -104,8 +105,11 @@ def recipe_of(args: argparse.Namespace, frames: int, **defaults: object) -> Reci
         if name in told and args.certified not in losses:
             raise ValueError(f"{_flag(name)} has no effect with --certified {args.certified}: it is for {losses[0]}")
     recipe = Recipe(args.certified, **defaults | told)
-    if recipe.clip and recipe.p != math.inf:
-        raise ValueError("--clip cuts l_inf boxes: it needs --p inf")
+    if recipe.p == 0.0 and (recipe.clip or recipe.loss in OF_LOSSES["attack_steps"]):
+        reason = "is for other losses" if recipe.loss in OF_LOSSES["attack_steps"] else "lets values change as it is"
+        raise ValueError(f"--p 0 {reason}: leave out --clip, and take --certified ibp, crown-ibp or crown")
+    if recipe.p == 0.0 and recipe.eps != round(recipe.eps):
+        raise ValueError(f"--p 0 counts the values that change: --train-eps must be a whole number, not {recipe.eps:g}")
     if recipe.frames is not None and max(recipe.frames) >= frames:
         raise ValueError(f"--frames must be from 0 to {frames - 1}, not {max(recipe.frames)}")
     args.held_back = args.held_back or 5000

@@ -50,9 +50,9 @@ class Batch:
 
     def __post_init__(self):
         self.network, self.frames = read_for_step(self.model, self.x, self.check)
-        clip = (0.0, 1.0) if self.recipe.clip else None
+        clip = (0.0, 1.0) if self.recipe.clip or self.recipe.p == 0.0 else None
         frames = None if self.recipe.frames is None else list(self.recipe.frames)
-        self.threat = Threat(self.recipe.p, self.recipe.ball, frames, clip).to(self.frames)
+        self.threat = Threat(self.recipe.p, self.recipe.ball, frames, clip).to(self.frames, self.x.shape[1:])
 
     @cached_property
     def graph(self) -> Graph:
@@ -62,7 +62,9 @@ class Batch:
         """A pass over balls of a share of the moment's eps, around x or other points, (batch, T, n)."""
         centers = self.frames if centers is None else centers
         eps = centers.new_full((len(centers),), share * self.moment.eps)
-        return BoundPass(self.graph, self.threat.around(centers, eps), method, sound=sound)
+        balls = self.threat.around(centers, eps)
+        balls.rough = True
+        return BoundPass(self.graph, balls, method, sound=sound)
 
     def attacked(self, share: float = 1.0) -> Tensor:
         """Points, (batch, T, n), of balls of a share of the moment's eps where the loss is high."""

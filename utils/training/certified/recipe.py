@@ -13,10 +13,11 @@ class Recipe:
 
     Attributes:
         loss: one of ``LOSSES``, see ``utils.training.certified.losses``.
-        p, eps: norm and radius of the balls, in the units of the model's inputs.
+        p, eps: norm and radius of the balls, in the units of the model's inputs; for p = 0 how many values change, to
+            anything in [0, 1].
         ball: around every frame, or around the whole sequence; a key of ``utils.choices.BALLS``.
         frames: which frames are perturbed; None for all.
-        clip: whether l_inf boxes are cut to [0, 1].
+        clip: whether balls are cut to [0, 1].
         overshoot: the balls grow to ``overshoot * eps``.
         clean, ramp: shares of the steps: without perturbation, and after which eps has its full size.
         smooth: the ramp starts flat (its first quarter a power of time) instead of at once.

@@ -1,0 +1,6 @@
+"""What is known of nodes that read single words, over sets in which words are replaced."""
+
+from .values import WordValues
+from .words import Words
+
+__all__ = ["WordValues", "Words"]

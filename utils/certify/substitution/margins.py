@@ -1,0 +1,126 @@
+"""Lower bounds of margins over all sequences in which at most k frames are replaced, each by one of its own list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...bounds.passes import BoundPass
+from ...choices.registry import Registry
+from ...graph.graph import Graph
+from ...graph.mixing import MatMul
+from ...network.reading import Network, graph_of, output_shape, read_for_step, read_network
+from ...network.state import plain_state
+from ...perturbation.substitutions import Substitutions
+from ...question.arguments import as_classes, as_inputs
+from ...question.specification import output_rows
+
+# Samples that are bounded at once: rows of every layer take more memory than those of the specification alone.
+AT_ONCE = Registry("method of substitutions", {"crown-ibp": 32, "ibp": 32, "crown": 8})
+
+
+@dataclass(frozen=True)
+class Substitutes:
+    """What frames may become, in the model's input units: where ``valid``, (batch, T, S) of bool, one of ``vectors``,
+    (batch, T, S, n).
+    """
+
+    vectors: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of_words(cls, table: nn.Embedding | Tensor, numbers: Tensor, valid: Tensor) -> Substitutes:
+        """From the numbers of words, (batch, T, S), and the vectors of all, (words, n), as a model looks them up."""
+        return cls((table.weight if isinstance(table, nn.Embedding) else table)[numbers], valid)
+
+    def set_around(self, x: Tensor, budget: int | Tensor | None) -> Substitutions:
+        """The set of x, (batch, T, n), for a number, (batch,) of these, or None: every frame may change."""
+        return Substitutions(x, self.vectors.to(x), self.valid.to(x.device), budget)
+
+    def part(self, samples: slice | Tensor) -> Substitutes:
+        return Substitutes(self.vectors[samples], self.valid[samples])
+
+
+@plain_state()
+def substitution_margins(
+    model: nn.Module | Graph,
+    x: Tensor,
+    labels: Tensor,
+    substitutes: Substitutes,
+    budgets: Sequence[int | None],
+    *,
+    targets: Tensor | None = None,
+    method: str = "crown-ibp",
+    dtype: torch.dtype = torch.float64,
+    check: bool = True,
+) -> Tensor:
+    """Lower bounds of the margins, (batch, n_specs, budgets): differentiable in the model, in x and in the substitutes.
+
+    Args:
+        model, x, labels, targets: as for ``certified_margin``; x is (batch, T, n), the frames all sequences of one
+            length.
+        substitutes: of every frame of x.
+        budgets: how many frames may be replaced at most; None: every one.
+        method: "ibp", "crown-ibp" (intervals within, one pass back from the margins) or "crown".
+        dtype: precision of the bounds, which have room for rounding.
+        check: whether a module that gradients are asked of is compared with what was read of it.
+
+    Raises:
+        ValueError: an argument does not fit; the message says which.
+    """
+    AT_ONCE.check(method)
+    network, frames = _read(model, as_inputs(x), check)
+    if frames.shape != substitutes.vectors[:, :, 0].shape:
+        raise ValueError(f"the frames are {tuple(frames.shape)}, the substitutes {tuple(substitutes.vectors.shape)}")
+    rows = output_rows(as_classes(labels, "labels", "(batch,) of integers"), output_shape(network), targets)
+    graph = graph_of(network, frames.shape[1], dtype, "plane")
+    graph = graph if torch.is_grad_enabled() else graph.detach()
+    frames, rows = frames.to(dtype), rows.to(frames.device, dtype)
+    parts = []
+    for start in range(0, len(frames), AT_ONCE[method]):
+        own = slice(start, start + AT_ONCE[method])
+        parts.append(budget_margins(graph, frames[own], rows[own], substitutes.part(own), budgets, method))
+    return torch.cat(parts)
+
+
+def _read(model: nn.Module | Graph, x: Tensor, check: bool) -> tuple[Network, Tensor]:
+    learnt = isinstance(model, nn.Module) and torch.is_grad_enabled()
+    if learnt and any(parameter.requires_grad for parameter in model.parameters()):
+        return read_for_step(model, x, check)
+    return read_network(model, x)
+
+
+def budget_margins(
+    graph: Graph, x: Tensor, rows: Tensor, substitutes: Substitutes, budgets: Sequence[int | None], method: str
+) -> Tensor:
+    """Lower bounds of ``rows @ output``, (batch, n_specs, budgets); what holds for a budget holds for smaller ones.
+
+    Planes are made once for all budgets of more than one word: for the largest, which holds for the others. What passes
+    back through them ends anew for every budget. Of a single word more is known where products of words are taken.
+    """
+    frames = x.shape[1]
+    counts = [frames if budget is None else min(budget, frames) for budget in budgets]
+    falling = sorted(set(counts), reverse=True)
+    apart = method == "crown" or any(isinstance(node, MatMul) for node in graph.nodes)
+    found, bounds = [], None
+    for count in falling:
+        if bounds is None or count == 0 or (count == 1 and apart):
+            bounds = BoundPass(graph, substitutes.set_around(x, count), method)
+        else:
+            bounds.perturbation.budget = torch.full_like(bounds.perturbation.budget, count)
+        found.append(bounds.margin(rows))
+    best = torch.stack(found, dim=-1).cummax(dim=-1).values
+    return best[..., [falling.index(count) for count in counts]]
+
+
+def bound_sets(graph: Graph, rows: Tensor, method: str) -> Callable[[Tensor, Substitutes, Tensor], Tensor]:
+    """Least margins, (batch,), of sets with budgets of their own, (batch,)."""
+
+    def bounds(x: Tensor, substitutes: Substitutes, budgets: Tensor) -> Tensor:
+        set_ = substitutes.set_around(x, budgets)
+        return BoundPass(graph, set_, method).margin(rows.expand(len(x), -1, -1)).amin(dim=1)
+
+    return bounds

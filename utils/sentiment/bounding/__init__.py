@@ -1,0 +1,1 @@
+"""Bounds over the replacement of words: questions, result files and what is shown of them."""

@@ -1,0 +1,1 @@
+"""Training of classifiers of sentences, plain or against the replacement of words."""
