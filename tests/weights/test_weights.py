@@ -298,6 +298,19 @@ def test_weights_and_inputs_move_together():
         assert bool((both < alone.margins(torch.full((2,), 0.02, dtype=DOUBLE), DOUBLE)).all())
 
 
+def test_inputs_in_cut_balls_move_with_the_weights():
+    model, _, _ = question("relu")
+    x = normal(2, 3, 3, seed=3).sigmoid()
+    options = {"norm": 2, "input_eps": 0.2, "input_norm": 2, "clip": (0.0, 1.0), "ball": "sequence"}
+    problem = weight_problem(model, x, model(x).argmax(1), **options)
+    moves, noise = sampled_moves(problem, 0.05, 4, seed=9), normal(6, 3, 3, seed=4)
+    points = (x[0] + 0.2 * noise / noise.flatten(1).norm(dim=1)[:, None, None]).clamp(0.0, 1.0)
+    every = [margins_with(problem, moves, torch.stack((point, x[1])), 0).amin(dim=0) for point in points]
+    for method in METHODS:
+        margins = problem.by(method).margins(torch.full((2,), 0.05, dtype=DOUBLE), DOUBLE)
+        assert bool((margins[0] <= torch.stack(every).amin(dim=0) + 1e-9).all())
+
+
 def test_the_radius_is_certified_and_not_broken():
     model, x, labels = question("rnn", batch=3)
     for norm in (2, INF):
