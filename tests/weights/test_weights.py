@@ -137,7 +137,7 @@ def test_parameters_stand_where_the_graph_says(name):
 
 @pytest.mark.parametrize(
     ("name", "norm", "relative"),
-    [*itertools.product(MODELS, (2, INF), (False,)), ("rnn", 2, True), ("gru", INF, True), ("cnn", INF, True)],
+    [*itertools.product(MODELS, (2, INF), (False,)), ("rnn", 2, True), ("mlp", INF, True), ("cnn", INF, True)],
 )
 def test_no_move_falls_below_the_bounds(name, norm, relative):
     problem, x = all_move(name, norm=norm, relative=relative)
@@ -263,7 +263,7 @@ def test_broken_sharing_is_caught(monkeypatch, broken):
     assert bool((problem.margins(eps, DOUBLE) > least + 1e-6).any())
 
 
-@pytest.mark.parametrize("name", ["rnn", "gru", "mlp", "cnn"])
+@pytest.mark.parametrize("name", ["rnn", "mlp", pytest.param("gru", marks=pytest.mark.full), "cnn"])
 def test_no_move_gives_the_clean_margin_and_more_moves_less(name):
     for norm, method in itertools.product((2, INF), METHODS):
         problem, _ = all_move(name, norm=norm, method=method)
@@ -272,7 +272,7 @@ def test_no_move_gives_the_clean_margin_and_more_moves_less(name):
         assert all(bool((more <= less + 1e-9).all()) for less, more in itertools.pairwise(margins))
 
 
-@pytest.mark.parametrize("name", ["rnn", "lstm", "cnn"])
+@pytest.mark.parametrize("name", ["rnn", pytest.param("lstm", marks=pytest.mark.full), "cnn"])
 def test_single_precision_is_below_double(name):
     for norm, method in itertools.product((2, INF), METHODS):
         problem, _ = all_move(name, norm=norm, method=method)
@@ -321,7 +321,9 @@ def test_the_radius_is_certified_and_not_broken():
         assert bool((problem.margins(1.05 * radius, DOUBLE).amin(dim=1) <= 0).all())
 
 
-@pytest.mark.parametrize("name", ["rnn", "mlp", "cnn"])
+@pytest.mark.parametrize(
+    "name", ["rnn", pytest.param("mlp", marks=pytest.mark.full), pytest.param("cnn", marks=pytest.mark.full)]
+)
 def test_margins_have_gradients_in_the_weights(name):
     """As differences say, along a random direction in all weights."""
     for norm, method in itertools.product((2, INF), METHODS):
