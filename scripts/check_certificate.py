@@ -368,7 +368,7 @@ class Frame(Node):
 
 
 class Word(Node):
-    """The normalised input of a time step that is one of several vectors: x_t itself, which is first, or a substitute."""
+    """The normalised input of a time step that is one of several: first x_t itself, then its substitutes."""
 
     def __init__(self, place, vectors, mean, std):
         super().__init__(vectors.shape[1])

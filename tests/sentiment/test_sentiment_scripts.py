@@ -159,6 +159,23 @@ def test_without_an_attack(bounded, models, tmp_path):
         assert row.verdict == other.verdict and (row.margin <= 0 or row.bound("crown-ibp") > -float("inf"))
 
 
+def test_certificates_of_sentences(models, tmp_path, capsys):
+    from test_certificate import run_checker
+
+    flags = [*SIZES, "--sample", "--work-dir", models, "--N", 4, "--max-words", 6, "--budgets", 1, "all"]
+    flags += ["--out-dir", tmp_path / "out", "--save-certificate"]
+    out = succeed("gru/bound_gru_sentiment.py", *flags, cwd=tmp_path)
+    assert "check_certificate.py" in out
+    rows, _ = read_rows(tmp_path / "out" / "certified_bound.csv", SentenceRow)
+    files = {path.name for path in (tmp_path / "out" / "certificates").glob("sample_*.npz")}
+    proved = {f"sample_{row.index:05d}_{row.budget}.npz" for row in rows if row.best_bound > 0}
+    certified = {f"sample_{row.index:05d}_{row.budget}.npz" for row in rows if row.verdict == CERTIFIED}
+    assert proved and proved <= files <= certified
+    code, out, errors = run_checker(capsys, tmp_path / "out" / "certificates")
+    assert code == 0 and errors == "" and out.count("each by one of its own list") == len(files)
+    assert "--radii" in fail("gru/bound_gru_sentiment.py", *flags, "--radii", 2, cwd=tmp_path)
+
+
 def test_radii_of_single_words(models, tmp_path):
     flags = [
         *SIZES,

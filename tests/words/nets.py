@@ -104,3 +104,12 @@ def sentences(x: Tensor, vectors: Tensor, valid: Tensor, budget: int) -> Tensor:
         if sum(pick > 0 for pick in picks) <= budget:
             found.append(torch.stack([options[pick] for options, pick in zip(choices, picks, strict=True)]))
     return torch.stack(found)
+
+
+def made_recurrent(kind: str, seed: int = 0, **settings) -> SequenceClassifier:
+    """A small recurrent classifier whose parameters matter."""
+    torch.manual_seed(seed)
+    net = recurrent(kind, **settings).double().eval().requires_grad_(False)
+    for number, parameter in enumerate(net.parameters()):
+        parameter.add_(0.5 * normal(*parameter.shape, seed=number + 100 * seed))
+    return net

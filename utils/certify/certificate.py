@@ -296,9 +296,8 @@ def write_weights(path: Path, model: SequenceClassifier) -> str:
 def collect_hints(model: SequenceClassifier, bounds: BoundPass) -> dict[str, Tensor]:
     """Slopes of all relaxations as slopes.l0.forward.NAME: (batch or 1, T, 2, operands, hidden).
 
-    In the third dimension: lower, upper. Nodes that no perturbation reaches have no relaxation, nor have those that read one
-    word of which there are several: zeros. If any node has curved bounds there are curvatures, likewise, with zeros for
-    planes.
+    In the third dimension: lower, upper. Nodes that no perturbation reaches, or that read one replaced word alone, have
+    no relaxation: zeros. If any node has curved bounds there are curvatures, likewise, with zeros for planes.
     """
     rnn, num_frames = model.rnn, len(bounds.graph.frames)
     nonlinear = [node for node in bounds.graph.nodes if isinstance(node, NonLinear)]

@@ -153,6 +153,13 @@ def add_sentiment_bound_arguments(parser: argparse.ArgumentParser, architecture:
     group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
     group.add_argument("--overwrite", action="store_true", help="replace results of another run in the folder")
     group.add_argument("--show", type=positive_int, default=10, help="sentences printed")
+    if architecture != "transformer":
+        group.add_argument(
+            "--save-certificate",
+            action="store_true",
+            help="write a file for every sentence and budget that bounds certify, which scripts/check_certificate.py "
+            "confirms by itself",
+        )
     _add_data_arguments(parser)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from ...certify.certificate import FOLDER_NAME as CERTIFICATES_NAME
 from ...experiments.arguments import result_folder
 from ...runs.cli import apply_common_arguments, checkpoint_facts, run_facts, utc_now
 from ...runs.ranks import Ranks, joined
@@ -16,6 +18,7 @@ from ...runs.work import Job, explained, find_rows
 from ...steps.word_summary import counted
 from ..arguments import EVERY_WORD
 from ..words import Group
+from .certificates import write_certificate
 from .opening import Opened, open_run, settle
 from .question import Batch, Settings, ask
 from .report import HTML_NAME, print_sentences, write_page
@@ -57,8 +60,10 @@ def run_and_write(run: SentenceRun, folder: Path, record: Record, ranks: Ranks) 
     """Search and write some sentences after the other, then summarize and show them."""
     args = run.args
     layout = {"derived": (SENTENCES_NAME, HTML_NAME), "columns": columns_of(args.methods)}
-    layout |= {"resume": args.resume, "overwrite": args.overwrite}
-    results = find_rows(folder, record, run.jobs(), kind=SentenceRow, ranks=ranks, **layout)
+    layout |= {"resume": args.resume, "overwrite": args.overwrite, "attached": (CERTIFICATES_NAME,)}
+    certificates, wanted = folder / CERTIFICATES_NAME, getattr(args, "save_certificate", False)
+    save = partial(run.save_certificates, folder=certificates) if wanted else None
+    results = find_rows(folder, record, run.jobs(), kind=SentenceRow, ranks=ranks, before_writing=save, **layout)
     if not ranks.first:
         return
     summary = summarize(results.rows, args.methods)
@@ -68,6 +73,8 @@ def run_and_write(run: SentenceRun, folder: Path, record: Record, ranks: Ranks) 
     print("\n" + "\n".join(summary_lines(summary)))
     write_page(folder)
     print(f"results in {folder}: {CSV_NAME}, {SENTENCES_NAME}, run.json, {HTML_NAME}")
+    if wanted:
+        print(f"certificates in {certificates}: check them by python scripts/check_certificate.py {certificates}")
 
 
 def result_folder_name(args: argparse.Namespace) -> str:
@@ -85,6 +92,9 @@ class SentenceRun:
         self.vectors = self.model.embeddings.double()
         device = self.vectors.device
         self.parts = [part.to(device) for group in opened.groups for part in group.batches(args.batch_size)]
+        self._where = {
+            self.drawn[place].index: (part, n) for part in self.parts for n, place in enumerate(part.places.tolist())
+        }
         self.predictions = [self._predict(part) for part in self.parts]
         budgets = [None if budget == EVERY_WORD else budget for budget in args.budgets]
         self.settings = Settings(
@@ -155,6 +165,12 @@ class SentenceRun:
         return SentenceRow(
             **vars(key), margin=margin, attack=worst.margin, exact=int(worst.exact), replaced=replaced, **columns
         )
+
+    def save_certificates(self, rows: Sequence[SentenceRow], folder: Path) -> None:
+        """Write the certificates of some rows."""
+        for row in rows:
+            part, n = self._where[row.index]
+            write_certificate(folder, self.classifier, self.vectors, part.part(slice(n, n + 1)), row)
 
     def substitute(self, index: int, position: int, number: int) -> str:
         return self.substitutes[index][position][number]

@@ -76,6 +76,8 @@ def settle(args: argparse.Namespace) -> None:
         sys.stdout.reconfigure(errors="replace")  # a word that the terminal cannot show must not end the run
     if args.text and (args.N is not None or args.max_words is not None):
         raise ValueError("--text draws no sentences: leave out --N and --max-words")
+    if getattr(args, "save_certificate", False) and args.radii is not None:
+        raise ValueError("--save-certificate is of replaced words: leave out --radii")
     args.N = args.N or DRAWN
     args.budgets = list(dict.fromkeys(args.budgets))
     args.methods = [method for method in METHODS if method in args.methods]
