@@ -61,6 +61,8 @@ class ForwardPass(BoundPass):
     ):
         """With ``backward`` the margins are bounded by a backward pass, else by the functions."""
         super().__init__(graph, perturbation, "crown-ibp", slopes, sound)
+        if self.words:
+            raise ValueError("linear functions of the input are carried forward over balls and boxes, not over words")
         self.backward, self._lines, self._sizes = backward, {}, {}
         self._columns = self._place_frames()
         needed = readers(graph)
@@ -95,12 +97,11 @@ class ForwardPass(BoundPass):
 
     def _deviation(self, coefficients: Tensor) -> Tensor:
         """Most that functions, (batch or 1, rows, columns), can fall below their value at the centre, (batch, rows)."""
-        found = [
-            self.deviation(frame, coefficients[..., place])
-            for frame, place in self._columns.items()
-            if place.stop <= coefficients.shape[-1]
-        ]
-        return self.perturbation.total_deviation(found)
+        places = self._columns.items()
+        parts = {f: coefficients[..., place] for f, place in places if place.stop <= coefficients.shape[-1]}
+        if self.perturbation.is_joint:
+            return self.joint_deviation({frame.frame: part for frame, part in parts.items()})
+        return self.perturbation.total_deviation([self.deviation(*pair) for pair in parts.items()])
 
     def _concrete(self, line: Line) -> Interval:
         spread = [] if line.spread is None else [-line.spread]

@@ -15,7 +15,8 @@ DIRECTIONS = ("backward", "both")  # in which gradients are followed through the
 CHAINS = ("chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
 FORWARD_METHODS = ("forward", "forward-backward")  # linear functions of the input are carried on
 WITHOUT_MATRICES = (*DIRECT_METHODS, *FORWARD_METHODS, "ball", "alpha")  # which need none of a convolution
-OF_ANY_SET = (*DIRECT_METHODS, "alpha")  # whose bounds are linear in the input; others know balls and boxes alone
+# Whose bounds are linear in the input; others know balls and boxes alone.
+OF_ANY_SET = (*DIRECT_METHODS, *FORWARD_METHODS, "alpha")
 WITH_SLOPES = ("ball", *TUNED_METHODS)  # that tune the slopes of planes; "ball" by itself
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise

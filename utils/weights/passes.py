@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bounds.backward import FrameSources
+from ..bounds.backward import Sources
 from ..bounds.passes import BoundPass
 from ..graph.graph import Graph
 from ..graph.nodes import Frame, Node, sum_length
 from ..perturbation.sets import Perturbation
+from ..perturbation.substitutions import Substitutions
 from .balls import PART, Use, WeightBalls
 from .moved import KernelMove, Move, Moved, moved_graph
 from .places import Place
@@ -17,13 +18,19 @@ from .places import Place
 KernelUse = tuple[KernelMove, Tensor, Tensor, Tensor]  # with rows, and the ends of what it acts on
 
 
-class WeightSources(FrameSources):
-    """Ends at the frames, and collects what parameters meet on the way."""
+class WeightSources(Sources):
+    """Ends where the pass would over the inputs alone, and collects what parameters meet on the way."""
 
-    def __init__(self, bounds: WeightPass):
-        super().__init__(bounds)
+    def __init__(self, bounds: WeightPass, inputs: Sources):
+        self.bounds, self._inputs = bounds, inputs
         self._uses: dict[str, list[Use]] = {}
         self._kernels: dict[str, list[KernelUse]] = {}
+
+    def takes(self, node: Node) -> bool:
+        return self._inputs.takes(node)
+
+    def meet(self, node: Node, coefficients: Tensor, batch: int | None) -> Tensor | None:
+        return self._inputs.meet(node, coefficients, batch)
 
     def collect(self, move: Move, rows: Tensor, low: Tensor, high: Tensor) -> None:
         """Rows of a moved node, (batch or 1, n_rows, size), and the ends of what the weight acts on."""
@@ -45,7 +52,7 @@ class WeightSources(FrameSources):
 
     def deviation(self) -> Tensor | None:
         balls, rounding = self.bounds.weight_balls, self.bounds.rounding
-        total = super().deviation()
+        total = self._inputs.deviation()
         for name, uses in self._groups():
             longest = sum(map(sum_length, (uses[0].rows.shape[-1], uses[0].low.shape[-1]))) + len(uses) ** 2
             gamma = (longest + 16) * torch.finfo(uses[0].low.dtype).eps if rounding else 0.0
@@ -92,6 +99,8 @@ class WeightPass(BoundPass):
         """``shared``: all uses of a parameter make the same move; else each has a ball of its own: a larger set."""
         self.weight_balls, self.shared = balls, shared
         self._collecting: WeightSources | None = None
+        if isinstance(perturbation, Substitutions):
+            raise ValueError("weights move together with balls and boxes of inputs, not with words")
         super().__init__(moved_graph(graph, places, balls), perturbation, method, slopes, sound)
 
     def _find_exact(self) -> list[bool]:
@@ -115,7 +124,7 @@ class WeightPass(BoundPass):
         return super().interval_lower_bound(node, rows)
 
     def sources(self) -> WeightSources:
-        self._collecting = WeightSources(self)
+        self._collecting = WeightSources(self, super().sources())
         return self._collecting
 
     def collect(self, move: Move, rows: Tensor, low: Tensor, high: Tensor) -> None:

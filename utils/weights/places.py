@@ -100,7 +100,8 @@ class _Reader:
     """Reads a module again and again, each time with a change of one parameter."""
 
     def __init__(self, model: nn.Module, x: Tensor):
-        self._model, self._x = copy.deepcopy(model).double().eval(), x[:1].double()
+        self._model = copy.deepcopy(model).cpu().double().eval()
+        self._x = x[:1].cpu().double() if x.is_floating_point() else x[:1].cpu()
         self.plain = self._read(self._model)
 
     def _read(self, model: nn.Module) -> Graph:

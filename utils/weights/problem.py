@@ -67,14 +67,15 @@ class MovedWeights:
     def __init__(self, model: nn.Module, x: Tensor, weights: Weights | None = None):
         self.weights, self.model = weights or Weights(), usable_model(model)
         names = chosen_parameters(self.model, self.weights.parameters, self.weights.bias)
-        self._places = {torch.float64: find_places(self.model, x, names)}
+        self._found, self._places = find_places(self.model, x, names), {}
 
     def places(self, dtype: torch.dtype) -> dict[str, list[Place]]:
-        """Places whose scales have a precision."""
-        if dtype not in self._places:
-            known = self._places[torch.float64]
-            self._places[dtype] = {name: [_in(place, dtype) for place in own] for name, own in known.items()}
-        return self._places[dtype]
+        """Places whose scales have a precision, on the model's device."""
+        key = dtype, next(self.model.parameters()).device
+        if key not in self._places:
+            known = self._found.items()
+            self._places[key] = {name: [_on(place, *key) for place in own] for name, own in known}
+        return self._places[key]
 
     def balls(self, eps: Tensor, dtype: torch.dtype) -> WeightBalls:
         """Balls of radii eps, (batch,), in units of the model's weights as they are."""
@@ -82,9 +83,11 @@ class MovedWeights:
         return WeightBalls(eps.to(dtype), self.weights.norm, units)
 
 
-def _in(place: Place, dtype: torch.dtype) -> Place:
-    floats = {k: v.to(dtype) for k, v in vars(place).items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return replace(place, **floats)
+def _on(place: Place, dtype: torch.dtype, device: torch.device) -> Place:
+    tensors = {name: value for name, value in vars(place).items() if isinstance(value, Tensor)}
+    return replace(
+        place, **{name: v.to(device, dtype if v.is_floating_point() else v.dtype) for name, v in tensors.items()}
+    )
 
 
 class WeightProblem(MarginProblem):
