@@ -34,7 +34,7 @@ def _of_budget(rows: list[SentenceRow], methods: Sequence[str]) -> Record:
     found["falsified"] = sum(row.verdict == FALSIFIED for row in right)
     found["open"] = len(right) - found["falsified"] - sum(row.verdict == CERTIFIED for row in right)
     used: list[str] = []
-    found["loss"]["attack"] = _mean([row.margin - row.attack for row in right])
+    found["loss"]["attack"] = None if tried is None else _mean([row.margin - row.attack for row in right])
     for method in methods:
         name = column(method)
         found["seconds"][method] = _mean([getattr(row, f"{name}_seconds") for row in right])
