@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import NETS, N, S, T, made, normal, sentences, words
+from word_nets import NETS, N, S, T, made, normal, sentences, words
 from torch import nn
 
 from utils.bounds.passes import BoundPass

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from nets import N, T, made_recurrent, sentences, words
+from word_nets import N, T, made_recurrent, sentences, words
 from test_certificate import checker, exact_margin, read, run_checker, save
 
 from utils.certify import Substitutes, save_substitution_certificates, substitution_margins
