@@ -42,7 +42,7 @@ VALUE_ERROR = SIGMOID_ERROR + 16 * U  # of F sigmoid(y) - b y and of its derivat
 GUARD = 64  # of quadratic forms, see ``Forms``: relative to their trace, in units of gamma
 TINY = 1e-290  # more than all that underflow can take away, even if it flushes to zero
 LARGEST = 1e15  # numbers above are refused: so TINY is enough, and nothing sensible is so large
-POINT_WIDTH = 1e-6  # wider values at single substitutes are not kept apart: planes may do better
+POINT_WIDTH = 1e-3  # wider values at single substitutes are not kept apart: planes may do better
 MAX_BYTES, MAX_HEADER, MAX_FRAMES = 2**28, 2**20, 10**4  # of a file packed or not, of its header, of a sequence
 
 # Choices that matter to how tight bounds of squares are, not to whether they hold: how many common directions, squares

@@ -296,8 +296,8 @@ def write_weights(path: Path, model: SequenceClassifier) -> str:
 def collect_hints(model: SequenceClassifier, bounds: BoundPass) -> dict[str, Tensor]:
     """Slopes of all relaxations as slopes.l0.forward.NAME: (batch or 1, T, 2, operands, hidden).
 
-    In the third dimension: lower, upper. Nodes that no perturbation reaches, or that read one replaced word alone, have
-    no relaxation: zeros. If any node has curved bounds there are curvatures, likewise, with zeros for planes.
+    In the third dimension: lower, upper. Nodes that no perturbation reaches have no relaxation: zeros. If any node has
+    curved bounds there are curvatures, likewise, with zeros for planes.
     """
     rnn, num_frames = model.rnn, len(bounds.graph.frames)
     nonlinear = [node for node in bounds.graph.nodes if isinstance(node, NonLinear)]
@@ -326,7 +326,7 @@ def _node_hints(
     if not isinstance(node, kind) or len(node.parents) != operands:
         raise RuntimeError(f"node {node.index} of the graph is not the {name} of a cell: certificates do not fit it")
     none = torch.zeros(1, 2, operands, node.size, dtype=torch.float64)
-    if bounds.is_exact(node) or (bounds.words and bounds.words.is_leaf(node)):
+    if bounds.is_exact(node):
         return none, none
     lower, upper = bounds.relaxation(node)
     return _stacked(lower.slopes, upper.slopes), none if curves is None else _stacked(*curves[2:])
