@@ -240,7 +240,7 @@ def test_curves_certify_more_where_many_neurons_add_their_errors():
 
 
 @pytest.mark.parametrize("factor", [0.0, pytest.param(0.5, marks=pytest.mark.full), 100.0])
-@pytest.mark.parametrize("norm", [2.0, INF])
+@pytest.mark.parametrize("norm", [pytest.param(2.0, marks=pytest.mark.full), INF])
 def test_no_estimate_is_a_verdict(monkeypatch, factor, norm):
     """Estimates that are far too good or bad lead tuning and the forecast of radii astray, but radii stay certified."""
     ball, box = ("largest_eigenvalue", "line_and_squares"), ("squares_over_box", "line_and_squares_over_box")

@@ -545,7 +545,11 @@ def test_cells_with_gates(tmp_path, architecture):
     assert_one_line(place.bound("--relaxation", "cube"), "--relaxation")
     for relaxation in ("volume", "plane"):
         flags = ("--method", "ibp", "--relaxation", relaxation)
-        assert_one_line(place.bound(*flags), "--relaxation has no effect", "crown, crown-ibp, alpha, curve, bab")
+        assert_one_line(
+            place.bound(*flags),
+            "--relaxation has no effect",
+            "crown, crown-ibp, forward, forward-backward, alpha, curve, bab",
+        )
     stacked = make_place(tmp_path / "stacked", architecture, num_layers=2, bidirectional=True)
     assert stacked.bound("--num-layers", 2, "--bidirectional", "--method", "ibp").code == 0
     assert len(stacked.rows("2_norm_bound_ibp")) == IMAGES - 2

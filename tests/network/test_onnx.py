@@ -141,6 +141,24 @@ def node(kind, *inputs, output="y", **attributes):
 
 i64 = lambda *numbers: torch.tensor(numbers, dtype=torch.int64)  # noqa: E731
 OTHERS = {
+    "attention": (
+        [
+            node("MatMul", "x", "w", output="q"),
+            node("Transpose", "x", output="k", perm=[0, 2, 1]),
+            node("MatMul", "q", "k", output="s"),
+            node("Softmax", "s", output="p", axis=-1),
+            node("MatMul", "p", "q", output="c"),
+            node("LayerNormalization", "c", "g", "g", output="n", epsilon=1e-3),
+            node("Mul", "n", "x", output="y"),
+        ],
+        {"w": normal(3, 3, seed=1), "g": normal(3, seed=2)},
+    ),
+    "greatest": ([node("ReduceMax", "x", axes=[1], keepdims=1)], {}),
+    "least": ([node("ReduceMin", "x", axes=[2], keepdims=0)], {}),
+    "greatest of an image": (
+        [node("Unsqueeze", "x", "a", output="i"), node("GlobalMaxPool", "i")],
+        {"a": i64(3)},
+    ),
     "gemm": (
         [node("Flatten", "x", output="f"), node("Gemm", "f", "w", "c", alpha=0.5, beta=2.0, transB=1)],
         {"w": normal(5, 12, seed=1), "c": normal(5, seed=2)},
@@ -664,8 +682,12 @@ def test_onnxruntime_may_fail_while_it_runs(tmp_path):
 
 
 WORDS = {  # what a user reads, and the file that leads there
-    "a maximum of perturbed values has no bound here": ([node("GlobalMaxPool", "x")], {}, {}),
-    "divides by a standard deviation": ([node("LayerNormalization", "x", "w")], {"w": normal(3, seed=1)}, {}),
+    "a maximum of perturbed values has no bound here": ([node("LpPool", "x", kernel_shape=[2])], {}, {}),
+    "divides by a standard deviation": (
+        [node("InstanceNormalization", "x", "s", "s")],
+        {"s": torch.ones(FRAMES)},
+        {},
+    ),
     "w holds NaN or infinite numbers": ([node("Add", "x", "w")], {"w": torch.tensor([1.0, math.nan, 2.0])}, {}),
     "v holds NaN or infinite": ([node("MatMul", "x", "v")], {"v": torch.tensor([[1.0], [math.inf], [2.0]])}, {}),
     "token numbers, perhaps: .* export the network from the embedded vectors on": (

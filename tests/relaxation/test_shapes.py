@@ -34,6 +34,7 @@ EXACT = {
     ),
     "power(2)": lambda y: y**2,
     "power(3)": lambda y: y**3,
+    "rsqrt(0.5)": lambda y: 1 / mpmath.sqrt(max(y, mpmath.mpf(-0.25)) + mpmath.mpf(0.5)),
     "softshrink(0.5)": lambda y: y - 0.5 if y > 0.5 else y + 0.5 if y < -0.5 else mpmath.mpf(0),
 }
 TORCH = {

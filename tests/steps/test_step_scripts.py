@@ -173,7 +173,10 @@ def test_points_of_a_gru(points):
     assert {path.name for path in points.folder.iterdir()} == {CSV_NAME, "run.json", "strokes.png", "summary.png"}
 
 
-@pytest.mark.parametrize("make, flags", [(make_words, ("--no-attack",)), (make_points, ("--no-attack",))])
+@pytest.mark.parametrize(
+    "make, flags",
+    [(make_words, ("--no-attack",)), pytest.param(make_points, ("--no-attack",), marks=pytest.mark.full)],
+)
 def test_killed_at_random_points_a_run_resumes_to_the_same_rows(tmp_path, make, flags):
     place = make(tmp_path)
     result = run_script("tests/kill_runs.py", 4, 0, ROOT / place.script, *place.arguments, *flags, cwd=tmp_path)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from word_nets import NETS, N, S, T, made, normal, sentences, words
 from torch import nn
+from word_nets import NETS, N, S, T, made, normal, sentences, words
 
 from utils.bounds.passes import BoundPass
 from utils.bounds.words import means, pairs
@@ -71,7 +71,7 @@ def test_single_precision(name):
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("budget", [1, 3])
+@pytest.mark.parametrize("budget", [1, pytest.param(3, marks=pytest.mark.full)])
 def test_every_node_is_inside_its_interval(name, budget):
     net, (x, vectors, valid) = made(name), words(1)
     network, frames = read_network(net, x)
