@@ -106,6 +106,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, data, monk
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+@pytest.mark.full
 def test_two_processes_train_the_weights_of_one(tmp_path, data):
     flags = [str(word) for word in (*SMALL, *BALLS, "--epochs", 2, "--data-dir", data)]
     assert call(RNN, *flags, "--save-dir", tmp_path / "one").code == 0
