@@ -7,11 +7,12 @@ import torch
 from data.sst import Sentence
 from data.text import Vocabulary
 from utils.network.checkpoint import build_model
-from utils.sentiment.recipe import Recipe, moment_of, rate_factor
+from utils.sentiment.recipe import Recipe, moment_of
 from utils.sentiment.training.net import SentimentNet
 from utils.sentiment.training.objective import Plain, accuracy
 from utils.sentiment.training.train import Best, split, train_epoch
 from utils.sentiment.words import group_by_length
+from utils.training.certified.recipe import rate_factor
 from utils.training.loop import make_optimizer
 
 VOCABULARY = Vocabulary(["<pad>", "<unk>", "a", "good", "fine", "film", "movie", "bad"])

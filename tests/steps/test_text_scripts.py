@@ -1,10 +1,6 @@
 """The scripts for questions, news and strokes, run tiny."""
 
-import contextlib
-import io
 import json
-import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts_in_process import fail, succeed
 
 from data.strokes import write_strokes
 from utils.steps.word_results import read_results
@@ -20,38 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["--sample", "--hidden-size", "3", "--embedding-size", "4", "--threads", "1"]
 TRAIN += ["--epochs", "15", "--lr", "0.05", "--dropout", "0", "--batch-size", "20"]
 BOUND = ["--hidden-size", "3", "--embedding-size", "4", "--tol", "0.1", "--threads", "1"]
-
-
-def run(script, *arguments, cwd):
-    """Run a script in this process (a new one takes seconds to import torch): (exit code, stdout, stderr)."""
-    output, errors, code = io.StringIO(), io.StringIO(), 0
-    argv, folder = sys.argv, os.getcwd()
-    sys.argv = [script, *map(str, arguments)]
-    os.chdir(cwd)
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = argv
-        os.chdir(folder)
-    return code, output.getvalue(), errors.getvalue()
-
-
-def succeed(script, *arguments, cwd):
-    code, output, errors = run(script, *arguments, cwd=cwd)
-    assert code == 0, errors
-    return output
-
-
-def fail(script, *arguments, cwd):
-    """Exit code 2 with one line, which is returned."""
-    code, output, errors = run(script, *arguments, cwd=cwd)
-    assert code == 2, output + errors
-    (line,) = errors.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 @pytest.fixture(scope="module")

@@ -50,10 +50,3 @@ def moment_of(recipe: Recipe, progress: float) -> Moment:
     share = min(1.0, max(0.0, (progress - recipe.clean) / (recipe.ramp - recipe.clean)))
     kappa, beta = (first + share * (last - first) for first, last in (recipe.kappa, recipe.beta))
     return Moment(share, 1 + round(share * (recipe.budget - 1)), kappa, beta if recipe.loss == "mixed" else 0.0)
-
-
-def rate_factor(recipe: Recipe, progress: float) -> float:
-    """Share of the largest learning rate: all of it until the ramp ends, then falling in a line to a fiftieth."""
-    if progress <= recipe.ramp:
-        return 1.0
-    return max(0.02, (1.0 - progress) / max(1e-12, 1.0 - recipe.ramp))

@@ -16,7 +16,8 @@ from ...perturbation.substitutions import Substitutions
 from ...question.specification import margin_rows
 from ...training.certified.losses import of_margins
 from ...training.certified.objective import RECURRENT, start_shifted
-from ..recipe import Moment, Recipe, moment_of, rate_factor
+from ...training.certified.recipe import rate_factor
+from ..recipe import Moment, Recipe, moment_of
 from ..words import Group
 from .net import SentimentNet
 from .objective import WATCHED_AT_ONCE, Plain, accuracy
