@@ -90,6 +90,10 @@ READ = {
     "normalised first": nn.TransformerEncoderLayer(N, 2, 5, batch_first=True, norm_first=True),
     "layer norm": nn.LayerNorm(N),
     "softmax within": lambda h: 3.0 * h.softmax(-1) + h.softmax(1).tanh(),
+    "softmax that is moved, then read": lambda h: (
+        (h.softmax(-1).mT.tanh(), h.softmax(-1).flatten(1)[..., None])[1]
+        * h.softmax(-1).unsqueeze(1).split(2, dim=2)[0].sum(2)
+    ),
     "greatest over an axis": lambda h: (
         h.amax(1) - h.max(dim=1).values.tanh() + 0.5 * h.min(1)[0] + h.amax(-1).sum(1)[:, None]
     ),

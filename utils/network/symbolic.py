@@ -52,13 +52,15 @@ class Symbol:
     """Tensors of one shape: numbers of node elements (``CONSTANT`` if none), and what they are scaled and shifted by.
 
     ``softmax`` is "" or the name of the function, softmax or log_softmax, that is taken of these class scores. It does
-    not change which is larger, so the graph can do without, if nothing else reads the result.
+    not change which is larger, so the graph can do without, if nothing else reads the result. ``settle`` gives the
+    symbol with a softmax as a node, where elements were moved since; None where it is taken over the last axis.
     """
 
     ids: Tensor
     scale: Tensor
     shift: Tensor
     softmax: str = ""
+    settle: Callable[[], Symbol] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -480,6 +482,8 @@ class Builder:
             return constant(total)
         if not bool((row.scale == 1).all()):
             weight = weight * row.scale
+        if self._is_folded(row, weight, owners):
+            return self._folded_linear(self.graph.nodes[int(owners[0])], weight, total, total_size)
         parents, weights = [], []
         for index in dict.fromkeys(owner for owner in owners.tolist() if owner >= 0):
             node = self.graph.nodes[index]
@@ -499,6 +503,19 @@ class Builder:
             parents.append(node)
             weights.append(part)
         return self._local(self.graph.add(Linear(tuple(parents), tuple(weights), total, total_size)))
+
+    def _is_folded(self, row: Symbol, weight: Tensor, owners: Tensor) -> bool:
+        """Whether a square matrix acts on all of a linear node, such as what takes the mean off: they are one then."""
+        node = self.graph.nodes[int(owners[0])] if int(owners[0]) >= 0 else None
+        if not isinstance(node, Linear) or not len(weight) == len(row.ids) == node.size:
+            return False
+        return torch.equal(row.ids, self._local(node).ids)
+
+    def _folded_linear(self, node: Linear, weight: Tensor, total: Tensor, total_size: Tensor) -> Symbol:
+        """``weight @ node + total`` by the weights of the node: an interval of it is no interval of an interval."""
+        weights = tuple(weight @ own for own in node.weights)
+        bias_size = total_size + weight.detach().abs() @ node.bias_size
+        return self._local(self.graph.add(Linear(node.parents, weights, total + weight @ node.bias, bias_size)))
 
     # --- images ---
 

@@ -15,6 +15,7 @@ import linecache
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,7 +41,6 @@ Handler = Callable[..., object]
 OPERATIONS: dict[str, Handler] = {}
 # What makes a node of a softmax that something reads; ``operations.attention`` sets it.
 SETTLE: list[Callable] = [lambda builder, value: value]
-ENDS_ONLY = frozenset(("softmax", "log_softmax"))
 
 
 def _names(text: str) -> frozenset[str]:
@@ -205,12 +205,8 @@ def _apply(name: str, function, args, kwargs):
     storage = some.storage_version if name in VIEWS | ALIASES and name != "clone" else None
     if name in FILLED:
         return _filled(name, some, args, kwargs)
-    if name in VIEWS:
-        result = _view(function, symbols, options)
-    elif name in OPERATIONS:
-        if name not in ALIASES | ENDS_ONLY:
-            symbols, options = (SETTLE[0](some.builder, value) for value in (symbols, options))
-        result = OPERATIONS[name](some.builder, *symbols, **options)
+    if name in VIEWS or name in OPERATIONS:
+        result = _computed(some.builder, name, function, symbols, options)
     elif name in REASONS or name.strip("_") in REASONS:
         raise UnsupportedError(REASONS.get(name) or REASONS[name.strip("_")])
     elif name.strip("_").removesuffix("_with_indices") in MAX_POOLS:
@@ -227,6 +223,26 @@ def _apply(name: str, function, args, kwargs):
         return target
     wrapped = _wrap(result, some, storage)
     return iter(wrapped) if name == "__iter__" else wrapped
+
+
+def _computed(builder: Builder, name: str, function, symbols, options):
+    """What an operation makes of symbols: a softmax that it reads is made a node, one that it only moves is not yet."""
+
+    def run(settle: bool):
+        arguments, how = (SETTLE[0](builder, value) if settle else value for value in (symbols, options))
+        if name in VIEWS:
+            return _view(function, arguments, how)
+        return OPERATIONS[name](builder, *arguments, **how)
+
+    moves = name in VIEWS | ALIASES
+    result = run(settle=not moves)
+    waits = any(isinstance(value, Symbol) and value.softmax for value in _flat((symbols, options)))
+    if not moves or not waits:
+        return result
+    if isinstance(result, Symbol):
+        return replace(result, settle=lambda: run(settle=True))
+    parts = [replace(part, settle=lambda k=k: run(settle=True)[k]) for k, part in enumerate(result)]
+    return type(result)(parts)
 
 
 def _in_place(name: str, kwargs: dict) -> tuple[str, bool]:

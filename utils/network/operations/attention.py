@@ -83,7 +83,8 @@ def product(builder: Builder, x: Symbol, y: Symbol, limit: float | None = None) 
 
 def softmax(builder: Builder, x: Symbol) -> Symbol:
     """Over the last axis."""
-    node = builder.graph.add(Softmax(gathered(builder, x), x.shape[-1]))
+    scores, width = gathered(builder, x), x.shape[-1]
+    node = builder._once("softmax", (scores,), width, lambda: Softmax(scores, width))
     return builder.symbol(node, torch.arange(x.shape[0])).view(lambda part: part.reshape(x.shape))
 
 
@@ -207,6 +208,8 @@ def _heads(
 def settled(builder: Builder, value: object) -> object:
     """A symbol as it is; a softmax that was left for the end of the network as a node, since something reads it."""
     if isinstance(value, Symbol) and value.softmax == "softmax":
+        if value.settle is not None:
+            return value.settle()
         return softmax(builder, Symbol(value.ids, value.scale, value.shift))
     if isinstance(value, dict):
         return {key: settled(builder, part) for key, part in value.items()}
