@@ -97,6 +97,8 @@ def draw(rows: list[dict], args: argparse.Namespace, steps: list[float]) -> Figu
     """A row of panels a model: clean margins, and what is certified."""
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(8, 3.4 * len(names)), layout="constrained")
+    title = f"mean worst margin of {args.N} test images ({args.dataset}); every matrix in a ball, bounds: {args.method}"
+    figure.suptitle(title, fontsize=10)
     axes = figure.subplots(len(names), 2, squeeze=False)
     for number, name in enumerate(names):
         for panel, kind in zip(axes[number], KINDS, strict=True):
@@ -106,7 +108,8 @@ def draw(rows: list[dict], args: argparse.Namespace, steps: list[float]) -> Figu
                 panel.contour(steps, steps, values.T, levels=[0.0], colors="white")
             figure.colorbar(drawn, ax=panel)
             size = "" if kind == "clean" else f", {norm_text(args.p)} {args.eps:g}"
-            panel.set(title=f"{name}: {kind} margin{size}", xlabel="first direction", ylabel="second direction")
+            panel.set(title=f"{name}: {kind}{size}", xlabel="first direction (1: as long as each matrix)")
+            panel.set_ylabel("second direction")
             panel.title.set_fontsize(9)
     return figure
 
