@@ -54,10 +54,11 @@ def store(table: SlopeTable, rows: Tensor, new: SlopeTable, batch: int) -> None:
 
 def default_slopes(bounds: BoundPass) -> SlopeTable:
     """The slopes of a pass without tuned ones; None for nodes that needed no planes."""
-    return [_slopes(bounds.known_relaxation(node)) for node in _nonlinear(bounds.graph)]
+    return [_slopes(bounds.known_relaxation(node)) for node in nonlinear_nodes(bounds.graph)]
 
 
-def _nonlinear(graph: Graph) -> list[NonLinear]:
+def nonlinear_nodes(graph: Graph) -> list[NonLinear]:
+    """Those that a slope table has entries of, in order."""
     return [node for node in graph.nodes if isinstance(node, NonLinear)]
 
 
@@ -65,7 +66,7 @@ def _slopes(relaxation: Relaxation | None):
     return relaxation and (relaxation.lower.slopes, relaxation.upper.slopes)
 
 
-def _ranges(bounds: BoundPass, node: NonLinear) -> list[tuple[tuple[Tensor, Tensor, Tensor], ...]]:
+def slope_ranges(bounds: BoundPass, node: NonLinear) -> list[tuple[tuple[Tensor, Tensor, Tensor], ...]]:
     """For each plane and operand: the unit in which the slope moves, and the ends between which it stays."""
     ends = node.slope_ends(*(bounds.interval(operand) for operand in node.parents))
     if node.curved is not None and node.curved.smooth:
@@ -105,8 +106,9 @@ def tune_slopes(
         origin = default_slopes(first)
         if start is not None:
             started = BoundPass(graph, perturbation, method, start, sound=False).margin(rows).amin(dim=1)
-            origin, best_margin = _keep_better(origin, best_margin, start, started)
-        ranges = [entry and _ranges(first, node) for node, entry in zip(_nonlinear(graph), origin, strict=True)]
+            origin, best_margin = keep_better(origin, best_margin, start, started)
+        nodes = nonlinear_nodes(graph)
+        ranges = [entry and slope_ranges(first, node) for node, entry in zip(nodes, origin, strict=True)]
     shifts = [entry and tuple(tuple(torch.zeros_like(s) for s in plane) for plane in entry) for entry in origin]
     leaves = [shift.requires_grad_() for entry in shifts if entry for plane in entry for shift in plane]
     if not leaves:
@@ -117,10 +119,10 @@ def tune_slopes(
         if not pace.allows():
             break
         with pace.work(), torch.enable_grad():
-            slopes = _shifted(origin, ranges, shifts)
+            slopes = shifted(origin, ranges, shifts)
             margin = BoundPass(graph, perturbation, method, slopes, sound=False).margin(rows).amin(dim=1)
             loss = -margin.sum()
-            best, best_margin = _keep_better(best, best_margin, slopes, margin)
+            best, best_margin = keep_better(best, best_margin, slopes, margin)
             if step < steps:
                 for group in optimizer.param_groups:
                     group["lr"] = STEP_SIZE * min(1.0, (step + 1) / WARM_UP) * _cosine(step / steps)
@@ -134,7 +136,8 @@ def _cosine(progress: float) -> float:
     return 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _shifted(origin: SlopeTable, ranges: list, shifts: list) -> SlopeTable:
+def shifted(origin: SlopeTable, ranges: list, shifts: list) -> SlopeTable:
+    """Slopes moved by shifts, by node, plane and operand each, in the units and between ends of ``slope_ranges``."""
     return [
         entry
         and tuple(
@@ -148,7 +151,10 @@ def _shifted(origin: SlopeTable, ranges: list, shifts: list) -> SlopeTable:
     ]
 
 
-def _keep_better(best: SlopeTable, best_margin: Tensor, slopes: SlopeTable, margin: Tensor):
+def keep_better(
+    best: SlopeTable, best_margin: Tensor, slopes: SlopeTable, margin: Tensor
+) -> tuple[SlopeTable, Tensor]:
+    """The slopes of each sample that have the greater margin, (batch,), and this; without gradients."""
     better = (margin > best_margin).detach()
     kept = [
         entry

@@ -20,6 +20,7 @@ from ..bounds.curve import CURVED_STEP, VERDICT_STEPS
 from ..choices.method import TIME_LIMIT
 from ..choices.tables import ATTACKS
 from ..clock import Pace, now, share_of
+from ..graph.convolution import Convolution
 from ..graph.graph import Graph
 from ..network.state import plain_state
 from ..question.arguments import as_inputs, as_tensor
@@ -28,12 +29,14 @@ from ..question.question import Question
 from ..question.threat import threat_of
 from .problem import SLACK, MarginProblem, margin_problem
 from .search import Bracket
+from .splitting import can_split, split_margins
 
 ROUND_STEPS = 40  # gradient steps of a branch before it is looked at again; twice as many after each try in vain
 OVERSHOOTS = (1.06, 1.03, 1.01)  # eps at which a branch is tuned, over what it has reached; one for each try in vain
 TUNING = torch.float32  # precision in which bounds of margins are tuned; any curves are sound in another
 ALPHA_SHARE = 0.15  # of the time left that slopes of planes are tuned in: curves gain more in the rest
 TUNED_SHARE = 0.7  # of the time left in which curves are tuned: a search by their bounds follows
+CURVE_SHARE = 0.5  # of the time that is left after planes where neurons can be split as well
 ENOUGH = 1.002  # a branch that gains less than this factor gains nothing
 
 VERDICTS = ("certified", "falsified", "unknown")
@@ -109,7 +112,10 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
 
     Layers as balls, where they are, and planes come first, with no look at the clock, then tuned slopes, curved bounds
     of all targets together, and of each by itself, unless the problem's method is "curve" or, of slopes alone, "alpha".
+    By "bab", neurons of two linear pieces are split at last, in networks without cells (``splitting``).
     """
+    splits = problem.method.branches and can_split(problem)
+    problem = problem.by("alpha") if splits and not _curves_pay(problem) else problem
     problem.slopes, dtype, bounds = None, eps.dtype, Pace(deadline)
     best = _margins_by_balls(problem, eps, deadline, enough)
     if float(best.min()) > enough:
@@ -121,16 +127,37 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
         problem.tune(eps, TUNING, problem.method.alpha_steps, pace=tuning)
         if bounds.allows():
             best = torch.maximum(best, problem.margins(eps, dtype)[0])
+    if problem.method.curved and float(best.min()) <= enough:
+        until = share_of(deadline, CURVE_SHARE) if splits else deadline
+        best = _raise_by_curves(problem, eps, best, until, enough, bounds)
+    if splits and float(best.min()) <= enough and Pace(deadline, bounds.longest).allows(VERDICT_STEPS):
+        planes = problem.by("alpha")
+        planes.slopes = problem.slopes
+        best = split_margins(planes, eps, best, torch.full_like(best, enough), deadline)
+    return best
+
+
+def _curves_pay(problem: MarginProblem) -> bool:
+    """Whether curved bounds come before neurons are split: in l_2, where no convolution would become a matrix."""
+    graph = problem.by("alpha").graph(TUNING, slice(0, 1))
+    return problem.threat.norm == 2.0 and not any(isinstance(node, Convolution) for node in graph.nodes)
+
+
+def _raise_by_curves(
+    problem: MarginProblem, eps: Tensor, best: Tensor, deadline: float, enough: float, bounds: Pace
+) -> Tensor:
+    """Margins by curved bounds of all targets together and, by method "bab", of each by itself; ``best`` is known."""
     steps = Pace(deadline, CURVED_STEP * bounds.longest)
-    if problem.method.curved and float(best.min()) <= enough and steps.allows(1.0 + VERDICT_STEPS):
-        aim = enough * SLACK[TUNING] / SLACK[dtype]  # above what rounding in the precision of tuning may hide
-        problem.tune_curves(eps, TUNING, problem.method.curve_steps, aim=aim, pace=steps)
-        if steps.allows(VERDICT_STEPS):
-            bounds = Pace(deadline)
-            with bounds.work():
-                best = torch.maximum(best, problem.margins(eps, dtype)[0])
-            for branches in _together_and_apart(problem) if problem.method.branches else ():
-                _refine_margins(branches, eps, dtype, best, aim, enough, steps, bounds)
+    if not steps.allows(1.0 + VERDICT_STEPS):
+        return best
+    aim = enough * SLACK[TUNING] / SLACK[eps.dtype]  # above what rounding in the precision of tuning may hide
+    problem.tune_curves(eps, TUNING, problem.method.curve_steps, aim=aim, pace=steps)
+    if steps.allows(VERDICT_STEPS):
+        bounds = Pace(deadline)
+        with bounds.work():
+            best = torch.maximum(best, problem.margins(eps, eps.dtype)[0])
+        for branches in _together_and_apart(problem) if problem.method.branches else ():
+            _refine_margins(branches, eps, eps.dtype, best, aim, enough, steps, bounds)
     return best
 
 

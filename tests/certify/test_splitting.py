@@ -1,0 +1,253 @@
+"""Splitting neurons: bounds of parts hold, parts cover the set, and what ends up certified is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from utils.bounds.alpha import default_slopes, select
+from utils.bounds.passes import BoundPass
+from utils.bounds.splits import CutPass, Cuts, Narrowed, Neurons, tune_parts
+from utils.certify import certified_margin, margin_problem
+from utils.certify.bab import decide
+from utils.certify.splitting import can_split, split_margins
+from utils.certify.splitting.search import _Search
+from utils.clock import now
+from utils.perturbation.lp_ball import INF
+
+DTYPE = torch.float64
+
+
+def network(kind: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    if kind == "conv":
+        layers = (nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(9, 6), nn.ReLU())
+        return nn.Sequential(*layers, nn.Linear(6, 3))
+    activation = nn.LeakyReLU(0.2) if kind == "leaky" else nn.ReLU()
+    return nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 6), activation, nn.Linear(6, 3))
+
+
+def question(kind: str, norm: float = INF, seed: int = 0, clip=None):
+    model = network(kind, seed)
+    x = torch.rand(1, 4)
+    return model, margin_problem(model, x, model(x).argmax(dim=1), method="alpha", norm=norm, clip=clip)
+
+
+def points(problem, eps: Tensor, count: int = 4000) -> Tensor:
+    """Of the set: corners, boundary and inside."""
+    x, norm = problem.x[0, 0].to(DTYPE), problem.threat.norm
+    moves = torch.randn(count, 4, dtype=DTYPE)
+    moves = moves.sign() if norm == INF else moves / moves.norm(dim=1, keepdim=True)
+    found = x + float(eps) * moves * torch.rand(count, 1, dtype=DTYPE).round(decimals=1)
+    return found if problem.threat.clip is None else found.clamp(*problem.threat.clip)
+
+
+def values(problem, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all neurons that can be cut, (points, neurons), and of the margins, (points, n_specs)."""
+    graph = problem.graph(DTYPE)
+    known = {}
+    for node in graph.nodes:
+        known[node.index] = inputs if not node.parents else node.value(*(known[one.index] for one in node.parents))
+    neurons = torch.cat([known[node.index] for node in Neurons(graph).nodes], dim=1)
+    return neurons, known[graph.output.index] @ problem.rows[0].to(DTYPE).T
+
+
+def cut_pass(problem, eps, cuts, slopes=None, kind=CutPass):
+    graph, parts = problem.graph(DTYPE), len(cuts.neuron)
+    same = torch.zeros(parts, dtype=torch.long)
+    whole = problem.bounds(eps, same[:1], DTYPE)
+    whole.margin(problem.rows.to(DTYPE))
+    neurons = Neurons(graph)
+    known = Narrowed({node.index: whole.interval(node) for node in neurons.nodes})
+    slopes = select(default_slopes(whole), same) if slopes is None else slopes
+    return kind(graph, problem._perturbation(eps.expand(parts), same, DTYPE), neurons, known, cuts, slopes)
+
+
+def random_cuts(problem, parts: int, count: int, multipliers: float) -> Cuts:
+    total = Neurons(problem.graph(DTYPE)).total
+    neuron = torch.stack([torch.randperm(total)[:count] for _ in range(parts)])
+    side = torch.randint(0, 2, (parts, count)) * 2.0 - 1.0
+    neuron[0, 0] = -1  # a part with fewer cuts
+    shape = (parts, count)
+    return Cuts(neuron, side.to(DTYPE), torch.zeros(shape, dtype=DTYPE), multipliers * torch.rand(shape, dtype=DTYPE))
+
+
+def broken_promises(problem, eps, cuts, passed) -> int:
+    """Points of parts whose margins are below the parts' bounds, or that lie in parts said to be empty."""
+    neurons, margins = values(problem, points(problem, eps))
+    bound, broken = passed.margin(problem.rows.to(DTYPE)), 0
+    for part in range(len(cuts.neuron)):
+        mine = cuts.neuron[part] >= 0
+        sides = cuts.side[part, mine] * (neurons[:, cuts.neuron[part, mine]] - cuts.point[part, mine])
+        inside = (sides >= 0).all(dim=1)
+        broken += int((margins[inside] < bound[part] - 1e-12).any(dim=1).sum())
+    return broken
+
+
+@pytest.mark.parametrize("kind", ["relu", "leaky", "conv"])
+@pytest.mark.parametrize("norm", [INF, 2.0])
+def test_bounds_of_parts_hold_for_any_multipliers(kind, norm):
+    for seed in range(3):
+        _, problem = question(kind, norm, seed)
+        eps = torch.tensor([0.3], dtype=DTYPE)
+        for multipliers in (0.0, 0.3, 3.0):
+            cuts = random_cuts(problem, 12, 3, multipliers)
+            assert broken_promises(problem, eps, cuts, cut_pass(problem, eps, cuts)) == 0
+
+
+class TurnedMultipliers(CutPass):
+    """Broken: multipliers count for the other side."""
+
+    def _multiplied(self, rows):
+        self.cuts.multiplier.neg_()
+        return super()._multiplied(rows)
+
+
+class TurnedCuts(CutPass):
+    """Broken: intervals are cut on the other side."""
+
+    def _cut(self, node):
+        self.cuts.side.neg_()
+        found = super()._cut(node)
+        self.cuts.side.neg_()
+        return found
+
+
+@pytest.mark.parametrize("kind", [TurnedMultipliers, TurnedCuts])
+def test_broken_versions_would_be_noticed(kind):
+    broken = 0
+    for seed in range(6):
+        _, problem = question("relu", INF, seed)
+        eps = torch.tensor([0.3], dtype=DTYPE)
+        cuts = random_cuts(problem, 12, 3, 1.0)
+        copies = Cuts(cuts.neuron, cuts.side.clone(), cuts.point, cuts.multiplier.clone())
+        broken += broken_promises(problem, eps, cuts, cut_pass(problem, eps, copies, kind=kind))
+    assert broken > 0
+
+
+def test_without_cuts_the_bound_is_that_of_the_same_planes():
+    _, problem = question("relu")
+    eps = torch.tensor([0.2], dtype=DTYPE)
+    passed = cut_pass(problem, eps, Cuts.none(1, torch.empty(0, dtype=DTYPE)))
+    whole = BoundPass(problem.graph(DTYPE), passed.perturbation, "crown")
+    rows = problem.rows.to(DTYPE)
+    assert torch.allclose(passed.margin(rows), whole.margin(rows), atol=1e-12)
+
+
+def test_multipliers_gain():
+    """With one neuron cut, the multiplier's bound is above that without, on some part of some network."""
+    gains = []
+    for seed in range(2):
+        _, problem = question("relu", INF, seed)
+        eps = torch.tensor([0.3], dtype=DTYPE)
+        cuts = random_cuts(problem, 12, 2, 0.0)
+        rows = problem.rows.to(DTYPE)[:, :1].expand(12, -1, -1)
+        plain = cut_pass(problem, eps, cuts).margin(rows)[:, 0]
+
+        def make(cuts, slopes, problem=problem, eps=eps):
+            return cut_pass(problem, eps, cuts, slopes)
+
+        tuned, _, best = tune_parts(make, rows, cuts, None, 20, torch.full((12,), torch.inf, dtype=DTYPE))
+        assert (tuned.multiplier >= 0).all()
+        finite = plain.isfinite()
+        gains.append((best - plain)[finite])
+        assert broken_promises(problem, eps, tuned, cut_pass(problem, eps, tuned)) == 0
+    assert torch.cat(gains).min() >= -1e-12
+    assert torch.cat(gains).max() > 1e-3
+
+
+def exact_margins(problem, eps: Tensor) -> Tensor:
+    """The worst margins, by gradient descent from many starts."""
+    best = torch.full((problem.rows.shape[1],), torch.inf, dtype=DTYPE)
+    graph, x = problem.graph(DTYPE), problem.x[0, 0].to(DTYPE)
+    with torch.no_grad():
+        starts = points(problem, eps, 2000)
+    for row in range(len(best)):
+        inputs = starts.clone()
+        for step in range(60):
+            inputs.requires_grad_()
+            margin = graph.evaluate(inputs[:, None]) @ problem.rows[0, row].to(DTYPE)
+            best[row] = min(best[row], margin.detach().min())
+            (slope,) = torch.autograd.grad(margin.sum(), inputs)
+            inputs = inputs.detach() - float(eps) * 0.2 * 0.95**step * slope.sign()
+            inputs = torch.maximum(torch.minimum(inputs, x + eps), x - eps)
+    return best
+
+
+@pytest.mark.parametrize("kind", ["relu", "leaky", "conv"])
+def test_with_time_margins_become_the_exact_ones(kind):
+    for seed in range(2):
+        _, problem = question(kind, INF, seed)
+        eps = torch.tensor([0.3], dtype=DTYPE)
+        exact = exact_margins(problem, eps)
+        start = problem.margins(eps, DTYPE)[0]
+        assert (start <= exact + 1e-9).all()
+        aim = exact - 0.02 * (1.0 + exact.abs())
+        found = split_margins(problem, eps, start, aim, now() + 60.0)
+        assert (found <= exact + 1e-9).all()
+        assert (found >= aim).all()
+
+
+def test_what_is_asked_for_too_much_is_never_reached():
+    """Above the exact margin no number of parts helps: the search must not say so."""
+    for seed in range(4):
+        _, problem = question("relu", INF, seed)
+        eps = torch.tensor([0.3], dtype=DTYPE)
+        exact = exact_margins(problem, eps)
+        found = split_margins(problem, eps, problem.margins(eps, DTYPE)[0], exact + 1e-6, now() + 2.0)
+        assert (found <= exact + 1e-9).all()
+
+
+def test_halves_cover_their_part():
+    _, problem = question("relu", INF, 1)
+    eps = torch.tensor([0.3], dtype=DTYPE)
+    start = problem.margins(eps, DTYPE)[0]
+    search = _Search(problem, eps, start, torch.full_like(start, torch.inf), now() + 60.0)
+    for _ in range(4):
+        search._round(4)
+    neurons, _ = values(problem, points(problem, eps))
+    cuts = search.open.cuts
+    for row in search.open.row.unique():
+        covered = torch.zeros(len(neurons), dtype=torch.bool)
+        for part in (search.open.row == row).nonzero().squeeze(1):
+            mine = cuts.neuron[part] >= 0
+            sides = cuts.side[part, mine] * (neurons[:, cuts.neuron[part, mine]] - cuts.point[part, mine])
+            covered |= (sides >= 0).all(dim=1)
+        assert covered.all()
+
+
+def test_offsets_and_clip():
+    model, problem = question("relu", INF, 2, clip=(0.0, 1.0))
+    eps = torch.tensor([0.4], dtype=DTYPE)
+    start = problem.margins(eps, DTYPE)[0]
+    found = split_margins(problem, eps, start, torch.full_like(start, torch.inf), now() + 1.0)
+    _, margins = values(problem, points(problem, eps))
+    assert (found >= start).all()
+    assert (found <= margins.amin(dim=0) + 1e-12).all()
+    problem.question.offsets = torch.full_like(problem.rows[..., 0], 5.0)
+    moved = split_margins(problem, eps, start + 5.0, torch.full_like(start, torch.inf), now() + 1.0)
+    assert (moved <= margins.amin(dim=0) + 5.0 + 1e-12).all()
+    assert (moved >= start + 5.0).all()
+
+
+def test_bab_decides_what_tuned_planes_leave_open():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3))
+    x = torch.rand(8, 6)
+    labels, settled = model(x).argmax(dim=1), 0
+    for eps in (0.15, 0.3, 0.5):
+        alpha = (certified_margin(model, x, labels, eps, norm=INF, method="alpha") > 0).all(dim=1)
+        for known, decision in zip(alpha, decide(model, x, labels, eps, norm=INF, time_limit=5.0), strict=True):
+            assert not known or decision.verdict == "certified"
+            settled += decision.verdict == "certified" and not bool(known)
+            assert decision.verdict != "unknown"
+    assert settled > 0
+
+
+def test_networks_that_cannot_be_split():
+    smooth = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x = torch.rand(1, 4)
+    problem = margin_problem(smooth, x, smooth(x).argmax(dim=1), method="bab")
+    assert not can_split(problem)
+    assert can_split(question("leaky")[1])
