@@ -263,6 +263,17 @@ class MarginProblem:
         one = slice(0, 1)
         return Balls.fit(self.graph(dtype, one), self._perturbation(torch.zeros_like(self.x[one, 0, 0]), one, dtype))
 
+    def groups(self) -> list[tuple[Tensor, MarginProblem]]:
+        """Samples that are computed alike, and the problem of them, with nothing tuned; see ``Question.groups``."""
+        found = []
+        for members, question in self.question.groups():
+            one = self
+            if question is not self.question:
+                one = copy.copy(self)
+                one.question, one.slopes, one.curves, one._graphs, one._widest = question, None, None, {}, None
+            found.append((members, one))
+        return found
+
     def branches(self) -> MarginProblem:
         """A problem with a sample of its own for every spec row of the only sample, and its curves to start from."""
         branches = self.part(torch.zeros(self.rows.shape[1], dtype=torch.long, device=self.x.device))
