@@ -89,7 +89,7 @@ def test_every_change_is_noticed(name, counted, monkeypatch):
 
 def test_the_test_catches_a_reading_that_is_kept_for_good(counted, monkeypatch):
     monkeypatch.setattr(readings.Reading, "fits", lambda self, state, tensors: True)
-    monkeypatch.setattr(TracedModule, "_agrees", lambda self, *given: True)
+    monkeypatch.setattr(TracedModule, "agrees", lambda self, *given: True)
     net, x = net_of()
     margin(net, x)
     CHANGES["a weight, in place"](net)

@@ -105,13 +105,11 @@ REASONS = {
     "exp": "an exponential of perturbed values has no bound here",
     "numpy": "the values leave torch for NumPy, where nothing is read: compute with torch",
     "nan_to_num": "it depends on the input's values: leave it out, inputs are finite",
-    "_pack_padded_sequence": "packed sequences are not read: give sequences of one length",
     "__bool__": "the forward must not depend on the input's values, but its truth value is asked for",
     **dict.fromkeys(("item", "float", "int", "index", "tolist"), ITEM),
     **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "greater_equal", "less_equal"), COMPARISON),
     **dict.fromkeys(("any", "all", "isnan", "isfinite", "isinf", "sign", "nonzero", "equal", "allclose"), COMPARISON),
     **dict.fromkeys(("sort", "argsort", "topk", "argmax", "argmin", "kthvalue", "median"), ORDER),
-    "__setitem__": "values are written into a tensor: collect them in a list and torch.stack them",
 }
 MAX_POOLS = ("max_pool3d", "adaptive_max_pool3d", "max", "amax")
 
@@ -206,6 +204,8 @@ def _apply(name: str, function, args, kwargs):
     for value in _flat((args, kwargs)):
         if isinstance(value, Traced) and value.seen_version != value.storage_version[0]:
             raise UnsupportedError("a tensor that it reads was changed in place through another view of it")
+    if name == "__setitem__":
+        return _assign(some.builder, *args)
     name, in_place = _in_place(name, kwargs)
     symbols, options = _unwrap(args), _unwrap(kwargs)
     storage = some.storage_version if name in VIEWS | ALIASES and name != "clone" else None
@@ -262,6 +262,32 @@ def _in_place(name: str, kwargs: dict) -> tuple[str, bool]:
     return name, False
 
 
+def _assign(builder: Builder, target: Tensor, index, value) -> None:
+    """``target[index] = value``, which makes an ordinary tensor a traced one until the forward is over."""
+    if any(isinstance(part, Traced) for part in _flat(index)):
+        raise UnsupportedError("an index must not depend on the input")
+    if not target.is_floating_point():
+        raise UnsupportedError(f"numbers are rounded to {target.dtype}")
+    symbol, value, index = as_symbol(_unwrap(target)), as_symbol(_unwrap(value)), plain_words(index)
+    check_written(symbol, value)
+    parts = []
+    for own, new in zip((symbol.ids, symbol.scale, symbol.shift), (value.ids, value.scale, value.shift), strict=True):
+        part = own.clone()
+        part[index] = new
+        parts.append(part)
+    if not isinstance(target, Traced):
+        builder.borrow(target, Traced)
+        target.builder, target.storage_version = builder, [0]
+    target.symbol = Symbol(*parts)
+    target.storage_version[0] += 1
+    target.seen_version = target.storage_version[0]
+
+
+def check_written(*symbols: Symbol) -> None:
+    for symbol in symbols:
+        check_scores(symbol)
+
+
 def _flat(value):
     if isinstance(value, dict):
         value = tuple(value.values())
@@ -279,6 +305,8 @@ def _unwrap(value):
         return {key: _unwrap(part) for key, part in value.items()}
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
         return type(value)(_unwrap(part) for part in value)
+    if isinstance(value, Tokens):
+        value.reading.constants.append(plain_words(value))
     # Symbols are on the CPU, wherever the module is.
     return plain_words(value).cpu() if isinstance(value, Tensor) else value
 
@@ -714,13 +742,12 @@ def _batch_norm(builder, x, mean, var, weight=None, bias=None, training=False, m
 def _recurrent(kind: str, nonlinearity: str = "tanh") -> Handler:
     def handler(builder, x, state, weights, biases, layers, dropout, train, bidirectional, batch_first=False):
         if not isinstance(biases, bool):
-            raise UnsupportedError("packed sequences are not read: give sequences of one length")
+            raise UnsupportedError("packed sequences are read where all samples are alike")
         if train and dropout > 0 and layers > 1:
             raise UnsupportedError("dropout is random in training mode: call model.eval() first")
         directions = 2 if bidirectional else 1
         each = len(weights) // (layers * directions)
-        if each != (4 if biases else 2):
-            raise UnsupportedError("proj_size is not supported")
+        plain = 4 if biases else 2
         if batch_first:
             x = as_symbol(x).view(lambda part: part.transpose(0, 1))
         state = [as_symbol(part) for part in (state if kind == "lstm" else (state,))]
@@ -730,7 +757,8 @@ def _recurrent(kind: str, nonlinearity: str = "tanh") -> Handler:
             runs = []
             for direction in range(directions):
                 row = layer * directions + direction
-                own = [*weights[row * each : (row + 1) * each], None, None][:4]
+                own = weights[row * each : (row + 1) * each]
+                own = [*own[:plain], *(None,) * (4 - plain), *own[plain:]]  # an LSTM's projection comes last
                 start = tuple(part.view(lambda p, row=row: p[row]) for part in state)
                 try:
                     hidden, final = builder.recurrent(kind, frames, start, own, nonlinearity, backwards=bool(direction))
@@ -847,7 +875,8 @@ class Tokens(torch.Tensor):
             raise error if getattr(error, "located", False) else located(f"{_spoken(name)}: {error}") from None
 
 
-WORD_VIEWS = VIEWS | _names("view view_as reshape_as expand_as T mT __iter__ long int to type cpu cuda detach data")
+CASTS = _names("long int to type cpu cuda detach data")  # which move nothing
+WORD_VIEWS = VIEWS | CASTS | _names("view view_as reshape_as expand_as T mT")
 
 
 def _of_words(name: str, function, args, kwargs):
@@ -858,16 +887,21 @@ def _of_words(name: str, function, args, kwargs):
     reading, first = words[0].reading, args[0] if args else None
     if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
         raise UnsupportedError("word numbers are changed in place: make a new tensor of them")
+    if name == "__getitem__" and isinstance(args[1], Tokens) and first.is_floating_point() and first.dim() == 2:
+        return _of_words("embedding", F.embedding, (args[1], first), {})
+    if name == "embedding_bag" and kwargs.get("padding_idx") is not None:
+        reading.constants.append(plain_words(first) != kwargs["padding_idx"] % len(args[1]))
     if name in LOOKUPS and reading.builder is not None and isinstance(first, Tokens):
         if first.places is not None:
             return LOOKUPS[name](reading, *args, **kwargs)
         reading.look_up_computed(args[1] if len(args) > 1 else kwargs["weight"])
     plain_args, plain_kwargs = plain_words(args), plain_words(kwargs)
     result = _plainly(function, plain_args, plain_kwargs)
-    if name in WORD_VIEWS and isinstance(first, Tokens):
-        if first.places is None:
-            return _as_tokens(result, None, reading)
-        return _as_tokens(result, _plainly(function, (first.places, *plain_args[1:]), plain_kwargs), reading)
+    moved = name in WORD_VIEWS and isinstance(first, Tokens) and first.places is not None
+    if moved and all(_is_whole(part) for part in _flat(result)):
+        if name not in CASTS:
+            return _as_tokens(result, _plainly(function, (first.places, *plain_args[1:]), plain_kwargs), reading)
+        return _as_tokens(result, first.places.to(result.device), reading)
     floats = any(isinstance(value, Tensor) and value.is_floating_point() for value in _flat((args, kwargs)))
     if name not in LOOKUPS:
         reading.constants.append([plain_words(word) for word in words] if floats else result)
@@ -877,13 +911,16 @@ def _of_words(name: str, function, args, kwargs):
 def _as_tokens(result, places, reading: Reading):
     """Whole numbers as tokens, at some places or, if that is None, at none."""
     if isinstance(result, Tensor):
-        whole = not result.is_floating_point() and result.dtype != torch.bool
-        return Tokens.of(result, reading, places) if whole else result
+        return Tokens.of(result, reading, places) if _is_whole(result) else result
     if not isinstance(result, (tuple, list)):
         return result
     parts = zip(result, places or [None] * len(result), strict=True)
     parts = [_as_tokens(*pair, reading) for pair in parts]
     return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
 
 
 def plain_words(value):
@@ -1009,7 +1046,8 @@ class TracedModule:
             held = keeper.held()
             earlier = f"; if it reads what an earlier call left in {', '.join(held)}, reset that" if held else ""
             try:
-                output = self.extra.part([0] * BATCH).call(self.module, given)
+                with builder.lent():
+                    output = self.extra.part([0] * BATCH).call(self.module, given)
             except UnsupportedError as error:
                 raise UnsupportedError(f"{error}{earlier}") from error
             except (RuntimeError, IndexError, TypeError, AttributeError) as error:

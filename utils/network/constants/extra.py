@@ -81,6 +81,8 @@ def key_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         array = value.detach().cpu().contiguous().numpy()
         return (tuple(value.shape), str(value.dtype), array.tobytes())
+    if isinstance(value, np.ndarray):
+        return (value.shape, str(value.dtype), value.tobytes())
     if isinstance(value, (tuple, list)):
         return tuple(map(key_of, value))
     return repr(value)
