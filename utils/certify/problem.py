@@ -298,10 +298,15 @@ def select_curves(table: CurveTable, rows: Tensor, dtype: torch.dtype | None = N
 
 
 def margin_problem(
-    model: nn.Module | Graph, x: Tensor, labels: Tensor, targets: Tensor | None = None, **arguments: Any
+    model: nn.Module | Graph,
+    x: Tensor,
+    labels: Tensor,
+    targets: Tensor | None = None,
+    extra: Any = None,
+    **arguments: Any,
 ) -> MarginProblem:
     """The problem of ``certified_margin``'s arguments: those of a threat model and those of a method."""
     of_method = {"method" if field.name == "name" else field.name for field in fields(Method)}
     threat = threat_of(**{name: value for name, value in arguments.items() if name not in of_method})
     how = {"name" if name == "method" else name: value for name, value in arguments.items() if name in of_method}
-    return MarginProblem(Question(model, x, labels, targets, threat), Method(**how))
+    return MarginProblem(Question(model, x, labels, targets, threat, extra=extra), Method(**how))

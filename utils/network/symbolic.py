@@ -694,7 +694,10 @@ class Builder:
     def _cell(self, kind: str, weights, nonlinearity: str):
         w_ih, w_hh, b_ih, b_hh, *w_hr = (None if part is None else part.to("cpu", DTYPE) for part in weights)
         layer = types.SimpleNamespace(
-            hidden_size=w_hh.shape[1] if not w_hr else w_hr[0].shape[1], bias=b_ih is not None, nonlinearity=nonlinearity, weight_ih_l0=w_ih
+            hidden_size=w_hh.shape[1] if not w_hr else w_hr[0].shape[1],
+            bias=b_ih is not None,
+            nonlinearity=nonlinearity,
+            weight_ih_l0=w_ih,
         )
         layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0 = w_hh, b_ih, b_hh
         if w_hr:

@@ -41,7 +41,9 @@ UNREAD = ": word numbers are perturbed where they are looked up in an nn.Embeddi
 # Largest difference, relative to the largest output, between a graph and its module, by the module's precision.
 SAME = {torch.float32: 1e-3, torch.float64: 1e-9}
 HIDDEN_FILES = (str(Path(torch.__file__).parent), __file__, contextlib.__file__)
-HIDDEN_FILES += tuple(str(Path(__file__).with_name(name)) for name in ("symbolic.py", "state.py", "operations", "constants"))
+HIDDEN_FILES += tuple(
+    str(Path(__file__).with_name(name)) for name in ("symbolic.py", "state.py", "operations", "constants")
+)
 
 Handler = Callable[..., object]
 OPERATIONS: dict[str, Handler] = {}
@@ -362,7 +364,8 @@ def _shaped(change: Callable[[Tensor, Sequence[int]], Tensor]) -> Handler:
         if isinstance(shape, torch.dtype):
             raise UnsupportedError("bits are read as another type")
         target = shape.shape if isinstance(shape, (Symbol, Tensor)) else shape
-        return x.view(lambda part: change(part, (target,) if isinstance(target, int) else tuple(target)))
+        target = (target,) if isinstance(target, int) else tuple(target)
+        return x.view(lambda part: change(part, target)) if isinstance(x, Symbol) else change(x, target)
 
     return handler
 

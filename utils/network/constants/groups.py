@@ -107,7 +107,7 @@ def _computed(module: nn.Module, words: Tensor, extra: Extra) -> tuple:
         try:
             extra.call(module, Tokens.whole(given, reading))
         except (RuntimeError, IndexError, TypeError, AttributeError, ValueError):
-            return ()  # the reading says what is wrong
+            return (key_of(words),)  # not known; the reading says what is wrong
     return tuple(map(key_of, reading.constants))
 
 

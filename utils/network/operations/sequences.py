@@ -49,7 +49,7 @@ def _unpack(builder, data, sizes, batch_first, padding_value=0.0, total_length=-
 
 
 def _packed(layer: Handler) -> Handler:
-    """A recurrent layer, called by torch with (x, state, ...) or, of packed sequences, with (data, sizes, state, ...)."""
+    """A recurrent layer, called with (x, state, ...) or, of packed sequences, with (data, sizes, state, ...)."""
 
     def handler(builder, x, second, *others):
         if not isinstance(second, Tensor) or second.is_floating_point():
