@@ -43,9 +43,9 @@ def counted(monkeypatch) -> list:
     found = []
     whole = TracedModule.__init__
 
-    def counting(self, module, x, *outputs):
+    def counting(self, module, x, *outputs, **how):
         found.append(module)
-        whole(self, module, x, *outputs)
+        whole(self, module, x, *outputs, **how)
 
     monkeypatch.setattr(TracedModule, "__init__", counting)
     return found

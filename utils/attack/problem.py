@@ -67,15 +67,16 @@ class AttackProblem:
 
     def _logits(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
         """Of inputs (m, ..., T, n) of the chosen samples, (m, ..., outputs)."""
-        if not isinstance(self._model, SeveralReadings):
-            return self.model(x.dtype)(x.flatten(0, -3)).reshape(*x.shape[:-2], -1)
-        own = self._model.part(chosen)
-        parts, order = [], []
-        for members, network in groups_of(own, len(x)):
-            part = x[members.to(x.device)]
-            parts.append(self.model(x.dtype, network)(part.flatten(0, -3)).reshape(*part.shape[:-2], -1))
-            order.append(members.to(x.device))
-        return torch.cat(parts)[torch.cat(order).argsort()]
+        outputs, network = self.rows.shape[-1], self._model
+        if not isinstance(network, SeveralReadings):
+            return self.model(x.dtype)(x.flatten(0, -3)).reshape(*x.shape[:-2], outputs)
+        logits = x.new_zeros(*x.shape[:-2], outputs)
+        for members, own in groups_of(network.part(chosen), len(x)):
+            members = members.to(x.device)
+            part = x[members]
+            found = self.model(x.dtype, own)(part.flatten(0, -3)).reshape(*part.shape[:-2], outputs)
+            logits = logits.index_copy(0, members, found)
+        return logits
 
     def margins(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
         """All margins (m, ..., n_specs) of the chosen samples at inputs x, (m, ..., T, n), in the precision of x."""
