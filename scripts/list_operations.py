@@ -35,14 +35,14 @@ if __name__ == "__main__":
 
 from utils.network.onnx_operators import CONTROL, OPERATORS
 from utils.network.reading import read_network  # noqa: F401 - with all operations
-from utils.network.trace import OPERATIONS, VIEWS
+from utils.network.trace import LOOKUPS, OPERATIONS, VIEWS
 from utils.relaxation import ACTIVATIONS
 from utils.relaxation.lines import FAMILIES, MAKERS
 
 
 def sections() -> dict[str, list[str]]:
     """Names by kind, without the variants of operators that Python has and those in place."""
-    functions = sorted(name for name in OPERATIONS if not name.startswith("_"))
+    functions = sorted({name.lstrip("_") for name in (*OPERATIONS, *LOOKUPS) if not name.startswith("__")})
     views = sorted(name for name in VIEWS if not name.startswith("_"))
     activations = sorted({name.partition("(")[0] for name in (*ACTIVATIONS, *FAMILIES, *MAKERS)})  # families once
     names = (functions, views, activations, sorted({*OPERATORS, *CONTROL}))

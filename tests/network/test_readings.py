@@ -43,9 +43,9 @@ def counted(monkeypatch) -> list:
     found = []
     whole = TracedModule.__init__
 
-    def counting(self, module, x, *outputs):
+    def counting(self, module, x, *outputs, **how):
         found.append(module)
-        whole(self, module, x, *outputs)
+        whole(self, module, x, *outputs, **how)
 
     monkeypatch.setattr(TracedModule, "__init__", counting)
     return found
@@ -89,7 +89,7 @@ def test_every_change_is_noticed(name, counted, monkeypatch):
 
 def test_the_test_catches_a_reading_that_is_kept_for_good(counted, monkeypatch):
     monkeypatch.setattr(readings.Reading, "fits", lambda self, state, tensors: True)
-    monkeypatch.setattr(TracedModule, "_agrees", lambda self, *given: True)
+    monkeypatch.setattr(TracedModule, "agrees", lambda self, *given: True)
     net, x = net_of()
     margin(net, x)
     CHANGES["a weight, in place"](net)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.graph import Graph
+from ..network.constants.groups import SeveralReadings, groups_of
 from ..network.models import SequenceClassifier
-from ..network.reading import graph_of
+from ..network.reading import Network, graph_of
 from ..perturbation.moves import FrameBalls
 from ..question.question import Question
 from ..question.threat import threat_of
@@ -32,6 +33,7 @@ class AttackProblem:
         x: Tensor,
         labels: Tensor,
         targets: Tensor | None = None,
+        extra: Any = None,
         **threat: Any,
     ):
         told = threat_of(**threat)
@@ -39,10 +41,10 @@ class AttackProblem:
             raise ValueError(
                 "attacks take sequences of one length: leave out lengths, and cut x to the frames that count"
             )
-        question = Question(model, x, labels, targets, told)
+        question = Question(model, x, labels, targets, told, extra=extra)
         self.question, self.rows, self._model = question, question.rows, question.model
         self.balls = question.threat.moves(question.x.detach().to(VERDICT))
-        self._models: dict[torch.dtype, Callable[[Tensor], Tensor]] = {}
+        self._models: dict[tuple, Callable[[Tensor], Tensor]] = {}
 
     @property
     def counts(self) -> bool:
@@ -52,22 +54,36 @@ class AttackProblem:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def model(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """The network in another precision: logits of (batch, T, n)."""
-        if dtype not in self._models and isinstance(self._model, SequenceClassifier):
-            self._models[dtype] = copy.deepcopy(self._model).to(dtype).eval().requires_grad_(False)
-        elif dtype not in self._models:
-            graph = graph_of(self._model, self.balls.x.shape[1], dtype, "plane")
-            self._models[dtype] = graph.detach().evaluate
-        return self._models[dtype]
+    def model(self, dtype: torch.dtype, network: Network | None = None) -> Callable[[Tensor], Tensor]:
+        """The network, or that of one group of samples, in another precision: logits of (batch, T, n)."""
+        network = network or self._model
+        key = (dtype, id(network))
+        if key not in self._models and isinstance(network, SequenceClassifier):
+            self._models[key] = copy.deepcopy(network).to(dtype).eval().requires_grad_(False)
+        elif key not in self._models:
+            graph = graph_of(network, self.balls.x.shape[1], dtype, "plane")
+            self._models[key] = graph.detach().evaluate
+        return self._models[key]
+
+    def _logits(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
+        """Of inputs (m, ..., T, n) of the chosen samples, (m, ..., outputs)."""
+        outputs, network = self.rows.shape[-1], self._model
+        if not isinstance(network, SeveralReadings):
+            return self.model(x.dtype)(x.flatten(0, -3)).reshape(*x.shape[:-2], outputs)
+        logits = x.new_zeros(*x.shape[:-2], outputs)
+        for members, own in groups_of(network.part(chosen), len(x)):
+            members = members.to(x.device)
+            part = x[members]
+            found = self.model(x.dtype, own)(part.flatten(0, -3)).reshape(*part.shape[:-2], outputs)
+            logits = logits.index_copy(0, members, found)
+        return logits
 
     def margins(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
         """All margins (m, ..., n_specs) of the chosen samples at inputs x, (m, ..., T, n), in the precision of x."""
         rows = self.rows[chosen].to(x.dtype)
         # cuDNN's recurrent layers have no gradient in evaluation mode.
         with torch.backends.cudnn.flags(enabled=False):
-            logits = self.model(x.dtype)(x.flatten(0, -3))
-        logits = logits.reshape(*x.shape[:-2], rows.shape[-1])
+            logits = self._logits(x, chosen)
         margins, offsets = torch.einsum("b...c,bsc->b...s", logits, rows), self.question.offsets
         if offsets is None:
             return margins

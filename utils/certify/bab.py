@@ -22,6 +22,7 @@ from ..choices.tables import ATTACKS
 from ..clock import Pace, now, share_of
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
+from ..network.constants.extra import Extra
 from ..network.state import plain_state
 from ..question.arguments import as_inputs, as_tensor
 from ..question.elements import by_element
@@ -243,6 +244,7 @@ def decide(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     attack: str = "pgd",
+    extra: Any = None,
     **threat: Any,
 ) -> list[Decision]:
     """Certify or falsify every sample at eps, one after the other; arguments as for ``utils.certify.certified_margin``.
@@ -257,20 +259,21 @@ def decide(
         time_limit: seconds a sample, attack and tuning included.
         dtype: precision of the bounds.
         seed: of PGD's random starts.
+        extra: further arguments of a module's forward, as for ``certified_margin``.
         attack: what looks for a counter-example, a key of ``utils.choices.ATTACKS``.
         threat: norm, frames, clip, ball and together.
     """
     for name in ("method", "alpha_steps", "curve_steps"):
         if name in threat:
             raise ValueError(f"decide goes from one method to the next by itself: leave out {name}")
-    asked = Question(model, x, labels, targets, threat_of(lengths=lengths, **threat))
+    asked = Question(model, x, labels, targets, threat_of(lengths=lengths, **threat), extra=extra)
     asked.check_picks_one("decisions")
     eps, x = asked.eps(eps, torch.float64), as_inputs(x)
     # The set that bounds hold for must not be smaller than the attack's.
     outer = eps.to(dtype)
     outer = torch.where(outer < eps, torch.nextafter(outer, outer + 1.0), outer)
     labels, targets = asked.rows[:, 0].argmax(dim=1), asked.rows.argmin(dim=2)
-    search, decisions = ATTACKS[attack], []
+    search, decisions, extra = ATTACKS[attack], [], Extra.of(extra, len(x))
     for n in range(len(x)):
         own = slice(n, n + 1)
         end = asked.x.shape[1] if asked.threat.lengths is None else int(asked.threat.lengths[n])
@@ -283,6 +286,7 @@ def decide(
                 by_element(as_tensor(side, "box", "numbers").to(asked.x), "box", asked.x) for side in question["box"]
             ]
             question |= {"scales": None, "box": tuple(side[own, :end] for side in ends)}
+        question |= {"extra": extra.part(own)} if extra else {}
         question["together"] = None if asked.threat.together is None else asked.threat.together[:end]
         started = now()
         deadline = started + time_limit

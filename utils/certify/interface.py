@@ -15,6 +15,7 @@ from ..question.threat import Frames, Threat
 from .bab import TUNING, best_margins
 from .problem import MarginProblem
 from .radius import MAX_EPS, search_radius
+from .results.progress import Progress
 from .substitution import Substitutes, substitution_margins
 
 
@@ -38,6 +39,7 @@ def certified_margin(
     together: Any = None,
     box: Any = None,
     substitutions: Substitutes | None = None,
+    extra: Any = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
@@ -86,6 +88,8 @@ def certified_margin(
             x + eps (upper - x), so that eps = 1 is all of a box in which x need not be the middle.
         substitutions: in place of balls: what every frame may become (``utils.certify.substitution``). eps is how many
             frames may, a whole number or None for every one; methods are "crown", "crown-ibp" and "ibp".
+        extra: further arguments of a module's forward, which are exact: a tensor, a tuple of arguments, or a dict of
+            them by name. Tensors of as many rows as x have one a sample, others are shared.
         alpha_steps: gradient steps of "alpha", each at the price of about three bounds.
         curve_steps: gradient steps of "curve", each at the price of a dozen bounds by planes or more.
         time_limit: seconds that "bab" may take for a sample, from its start: planes, tuned slopes and "curve" count.
@@ -105,14 +109,31 @@ def certified_margin(
         if threat != Threat():
             raise ValueError("substitutions are all that happens: leave out norm, frames and what else describes balls")
         return substitution_margins(
-            model, x, labels, substitutions, [eps], targets=targets, method=method, dtype=dtype or torch.float64
+            model,
+            x,
+            labels,
+            substitutions,
+            [eps],
+            targets=targets,
+            method=method,
+            dtype=dtype or torch.float64,
+            extra=extra,
         ).squeeze(-1)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
-    problem = MarginProblem(Question(model, x, labels, targets, threat), how)
+    problem = MarginProblem(Question(model, x, labels, targets, threat, extra=extra), how)
     dtype = dtype or problem.x.dtype
-    eps = problem.question.eps(eps, dtype)
-    margins = best_margins(problem, eps.detach(), dtype) if how.branches else tuned_margins(problem, eps, dtype)
-    return problem.question.arranged(margins)
+    return problem.question.arranged(margins_at(problem, problem.question.eps(eps, dtype), dtype))
+
+
+def margins_at(problem: MarginProblem, eps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Margins, (batch, n_specs), at eps, (batch,) or (batch, T), by the problem's method, group by group."""
+    parts, order = [], []
+    for members, own in problem.groups():
+        mine = eps[members]
+        found = best_margins(own, mine.detach(), dtype) if own.method.branches else tuned_margins(own, mine, dtype)
+        parts.append(found)
+        order.append(members)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(order).argsort()]
 
 
 def tuned_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -146,6 +167,7 @@ def certified_radius(
     scales: Any = None,
     together: Any = None,
     box: Any = None,
+    extra: Any = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
@@ -157,6 +179,7 @@ def certified_radius(
     dtype: torch.dtype = torch.float64,
     search_dtype: torch.dtype = torch.float32,
     batch_size: int = 100,
+    progress: Progress = None,
 ) -> Tensor:
     """Radius per sample, (batch,), within which no perturbation changes the classification (or reaches the target).
 
@@ -170,6 +193,8 @@ def certified_radius(
         dtype: precision of the verdict, in which every returned radius was certified.
         search_dtype: precision of the search before it.
         batch_size: samples bounded at once; less needs less memory.
+        progress: True for a bar on a terminal, or a function that is called with the number of samples done and of all
+            after every ``batch_size``.
 
     Returns:
         The largest eps that certified, in the units of x, for p = 0 the largest number of changes; 0 where none did (a
@@ -177,7 +202,7 @@ def certified_radius(
     """
     threat = Threat(norm, ball, frames, clip, lengths, features, scales, together, box)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
-    problem = MarginProblem(Question(model, x, labels, targets, threat), how)
+    problem = MarginProblem(Question(model, x, labels, targets, threat, extra=extra), how)
     search = {
         "tol": tol,
         "eps0": eps0,
@@ -185,5 +210,6 @@ def certified_radius(
         "dtype": dtype,
         "search_dtype": search_dtype,
         "batch_size": batch_size,
+        "progress": progress,
     }
     return search_radius(problem, **search).radius

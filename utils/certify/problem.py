@@ -263,6 +263,17 @@ class MarginProblem:
         one = slice(0, 1)
         return Balls.fit(self.graph(dtype, one), self._perturbation(torch.zeros_like(self.x[one, 0, 0]), one, dtype))
 
+    def groups(self) -> list[tuple[Tensor, MarginProblem]]:
+        """Samples that are computed alike, and the problem of them, with nothing tuned; see ``Question.groups``."""
+        found = []
+        for members, question in self.question.groups():
+            one = self
+            if question is not self.question:
+                one = copy.copy(self)
+                one.question, one.slopes, one.curves, one._graphs, one._widest = question, None, None, {}, None
+            found.append((members, one))
+        return found
+
     def branches(self) -> MarginProblem:
         """A problem with a sample of its own for every spec row of the only sample, and its curves to start from."""
         branches = self.part(torch.zeros(self.rows.shape[1], dtype=torch.long, device=self.x.device))
@@ -287,10 +298,15 @@ def select_curves(table: CurveTable, rows: Tensor, dtype: torch.dtype | None = N
 
 
 def margin_problem(
-    model: nn.Module | Graph, x: Tensor, labels: Tensor, targets: Tensor | None = None, **arguments: Any
+    model: nn.Module | Graph,
+    x: Tensor,
+    labels: Tensor,
+    targets: Tensor | None = None,
+    extra: Any = None,
+    **arguments: Any,
 ) -> MarginProblem:
     """The problem of ``certified_margin``'s arguments: those of a threat model and those of a method."""
     of_method = {"method" if field.name == "name" else field.name for field in fields(Method)}
     threat = threat_of(**{name: value for name, value in arguments.items() if name not in of_method})
     how = {"name" if name == "method" else name: value for name, value in arguments.items() if name in of_method}
-    return MarginProblem(Question(model, x, labels, targets, threat), Method(**how))
+    return MarginProblem(Question(model, x, labels, targets, threat, extra=extra), Method(**how))

@@ -19,6 +19,7 @@ from ..clock import Pace, now, share_of
 from .bab import ALPHA_SHARE, TUNED_SHARE, refine_radii
 from .counts import search_counts
 from .problem import SLACK, MarginProblem
+from .results.progress import Progress, reported
 from .search import SPREAD, Bracket, MarginOf, foretold_radius, largest_certified
 from .sweep import direct_problem, sweep_radii
 
@@ -73,11 +74,13 @@ def search_radius(
     dtype: torch.dtype = torch.float64,
     search_dtype: torch.dtype = torch.float32,
     batch_size: int = 100,
+    progress: Progress = None,
 ) -> RadiusResult:
     """Largest certified eps of every sample: a search in ``search_dtype``, the verdict in ``dtype``.
 
     Bounds in ``search_dtype`` foretell the radius; then both ends of the bracket are found in ``dtype``.
-    No eps above ``max_eps`` is tried: some samples, of saturating networks, are certified at any.
+    No eps above ``max_eps`` is tried: some samples, of saturating networks, are certified at any. ``progress``: see
+    ``certified_radius``.
     """
     if not 0 < tol < 1:
         raise ValueError(f"tol must be between 0 and 1, not {tol}")
@@ -93,10 +96,16 @@ def search_radius(
     search = _Searcher(tol, eps0, max_eps, dtype, search_dtype)
     by_rows = _count_rows if problem.threat.norm == 0.0 else _search_rows
     at_once = 1 if problem.method.branches else batch_size  # a time limit is that of one sample
-    parts = [
-        by_rows(problem, rows, search) for rows in torch.arange(len(problem.x), device=problem.x.device).split(at_once)
-    ]
-    return RadiusResult(*(torch.cat([getattr(part, name) for part in parts]) for name in RadiusResult.__annotations__))
+    parts, order = [], []
+    with reported(progress, len(problem.x)) as done:
+        for members, own in problem.groups():
+            for rows in torch.arange(len(own.x), device=problem.x.device).split(at_once):
+                parts.append(by_rows(own, rows, search))
+                order.append(members[rows])
+                done(len(rows))
+    back = torch.cat(order).argsort()
+    names = RadiusResult.__annotations__
+    return RadiusResult(*(torch.cat([getattr(part, name) for part in parts])[back] for name in names))
 
 
 @dataclass

@@ -10,11 +10,14 @@ input the graph must still compute what the module does.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..graph.graph import Graph
+from .constants.extra import NOTHING, Extra
+from .constants.groups import read_alike
 from .kept import Unknown, fingerprint
 from .models import SequenceClassifier
 from .modules import usable_model
@@ -32,18 +35,22 @@ MOST = 4  # readings of one module, for inputs of several shapes
 _kept: weakref.WeakKeyDictionary[nn.Module, list[Reading]] = weakref.WeakKeyDictionary()
 
 
-def read_network(model: nn.Module | Graph, x: Tensor, outputs: Outputs = SCORES) -> tuple[Network, Tensor]:
+def read_network(
+    model: nn.Module | Graph, x: Tensor, outputs: Outputs = SCORES, extra: Any = None
+) -> tuple[Network, Tensor]:
     """What is certified of ``model``, and its input as frames, (batch, T, n).
 
     A sequence classifier takes the frames as they are, with lengths if need be. Any other module is read by
     ``utils.network.trace``. A graph's single frame takes all values of an input of another shape. ``outputs`` says what
-    of a module's result is meant.
+    of a module's result is meant, ``extra`` the forward's further arguments (``constants.extra``).
     """
-    model = usable_model(model)
+    model, extra = usable_model(model), Extra.of(extra, len(x))
+    if extra and isinstance(model, (Graph, SequenceClassifier)):
+        raise ValueError("extra are further arguments of a module's forward: this model has none")
     if isinstance(model, Graph):
         return model, x if x.dim() == 3 or x.dim() < 2 else x.flatten(1)[:, None]
     if not isinstance(model, SequenceClassifier):
-        traced = read_module(model, x, outputs)
+        traced = read_module(model, x, outputs, extra)
         return traced, traced.frames
     return model, x
 
@@ -53,7 +60,7 @@ def read_for_step(model: nn.Module, x: Tensor, check: bool) -> tuple[Network, Te
     model = usable_model(model)
     if isinstance(model, SequenceClassifier):
         return model, x
-    traced = TracedModule(model, x, check=check)
+    traced = read_alike(model, x, check=check)
     traced.keep_graphs()
     return traced, traced.frames
 
@@ -134,12 +141,12 @@ class Reading:
         return self.state == state and all(map(torch.equal, self.tensors, tensors))
 
 
-def read_module(module: nn.Module, x: Tensor, outputs: Outputs = SCORES) -> TracedModule:
-    """``TracedModule(module, x, outputs)``, from an earlier reading where that is as good."""
+def read_module(module: nn.Module, x: Tensor, outputs: Outputs = SCORES, extra: Extra = NOTHING) -> TracedModule:
+    """``read_alike(module, x, outputs)``, from an earlier reading where that is as good."""
     tensors = [*module.parameters(), *module.buffers()]
     learnt = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if learnt or not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) == 0:
-        return TracedModule(module, x, outputs)
+    if learnt or extra or not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) == 0:
+        return read_alike(module, x, outputs, extra=extra)
     try:
         state = (x.shape[1:], x.dtype, x.device, outputs, user_state(), fingerprint(module))
     except Unknown:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ from ..graph.picks import Concat, Negative, Slice
 from ..graph.pooling import Pick
 from ..relaxation.lines import ACTIVATIONS
 from .state import usable_tensor
-from .unroll import GRUCell, LSTMCell, ResetFirstGRUCell, RNNCell
+from .unroll import GRUCell, LSTMCell, ProjectedLSTMCell, ResetFirstGRUCell, RNNCell
 
 SAMPLE = 1 << 40  # more elements than any graph has
 CONSTANT = -1
@@ -41,6 +42,7 @@ MAX_PIECES = 64  # that are put side by side without a matrix
 DTYPE = torch.float64
 
 CELLS = {"rnn": RNNCell, "lstm": LSTMCell, "gru": GRUCell, "gru, reset first": ResetFirstGRUCell}
+CELLS["lstm, projected"] = ProjectedLSTMCell
 
 
 class UnsupportedError(ValueError):
@@ -108,6 +110,7 @@ class Builder:
         self._starts: list[int] = []  # number of each node's first element
         self._size = 0
         self._made: dict[tuple, Node] = {}
+        self._borrowed: list[tuple[Tensor, type, dict]] = []
 
     def input(self, batch: int, shape: Sequence[int]) -> Symbol:
         """The network's input, (batch, *shape): a frame for every time step of (T, n), else a single one."""
@@ -130,6 +133,25 @@ class Builder:
         else:
             last = self._node(self._affine(row, torch.eye(len(row.ids), dtype=DTYPE), None))
         return pruned(self.graph, last)
+
+    # --- a forward's own tensors that values are written into ---
+
+    def borrow(self, tensor: Tensor, kind: type) -> None:
+        """Make a tensor one of another class, until ``lent`` is over."""
+        self._borrowed.append((tensor, type(tensor), dict(vars(tensor))))
+        tensor.__class__ = kind
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Around a forward: what was borrowed in it is in the end what it was."""
+        try:
+            yield
+        finally:
+            for tensor, kind, before in self._borrowed:
+                tensor.__class__ = kind
+                vars(tensor).clear()
+                vars(tensor).update(before)
+            self._borrowed.clear()
 
     # --- numbers ---
 
@@ -638,13 +660,14 @@ class Builder:
         kind: str,
         inputs: list[Symbol],
         state: tuple[Symbol, ...],
-        weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        weights: Sequence[Tensor | None],
         nonlinearity: str = "tanh",
         backwards: bool = False,
     ) -> tuple[list[Symbol], tuple[Symbol, ...]]:
         """One layer and direction: hidden states, (batch, hidden) for every input (batch, n), and the final state.
 
-        ``kind`` is a key of ``CELLS``; weights are W_ih, W_hh, b_ih, b_hh with torch's order of gates, biases or None.
+        ``kind`` is a key of ``CELLS``; weights are W_ih, W_hh, b_ih, b_hh with torch's order of gates, biases or None,
+        and for an LSTM with a projection of its states W_hr.
         """
         for symbol in (*inputs, *state):
             check_scores(symbol)
@@ -669,11 +692,16 @@ class Builder:
         return hidden, tuple(self.symbol(node, samples) for node in state_nodes)
 
     def _cell(self, kind: str, weights, nonlinearity: str):
-        w_ih, w_hh, b_ih, b_hh = (None if part is None else part.to("cpu", DTYPE) for part in weights)
+        w_ih, w_hh, b_ih, b_hh, *w_hr = (None if part is None else part.to("cpu", DTYPE) for part in weights)
         layer = types.SimpleNamespace(
-            hidden_size=w_hh.shape[1], bias=b_ih is not None, nonlinearity=nonlinearity, weight_ih_l0=w_ih
+            hidden_size=w_hh.shape[1] if not w_hr else w_hr[0].shape[1],
+            bias=b_ih is not None,
+            nonlinearity=nonlinearity,
+            weight_ih_l0=w_ih,
         )
         layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0 = w_hh, b_ih, b_hh
+        if w_hr:
+            (layer.weight_hr_l0,), kind = w_hr, f"{kind}, projected"
         return CELLS[kind](self.graph, layer, 0, "", DTYPE, self.relaxation)
 
     def _pieces(self, row: Symbol, single: bool = False) -> tuple[Node, ...]:

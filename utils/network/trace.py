@@ -25,6 +25,7 @@ from torch.overrides import resolve_name
 
 from ..graph.graph import Graph
 from . import images
+from .constants.extra import NOTHING, Extra
 from .kept import kept
 from .modules import usable_model
 from .outputs import ENDS, SCORES, VALUES, Outputs
@@ -32,10 +33,17 @@ from .state import plain_state, user_defaults
 from .symbolic import Builder, Symbol, UnsupportedError, as_graph, check_scores, constant, join
 
 BATCH = 2  # samples that are traced together, to see that they are not mixed
+SEVERAL = (
+    "the samples have masks, lengths or further arguments of their own, so each kind of them has a graph of its own: "
+    "give samples that are alike in these at a time"
+)
+UNREAD = ": word numbers are perturbed where they are looked up in an nn.Embedding as they are"
 # Largest difference, relative to the largest output, between a graph and its module, by the module's precision.
 SAME = {torch.float32: 1e-3, torch.float64: 1e-9}
 HIDDEN_FILES = (str(Path(torch.__file__).parent), __file__, contextlib.__file__)
-HIDDEN_FILES += tuple(str(Path(__file__).with_name(name)) for name in ("symbolic.py", "state.py", "operations"))
+HIDDEN_FILES += tuple(
+    str(Path(__file__).with_name(name)) for name in ("symbolic.py", "state.py", "operations", "constants")
+)
 
 Handler = Callable[..., object]
 OPERATIONS: dict[str, Handler] = {}
@@ -99,13 +107,11 @@ REASONS = {
     "exp": "an exponential of perturbed values has no bound here",
     "numpy": "the values leave torch for NumPy, where nothing is read: compute with torch",
     "nan_to_num": "it depends on the input's values: leave it out, inputs are finite",
-    "_pack_padded_sequence": "packed sequences are not read: give sequences of one length",
     "__bool__": "the forward must not depend on the input's values, but its truth value is asked for",
     **dict.fromkeys(("item", "float", "int", "index", "tolist"), ITEM),
     **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "greater_equal", "less_equal"), COMPARISON),
     **dict.fromkeys(("any", "all", "isnan", "isfinite", "isinf", "sign", "nonzero", "equal", "allclose"), COMPARISON),
     **dict.fromkeys(("sort", "argsort", "topk", "argmax", "argmin", "kthvalue", "median"), ORDER),
-    "__setitem__": "values are written into a tensor: collect them in a list and torch.stack them",
 }
 MAX_POOLS = ("max_pool3d", "adaptive_max_pool3d", "max", "amax")
 
@@ -200,6 +206,8 @@ def _apply(name: str, function, args, kwargs):
     for value in _flat((args, kwargs)):
         if isinstance(value, Traced) and value.seen_version != value.storage_version[0]:
             raise UnsupportedError("a tensor that it reads was changed in place through another view of it")
+    if name == "__setitem__":
+        return _assign(some.builder, *args)
     name, in_place = _in_place(name, kwargs)
     symbols, options = _unwrap(args), _unwrap(kwargs)
     storage = some.storage_version if name in VIEWS | ALIASES and name != "clone" else None
@@ -256,6 +264,32 @@ def _in_place(name: str, kwargs: dict) -> tuple[str, bool]:
     return name, False
 
 
+def _assign(builder: Builder, target: Tensor, index, value) -> None:
+    """``target[index] = value``, which makes an ordinary tensor a traced one until the forward is over."""
+    if any(isinstance(part, Traced) for part in _flat(index)):
+        raise UnsupportedError("an index must not depend on the input")
+    if not target.is_floating_point():
+        raise UnsupportedError(f"numbers are rounded to {target.dtype}")
+    symbol, value, index = as_symbol(_unwrap(target)), as_symbol(_unwrap(value)), plain_words(index)
+    check_written(symbol, value)
+    parts = []
+    for own, new in zip((symbol.ids, symbol.scale, symbol.shift), (value.ids, value.scale, value.shift), strict=True):
+        part = own.clone()
+        part[index] = new
+        parts.append(part)
+    if not isinstance(target, Traced):
+        builder.borrow(target, Traced)
+        target.builder, target.storage_version = builder, [0]
+    target.symbol = Symbol(*parts)
+    target.storage_version[0] += 1
+    target.seen_version = target.storage_version[0]
+
+
+def check_written(*symbols: Symbol) -> None:
+    for symbol in symbols:
+        check_scores(symbol)
+
+
 def _flat(value):
     if isinstance(value, dict):
         value = tuple(value.values())
@@ -273,7 +307,10 @@ def _unwrap(value):
         return {key: _unwrap(part) for key, part in value.items()}
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
         return type(value)(_unwrap(part) for part in value)
-    return value.cpu() if isinstance(value, Tensor) else value  # symbols are there, wherever the module is
+    if isinstance(value, Tokens):
+        value.reading.constants.append(plain_words(value))
+    # Symbols are on the CPU, wherever the module is.
+    return plain_words(value).cpu() if isinstance(value, Tensor) else value
 
 
 def _wrap(result, like: Traced, storage):
@@ -327,7 +364,8 @@ def _shaped(change: Callable[[Tensor, Sequence[int]], Tensor]) -> Handler:
         if isinstance(shape, torch.dtype):
             raise UnsupportedError("bits are read as another type")
         target = shape.shape if isinstance(shape, (Symbol, Tensor)) else shape
-        return x.view(lambda part: change(part, (target,) if isinstance(target, int) else tuple(target)))
+        target = (target,) if isinstance(target, int) else tuple(target)
+        return x.view(lambda part: change(part, target)) if isinstance(x, Symbol) else change(x, target)
 
     return handler
 
@@ -707,13 +745,12 @@ def _batch_norm(builder, x, mean, var, weight=None, bias=None, training=False, m
 def _recurrent(kind: str, nonlinearity: str = "tanh") -> Handler:
     def handler(builder, x, state, weights, biases, layers, dropout, train, bidirectional, batch_first=False):
         if not isinstance(biases, bool):
-            raise UnsupportedError("packed sequences are not read: give sequences of one length")
+            raise UnsupportedError("packed sequences are read where all samples are alike")
         if train and dropout > 0 and layers > 1:
             raise UnsupportedError("dropout is random in training mode: call model.eval() first")
         directions = 2 if bidirectional else 1
         each = len(weights) // (layers * directions)
-        if each != (4 if biases else 2):
-            raise UnsupportedError("proj_size is not supported")
+        plain = 4 if biases else 2
         if batch_first:
             x = as_symbol(x).view(lambda part: part.transpose(0, 1))
         state = [as_symbol(part) for part in (state if kind == "lstm" else (state,))]
@@ -723,7 +760,8 @@ def _recurrent(kind: str, nonlinearity: str = "tanh") -> Handler:
             runs = []
             for direction in range(directions):
                 row = layer * directions + direction
-                own = [*weights[row * each : (row + 1) * each], None, None][:4]
+                own = weights[row * each : (row + 1) * each]
+                own = [*own[:plain], *(None,) * (4 - plain), *own[plain:]]  # an LSTM's projection comes last
                 start = tuple(part.view(lambda p, row=row: p[row]) for part in state)
                 try:
                     hidden, final = builder.recurrent(kind, frames, start, own, nonlinearity, backwards=bool(direction))
@@ -762,39 +800,158 @@ def _embedding(builder, x, weight, padding_idx=None, max_norm=None, *args, **kwa
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-class Tokens(torch.Tensor):
-    """Word numbers as a module's input: nothing may be done with them but to look up their vectors, and that once."""
+class Reading:
+    """One run of a forward on word numbers: the table that they are looked up in, and what else is made of them.
 
-    vectors: Symbol | None
-    table: Tensor | None
+    Attributes:
+        builder: of the graph; None if the run only finds out what is constant.
+        table: of the vectors that are perturbed, once they were looked up, and ``vectors``, (batch, T, n).
+        constants: all that was computed from word numbers, in the order of the calls.
+    """
+
+    def __init__(self, builder: Builder | None, shape: Sequence[int]):
+        self.builder, self.shape = builder, shape
+        self.table: Tensor | None = None
+        self.vectors: Symbol | None = None
+        self.constants: list[object] = []
+        self._of_computed: list[Tensor] = []
+
+    def look_up(self, weight: Tensor, max_norm: float | None = None) -> Symbol:
+        """The vectors of all words, (batch, T, n). Raises UnsupportedError for a second table."""
+        if max_norm is not None:
+            raise UnsupportedError("max_norm changes the vectors as they are read")
+        if self.table is None:
+            self.table = weight
+            self.vectors = self.builder.input(self.shape[0], (self.shape[1], weight.shape[1]))
+        elif self.table is not weight:
+            raise UnsupportedError("the word numbers go into two embeddings; one can be perturbed")
+        self._check_table()
+        return self.vectors
+
+    def look_up_computed(self, weight: Tensor) -> None:
+        """Note a table in which numbers are looked up that were computed: its vectors are constants."""
+        self._of_computed.append(weight)
+        self._check_table()
+
+    def _check_table(self) -> None:
+        if any(weight is self.table for weight in self._of_computed):
+            raise UnsupportedError(
+                "word numbers are looked up as they are and after a change in the same table: let the forward do "
+                "without, or change them before"
+            )
+
+
+class Tokens(torch.Tensor):
+    """Word numbers as a module's input: what is looked up for them is perturbed, what is computed from them constant.
+
+    ``places`` says for every element which word of the batch it is, through whatever moves or drops words. It is None
+    of whole numbers that were computed from words. All else that is computed is an ordinary tensor.
+    """
+
+    places: Tensor | None
+    reading: Reading
 
     @staticmethod
-    def of(builder: Builder, batch: int, length: int) -> Tokens:
-        tokens = torch.zeros(batch, length, dtype=torch.int64).as_subclass(Tokens)
-        tokens.builder, tokens.table = builder, None
+    def of(words: Tensor, reading: Reading, places: Tensor | None) -> Tokens:
+        tokens = words.detach().clone().as_subclass(Tokens)
+        tokens.reading, tokens.places = reading, places
         return tokens
+
+    @staticmethod
+    def whole(words: Tensor, reading: Reading) -> Tokens:
+        """The input itself, (batch, T)."""
+        return Tokens.of(words, reading, torch.arange(words.numel(), device=words.device).reshape(words.shape))
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(issubclass(kind, Traced) for kind in types):
+            return NotImplemented  # a product with vectors, and the like
         name = getattr(function, "__name__", str(function))
         if name == "__get__":
             name = resolve_name(function).split(".")[-2]
         if name in METADATA | PROPERTIES:
-            return _plainly(function, args, kwargs or {})
-        if name != "embedding":
-            raise located(f"{_spoken(name)}: word numbers may only go into an embedding")
-        return cls._look_up(*args, **(kwargs or {}))
+            return _plainly(function, args, kwargs)
+        try:
+            return _of_words(name, function, args, kwargs)
+        except UnsupportedError as error:
+            raise error if getattr(error, "located", False) else located(f"{_spoken(name)}: {error}") from None
 
-    @staticmethod
-    def _look_up(tokens, weight, padding_idx=None, max_norm=None, *args, **kwargs):
-        if max_norm is not None:
-            raise located("embedding: max_norm changes the vectors as they are read")
-        if tokens.table is None:
-            tokens.table = weight
-            tokens.vectors = tokens.builder.input(len(tokens), (tokens.shape[1], weight.shape[1]))
-        elif tokens.table is not weight:
-            raise located("embedding: the word numbers go into two embeddings; one can be perturbed")
-        return Traced.of(tokens.builder, tokens.vectors, weight)
+
+CASTS = _names("long int to type cpu cuda detach data")  # which move nothing
+WORD_VIEWS = VIEWS | CASTS | _names("view view_as reshape_as expand_as T mT")
+
+
+def _of_words(name: str, function, args, kwargs):
+    """What a function gives for word numbers."""
+    if name == "__iter__":
+        return iter(_of_words("unbind", torch.unbind, args, kwargs))
+    words = [value for value in _flat((args, kwargs)) if isinstance(value, Tokens)]
+    reading, first = words[0].reading, args[0] if args else None
+    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        raise UnsupportedError("word numbers are changed in place: make a new tensor of them")
+    if name == "__getitem__" and isinstance(args[1], Tokens) and first.is_floating_point() and first.dim() == 2:
+        return _of_words("embedding", F.embedding, (args[1], first), {})
+    if name == "embedding_bag" and kwargs.get("padding_idx") is not None:
+        reading.constants.append(plain_words(first) != kwargs["padding_idx"] % len(args[1]))
+    if name in LOOKUPS and reading.builder is not None and isinstance(first, Tokens):
+        if first.places is not None:
+            return LOOKUPS[name](reading, *args, **kwargs)
+        reading.look_up_computed(args[1] if len(args) > 1 else kwargs["weight"])
+    plain_args, plain_kwargs = plain_words(args), plain_words(kwargs)
+    result = _plainly(function, plain_args, plain_kwargs)
+    moved = name in WORD_VIEWS and isinstance(first, Tokens) and first.places is not None
+    if moved and all(_is_whole(part) for part in _flat(result)):
+        if name not in CASTS:
+            return _as_tokens(result, _plainly(function, (first.places, *plain_args[1:]), plain_kwargs), reading)
+        return _as_tokens(result, first.places.to(result.device), reading)
+    floats = any(isinstance(value, Tensor) and value.is_floating_point() for value in _flat((args, kwargs)))
+    if name not in LOOKUPS:
+        reading.constants.append([plain_words(word) for word in words] if floats else result)
+    return _as_tokens(result, None, reading)
+
+
+def _as_tokens(result, places, reading: Reading):
+    """Whole numbers as tokens, at some places or, if that is None, at none."""
+    if isinstance(result, Tensor):
+        return Tokens.of(result, reading, places) if _is_whole(result) else result
+    if not isinstance(result, (tuple, list)):
+        return result
+    parts = zip(result, places or [None] * len(result), strict=True)
+    parts = [_as_tokens(*pair, reading) for pair in parts]
+    return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+
+
+def plain_words(value):
+    """Word numbers, and what tuples and lists hold of them, as ordinary tensors."""
+    if isinstance(value, Tokens):
+        return value.as_subclass(Tensor)
+    if isinstance(value, dict):
+        return {key: plain_words(part) for key, part in value.items()}
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        parts = [plain_words(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+# What looks up vectors for word numbers: called with the reading and the call's arguments.
+LOOKUPS: dict[str, Callable] = {}
+
+
+def looked_up(reading: Reading, tokens: Tokens, weight: Tensor, max_norm: float | None = None) -> Symbol:
+    """The vectors of some words, of the shape of ``tokens`` and an axis more."""
+    return reading.look_up(weight, max_norm).view(lambda part: part.flatten(0, 1)[tokens.places.cpu()])
+
+
+def _look_up(reading: Reading, tokens: Tokens, weight, padding_idx=None, max_norm=None, *args, **kwargs) -> Traced:
+    return Traced.of(reading.builder, looked_up(reading, tokens, weight, max_norm), weight)
+
+
+LOOKUPS["embedding"] = _look_up
 
 
 class TracedModule:
@@ -806,8 +963,20 @@ class TracedModule:
         output_shape: of the outputs for a sample, which the graph has as one vector.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor, outputs: Outputs = SCORES, check: bool = True):
-        """``check`` says whether the graph must be found to compute what the module does."""
+    def __init__(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        outputs: Outputs = SCORES,
+        check: bool = True,
+        extra: Extra = NOTHING,
+        alike: bool = False,
+    ):
+        """``check`` says whether the graph must be found to compute what the module does.
+
+        ``extra`` are further arguments of the forward. ``alike`` promises that they are the same for all samples, and
+        that the forward computes the same from all samples' word numbers; otherwise that must be seen at once.
+        """
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedError("a scripted module's forward cannot be read: give the module that it was made from")
         if x.dim() < 2 or len(x) == 0 or x[0].numel() == 0:
@@ -817,13 +986,16 @@ class TracedModule:
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ValueError(f"the model's parameter {name} is not finite")
-        self.module, self.x, self.softmax, self.outputs = module, x, "", outputs
+        self.module, self.x, self.softmax, self.outputs, self.extra = module, x, "", outputs, extra
         like = next((value for value in module.parameters() if value.is_floating_point()), x)
         self.like = torch.empty(0, dtype=like.dtype, device=like.device)
         self.frames = x
         self.is_pure = True
         self._graphs: dict[tuple, Graph] | None = None
+        self._reads_words = False  # something but their vectors
         self._plain = graph = self._trace("plane")
+        if not alike and (self._reads_words or extra) and len(x) > 1 and not bool((x == x[:1]).all()):
+            raise UnsupportedError(SEVERAL)
         if not x.is_floating_point():
             self.frames = self._table.detach()[x]
         else:
@@ -860,7 +1032,7 @@ class TracedModule:
         twin.module, twin.x, twin.frames = module, x, _frames(x)
         with user_defaults():
             expected = self.outputs.of(module(x[:1].to(self.like)))
-        return twin if self._agrees(self._plain, twin.frames[:1], expected) else None
+        return twin if self.agrees(twin.frames[:1], expected) else None
 
     def _trace(self, relaxation: str) -> Graph:
         builder = Builder(relaxation)
@@ -868,14 +1040,17 @@ class TracedModule:
         if tokens:
             if self.x.dim() != 2 or self.x.dtype == torch.bool:
                 raise ValueError(f"word numbers must be (batch, T), not {tuple(self.x.shape)} of {self.x.dtype}")
-            given = Tokens.of(builder, BATCH, self.x.shape[1])
+            given = twice(self.x)
+            reading = Reading(builder, given.shape)
+            given = Tokens.whole(given, reading)
         else:
             given = Traced.of(builder, builder.input(BATCH, self.x.shape[1:]), self.like)
         with kept(self.module) as keeper, user_defaults():
             held = keeper.held()
             earlier = f"; if it reads what an earlier call left in {', '.join(held)}, reset that" if held else ""
             try:
-                output = self.module(given)
+                with builder.lent():
+                    output = self.extra.part([0] * BATCH).call(self.module, given)
             except UnsupportedError as error:
                 raise UnsupportedError(f"{error}{earlier}") from error
             except (RuntimeError, IndexError, TypeError, AttributeError) as error:
@@ -885,9 +1060,9 @@ class TracedModule:
                 ) from error
         output = self.outputs.of(output)
         if not isinstance(output, Traced):
-            raise UnsupportedError("the forward's result does not depend on the input")
+            raise UnsupportedError(f"the forward's result does not depend on the input{UNREAD if tokens else ''}")
         if tokens:
-            self._table = given.table
+            self._table, self._reads_words = reading.table, bool(reading.constants)
         symbol, self.output_shape = output.symbol, output.shape[1:]
         if len(output.shape) == 0 or output.shape[0] != BATCH:
             raise UnsupportedError(f"the output must be (batch, ...), not of shape {tuple(output.shape)}")
@@ -899,7 +1074,8 @@ class TracedModule:
         """The graph must compute what the module does, or the forward has done something behind its back."""
         some = self.x[:4] if not self.x.is_floating_point() else self.x[:4].to(self.like)
         with kept(self.module) as keeper, user_defaults():
-            expected, again = self.outputs.of(self.module(some)), self.outputs.of(self.module(some))
+            own = self.extra.part(slice(0, 4))
+            expected, again = (self.outputs.of(own.call(self.module, some)) for _ in range(2))
             changed = keeper.changed()
         if changed and not torch.equal(expected, again):
             raise UnsupportedError(
@@ -907,18 +1083,24 @@ class TracedModule:
                 "it must begin from the same state each time"
             )
         self.is_pure = not changed
-        if not self._agrees(graph, self.frames[:4], expected):
+        if not self.agrees(self.frames[:4], expected, graph):
             raise UnsupportedError(
                 "the forward computes something else than what was read of it: it must not be random, "
                 "depend on the input's values or on the size of the batch"
             )
 
-    def _agrees(self, graph: Graph, frames: Tensor, expected: Tensor) -> bool:
-        expected = expected.to("cpu", torch.float64)
+    def agrees(self, frames: Tensor, expected: Tensor, graph: Graph | None = None) -> bool:
+        """Whether the graph gives what the module does for some frames, but for rounding."""
+        graph, expected = graph or self._plain, expected.to("cpu", torch.float64)
         found = graph.evaluate(frames.to("cpu", torch.float64)).reshape(-1, *self.output_shape)
         found = ENDS[self.softmax](found)
         room = SAME.get(self.like.dtype, SAME[torch.float32]) * (1.0 + expected.abs().amax())
         return expected.shape == found.shape and bool(((expected - found).abs() <= room).all())
+
+
+def twice(words: Tensor) -> Tensor:
+    """The first sample's words, for every sample that is traced."""
+    return words[:1].expand(BATCH, -1)
 
 
 def _frames(x: Tensor) -> Tensor:

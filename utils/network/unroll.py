@@ -78,6 +78,18 @@ class LSTMCell(Cell):
         return h, c
 
 
+class ProjectedLSTMCell(LSTMCell):
+    """The LSTM with ``proj_size``: h_t = W_hr (sigmoid(o) tanh(c_t))."""
+
+    def __init__(self, graph: Graph, rnn: nn.LSTM, layer: int, suffix: str, dtype: torch.dtype, relaxation: str):
+        super().__init__(graph, rnn, layer, suffix, dtype, relaxation)
+        self.w_hr = getattr(rnn, f"weight_hr_l{layer}{suffix}").to(dtype)
+
+    def step(self, inputs: tuple[Node, ...], state: tuple[Node, ...]) -> tuple[Node, ...]:
+        h, c = super().step(inputs, state)
+        return self.graph.add(Linear((h,), (self.w_hr,), self.w_hr.new_zeros(len(self.w_hr)))), c
+
+
 class GRUCell(Cell):
     """r, z = W_ir x_t + W_hr h_{t-1} + b_ir + b_hr and likewise z (stacked in this order, then n);
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.graph import Graph
+from ..network.constants.groups import SeveralReadings, groups_of
 from ..network.outputs import SCORES, Outputs
 from ..network.reading import Network, TracedModule, check_network, output_shape, read_network
 from .arguments import as_classes, as_eps, as_inputs
@@ -39,10 +40,11 @@ class Question:
         targets: Tensor | None = None,
         threat: Threat | None = None,
         outputs: Outputs = SCORES,
+        extra: Any = None,
     ):
         threat = threat or Threat()
         x = as_inputs(x)
-        self.model, self.x = read_network(model, x, outputs)
+        self.model, self.x = read_network(model, x, outputs, extra)
         self.labels = labels = as_classes(labels, "labels", f"({len(self.x)},) of integers")
         if targets is not None:
             targets = as_classes(targets, "targets", "(batch,) or (batch, n_specs) of integers, or one")
@@ -87,9 +89,18 @@ class Question:
     def part(self, samples: Tensor | slice) -> Question:
         """The question about some samples."""
         part = copy.copy(self)
+        if isinstance(self.model, SeveralReadings):
+            part.model = self.model.part(samples)
         part.x, part.rows, part.threat = self.x[samples], self.rows[samples], self.threat.part(samples)
         part.offsets = None if self.offsets is None else self.offsets[samples]
         return part
+
+    def groups(self) -> list[tuple[Tensor, Question]]:
+        """Samples that are computed alike, and the question about them: all, unless constants of theirs differ."""
+        found = groups_of(self.model, len(self.x))
+        if len(found) == 1:
+            return [(found[0][0].to(self.x.device), self)]
+        return [(members, self.part(members)) for members in (one.to(self.x.device) for one, _ in found)]
 
     def row_by_row(self) -> Question:
         """The question with a sample of its own for every row of every sample, in their order."""
@@ -109,9 +120,9 @@ class OutputQuestion(Question):
 
     picks_one = False
 
-    def __init__(self, model: nn.Module | Graph, x: Tensor, threat: Threat, output: Any = None):
+    def __init__(self, model: nn.Module | Graph, x: Tensor, threat: Threat, output: Any = None, extra: Any = None):
         x = as_inputs(x)
-        self.model, self.x = read_network(model, x, Outputs(output, scores=False))
+        self.model, self.x = read_network(model, x, Outputs(output, scores=False), extra)
         if output is not None and not isinstance(self.model, TracedModule):
             raise ValueError(f"the model returns one tensor: leave out output={output!r}")
         threat = self._checked(threat)

@@ -36,6 +36,7 @@ def band_radius(
     lengths: Tensor | None = None,
     features: Any = None,
     scales: Any = None,
+    extra: Any = None,
     method: str = "crown",
     relaxation: str = "plane",
     alpha_steps: int = ALPHA_STEPS,
@@ -49,13 +50,13 @@ def band_radius(
         low, high: numbers, or tensors that broadcast to the outputs, (batch, ...), or to C's rows, (batch, n_specs);
             None or an infinite number where there is no end. For a band around the model's own output, give that less
             and plus what it may move by.
-        search: tol, eps0, max_eps, dtype, search_dtype and batch_size, as for ``certified_radius``.
+        search: tol, eps0, max_eps, dtype, search_dtype, batch_size and progress, as for ``certified_radius``.
 
     Returns:
         The largest eps that certified, in the units of x; 0 where none did, as where an output lies outside by itself.
     """
     how = Method(method, relaxation, alpha_steps, curve_steps)
-    question = OutputQuestion(model, x, Threat(norm, ball, frames, clip, lengths, features, scales), output)
+    question = OutputQuestion(model, x, Threat(norm, ball, frames, clip, lengths, features, scales), output, extra)
     batch, shape = len(question.x), question.shape
     rows = question.rows.double() if C is None else as_rows(C, question)
     shape = shape if C is None else rows.shape[1:2]

@@ -18,6 +18,7 @@ from ...question.question import OutputQuestion, Question
 from ...question.threat import Frames, Threat
 from ..interface import tuned_margins
 from ..problem import MarginProblem
+from ..results.progress import Progress, reported
 
 
 class OutputBounds(NamedTuple):
@@ -50,7 +51,10 @@ def output_bounds(
     curve_steps: int = CURVE_STEPS,
     chain: str = "chord",
     layers: str = "crown",
+    extra: Any = None,
     dtype: torch.dtype = torch.float64,
+    batch_size: int = 100,
+    progress: Progress = None,
 ) -> OutputBounds | dict | tuple | list:
     """Bounds of a module's outputs over all perturbations of size eps, whatever they mean: differentiable in x.
 
@@ -65,6 +69,8 @@ def output_bounds(
         output: which part of a tuple (a number) or a dict (a key) is meant; a tuple of these for what lies deeper.
             None for all: the result is a tuple or dict of bounds then, without what is None.
         dtype: precision of the bounds.
+        batch_size: samples bounded at once, after which ``progress`` hears of them: True for a bar on a terminal, or a
+            function of the number of samples done and of all. Each part of a tuple or dict counts anew.
 
     Returns:
         Lower and upper, in the shape of the outputs, (batch, ...), or (batch, n_specs) with C. Room for rounding is
@@ -87,7 +93,7 @@ def output_bounds(
 
     def bounds_of(path: Any) -> OutputBounds | dict | tuple | list:
         try:
-            question = OutputQuestion(model, x, threat, path)
+            question = OutputQuestion(model, x, threat, path, extra)
         except SeveralOutputs as several:
             if C is not None:
                 raise ValueError(f"C is of one output: say which by output=, one of {list(several.keys)}") from None
@@ -97,7 +103,8 @@ def output_bounds(
         rows, shape = question.rows, (-1, *question.shape)
         if C is not None:
             rows, shape = as_rows(C, question), (len(question.x), -1)
-        return OutputBounds(*(part.reshape(shape) for part in _both_sides(question, rows, eps, how, dtype)))
+        sides = _in_parts(question, rows, question.eps(eps, dtype), how, dtype, batch_size, progress)
+        return OutputBounds(*(part.reshape(shape) for part in sides))
 
     return bounds_of(output)
 
@@ -118,11 +125,33 @@ def as_rows(C: Any, question: OutputQuestion) -> Tensor:
     return rows.double()
 
 
-def _both_sides(question: Question, rows: Tensor, eps: Any, how: Method, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _in_parts(
+    question: Question, rows: Tensor, eps: Tensor, how: Method, dtype: torch.dtype, at_once: int, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """``_both_sides`` of so many samples at once that are computed alike, put together in their order."""
+    if at_once < 1:
+        raise ValueError(f"batch_size must be at least 1, not {at_once}")
+    question.rows = rows = rows.expand(len(question.x), -1, -1)
+    parts, order = [], []
+    with reported(progress, len(question.x)) as done:
+        for members, group in question.groups():
+            for own in torch.arange(len(members), device=members.device).split(at_once):
+                chosen = members[own]
+                parts.append(_both_sides(group.part(own), rows[chosen], eps[chosen], how, dtype))
+                order.append(chosen)
+                done(len(own))
+    if len(parts) == 1:
+        return parts[0]
+    back = torch.cat(order).argsort()
+    return tuple(torch.cat(side)[back] for side in zip(*parts, strict=True))
+
+
+def _both_sides(
+    question: Question, rows: Tensor, eps: Tensor, how: Method, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Bounds of rows @ outputs, (batch, n_specs) each: minus an upper bound is a lower one of the negative row."""
     count = rows.shape[1]
     question.rows = torch.cat((rows, -rows), dim=1).expand(len(question.x), -1, -1)
-    eps = question.eps(eps, dtype)
     if how.tuned:  # to each bound by itself: there is no worst of them
         eps, question = eps.repeat_interleave(2 * count, dim=0), question.row_by_row()
     problem = MarginProblem(question, how)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ...bounds.passes import BoundPass
 from ...choices.registry import Registry
 from ...graph.graph import Graph
 from ...graph.mixing import MatMul
+from ...network.constants.groups import groups_of
 from ...network.reading import Network, graph_of, output_shape, read_for_step, read_network
 from ...network.state import plain_state
 from ...perturbation.substitutions import Substitutions
@@ -56,6 +58,7 @@ def substitution_margins(
     method: str = "crown-ibp",
     dtype: torch.dtype = torch.float64,
     check: bool = True,
+    extra: Any = None,
 ) -> Tensor:
     """Lower bounds of the margins, (batch, n_specs, budgets): differentiable in the model, in x and in the substitutes.
 
@@ -67,30 +70,33 @@ def substitution_margins(
         method: "ibp", "crown-ibp" (intervals within, one pass back from the margins) or "crown".
         dtype: precision of the bounds, which have room for rounding.
         check: whether a module that gradients are asked of is compared with what was read of it.
+        extra: as for ``certified_margin``. These, and what the forward computes from word numbers, such as masks, stay
+            as they are: a substitute is another vector in its word's place.
 
     Raises:
         ValueError: an argument does not fit; the message says which.
     """
     AT_ONCE.check(method)
-    network, frames = _read(model, as_inputs(x), check)
+    network, frames = _read(model, as_inputs(x), check, extra)
     if frames.shape != substitutes.vectors[:, :, 0].shape:
         raise ValueError(f"the frames are {tuple(frames.shape)}, the substitutes {tuple(substitutes.vectors.shape)}")
     rows = output_rows(as_classes(labels, "labels", "(batch,) of integers"), output_shape(network), targets)
-    graph = graph_of(network, frames.shape[1], dtype, "plane")
-    graph = graph if torch.is_grad_enabled() else graph.detach()
     frames, rows = frames.to(dtype), rows.to(frames.device, dtype)
-    parts = []
-    for start in range(0, len(frames), AT_ONCE[method]):
-        own = slice(start, start + AT_ONCE[method])
-        parts.append(budget_margins(graph, frames[own], rows[own], substitutes.part(own), budgets, method))
-    return torch.cat(parts)
+    parts, order = [], []
+    for members, reading in groups_of(network, len(frames)):
+        graph = graph_of(reading, frames.shape[1], dtype, "plane")
+        graph = graph if torch.is_grad_enabled() else graph.detach()
+        for own in members.to(frames.device).split(AT_ONCE[method]):
+            parts.append(budget_margins(graph, frames[own], rows[own], substitutes.part(own), budgets, method))
+            order.append(own)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
-def _read(model: nn.Module | Graph, x: Tensor, check: bool) -> tuple[Network, Tensor]:
-    learnt = isinstance(model, nn.Module) and torch.is_grad_enabled()
+def _read(model: nn.Module | Graph, x: Tensor, check: bool, extra: Any) -> tuple[Network, Tensor]:
+    learnt = isinstance(model, nn.Module) and torch.is_grad_enabled() and extra is None
     if learnt and any(parameter.requires_grad for parameter in model.parameters()):
         return read_for_step(model, x, check)
-    return read_network(model, x)
+    return read_network(model, x, extra=extra)
 
 
 def budget_margins(

@@ -60,6 +60,27 @@ def _channel_shuffle(builder, x, groups):
     return x.view(lambda part: part.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2))
 
 
+@operation("tensordot")
+def _tensordot(builder, x, y, dims=2, out=None):
+    """Of one tensor that depends on the input and a constant; no axis of the batch is summed over."""
+    if isinstance(x, Symbol) and isinstance(y, Symbol):
+        raise UnsupportedError("a product of two tensors that both depend on the input has no bound here")
+    own, other = (x, y) if isinstance(x, Symbol) else (y, x)
+    count, other = len(own.shape), other.to("cpu", torch.float64)
+    if isinstance(dims, Tensor):
+        dims = dims.tolist()
+    if isinstance(dims, int):
+        dims = list(range(-dims, 0)), list(range(dims))
+    of_x, of_y = ([one] if isinstance(one, int) else list(one) for one in dims)
+    if 0 in [axis % count for axis in (of_x if own is x else of_y)]:
+        raise UnsupportedError("it mixes the samples of a batch")
+    if own is x:
+        return builder.linear_map(x, lambda part: torch.tensordot(part, other, (of_x, of_y)))
+    place = other.dim() - len(of_x)  # of the batch in the result
+    made = builder.linear_map(y, lambda part: torch.tensordot(other, part, (of_x, of_y)).movedim(place, 0))
+    return made.view(lambda part: part.movedim(0, place))
+
+
 @operation("einsum")
 def _einsum(builder, equation, *operands):
     """Of one tensor that depends on the input and constants, where the batch is the first axis of what comes out."""

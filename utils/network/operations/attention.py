@@ -15,6 +15,7 @@ from ...graph.pooling import Pick
 from ..symbolic import CONSTANT, DTYPE, Builder, Symbol, UnsupportedError, constant
 from ..trace import OPERATIONS, SETTLE, as_symbol, operation
 
+LOWEST = -1e30  # scores that are constants and no higher count as masked
 constant_matmul, last_softmax = OPERATIONS["matmul"], OPERATIONS["softmax"]
 
 
@@ -73,6 +74,7 @@ def product(builder: Builder, x: Symbol, y: Symbol, limit: float | None = None) 
     if len(x.shape) < 3 or len(y.shape) < 3 or x.shape[-1] != y.shape[-2]:
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         raise UnsupportedError(f"a product of matrices that both depend on the input is one a sample, not {shapes}")
+    x, y = _without_zeros(x, y)
     stack = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     x, y = (one.view(lambda part, one=one: part.expand(*stack, *one.shape[-2:])) for one in (x, y))
     shape = Shape(stack[1:].numel(), x.shape[-2], x.shape[-1], y.shape[-1])
@@ -81,11 +83,57 @@ def product(builder: Builder, x: Symbol, y: Symbol, limit: float | None = None) 
     return result.view(lambda part: part.reshape(*stack, shape.rows, shape.columns))
 
 
+def _without_zeros(x: Symbol, y: Symbol) -> tuple[Symbol, Symbol]:
+    """Factors without the inner indices at which x is 0, as shares of what a mask leaves out are."""
+    zero = (x.ids == CONSTANT) & (x.shift == 0)
+    left = ~zero.flatten(0, -2).all(dim=0)
+    if bool(left.all()) or not bool(left.any()):
+        return x, y
+    return x.view(lambda part: part[..., left]), y.view(lambda part: part[..., left, :])
+
+
 def softmax(builder: Builder, x: Symbol) -> Symbol:
-    """Over the last axis."""
+    """Over the last axis; scores of minus infinity, as masks make them, have no part in it.
+
+    Nor have constants of -1e30 and less, whose shares no float can hold: a least float is often meant as infinity.
+    """
+    out = (x.shift == -torch.inf) | ((x.ids == CONSTANT) & (x.shift <= LOWEST))
+    if bool(out.any()):
+        return _masked_softmax(builder, x, ~out)
     scores, width = gathered(builder, x), x.shape[-1]
     node = builder._once("softmax", (scores,), width, lambda: Softmax(scores, width))
     return builder.symbol(node, torch.arange(x.shape[0])).view(lambda part: part.reshape(x.shape))
+
+
+def _masked_softmax(builder: Builder, x: Symbol, left: Tensor) -> Symbol:
+    """Rows of which the same scores are left, at a time."""
+    rows = x.view(lambda part: part.reshape(len(part), -1, part.shape[-1]))
+    left = left.reshape(rows.shape)
+    if not bool((left == left[:1]).all()) or not bool(left.any(dim=-1).all()):
+        raise UnsupportedError("a mask leaves the samples different scores, or none of a row")
+    patterns, kind = torch.unique(left[0], dim=0, return_inverse=True)
+    result = constant(torch.zeros(rows.shape))
+    for number, pattern in enumerate(patterns):
+        own, places = (kind == number).nonzero(), pattern.nonzero().squeeze(-1)
+        share = softmax(builder, rows.view(lambda part, own=own, places=places: part[:, own, places]))
+        for whole, part in zip(_parts_of(result), _parts_of(share), strict=True):
+            whole[:, own, places] = part
+    return result.view(lambda part: part.reshape(x.shape))
+
+
+def _parts_of(x: Symbol) -> tuple[Tensor, Tensor, Tensor]:
+    return x.ids, x.scale, x.shift
+
+
+def masked(builder: Builder, scores: Symbol, mask: Tensor | None, takes_part: bool = False) -> Symbol:
+    """Scores with a constant mask: of numbers that are added, or of bool, where ``takes_part`` says what True means."""
+    if mask is None:
+        return scores
+    if isinstance(mask, Symbol):
+        raise UnsupportedError("a mask must not depend on the input's vectors")
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask if takes_part else mask, -torch.inf)
+    return builder.add(scores, constant(mask))
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -143,14 +191,16 @@ def layer_norm(builder, x, normalized_shape, weight=None, bias=None, eps=1e-5):
 
 @operation("scaled_dot_product_attention")
 def _attention(builder, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if attn_mask is not None or is_causal or enable_gqa:
-        raise UnsupportedError("attention is supported without a mask: give sequences of one length")
+    if enable_gqa:
+        raise UnsupportedError("attention is supported with as many heads of keys as of queries")
     if dropout_p > 0:
         raise UnsupportedError("dropout is random in training mode: call model.eval() first")
     q, k, v = map(as_symbol, (q, k, v))
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     scores = product(builder, builder.scaled(q, constant(factor)), k.view(lambda part: part.mT))
-    return product(builder, softmax(builder, scores), v)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return product(builder, softmax(builder, masked(builder, scores, attn_mask, takes_part=True)), v)
 
 
 @operation("multi_head_attention_forward")
@@ -180,9 +230,9 @@ def _heads(
     **options,
 ):
     """nn.MultiheadAttention, of query, key and value (T, batch, width)."""
-    unusual = (bias_k, bias_v, key_padding_mask, attn_mask, options.get("static_k"), options.get("static_v"))
-    if any(value is not None for value in unusual) or add_zero_attn or options.get("is_causal"):
-        raise UnsupportedError("attention is supported without masks and additional keys: give sequences of one length")
+    unusual = (bias_k, bias_v, options.get("static_k"), options.get("static_v"))
+    if any(value is not None for value in unusual) or add_zero_attn or (options.get("is_causal") and attn_mask is None):
+        raise UnsupportedError("attention is supported without additional keys, and with the mask of what is causal")
     if training and dropout_p > 0:
         raise UnsupportedError("dropout is random in training mode: call model.eval() first")
     weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_weight.chunk(3)
@@ -195,7 +245,12 @@ def _heads(
 
     q, k, v = (split(*given) for given in zip((query, key, value), weights, biases, strict=True))
     scores = product(builder, builder.scaled(q, constant(1.0 / math.sqrt(q.shape[-1]))), k.view(lambda part: part.mT))
-    share = softmax(builder, scores)
+    if attn_mask is not None and not isinstance(attn_mask, Symbol) and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unflatten(0, (-1, heads))
+    scores = masked(builder, scores, attn_mask)
+    if key_padding_mask is not None and not isinstance(key_padding_mask, Symbol):
+        key_padding_mask = key_padding_mask[:, None, None]
+    share = softmax(builder, masked(builder, scores, key_padding_mask))
     mixed = product(builder, share, v).view(lambda part: part.transpose(1, 2).flatten(2))
     result = builder.linear(mixed, out_weight, out_bias).view(lambda part: part.transpose(0, 1))
     if not need_weights:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...graph.pooling import Maximum
-from ..symbolic import Builder, Symbol, UnsupportedError, check_scores, constant, join
+from ..symbolic import CONSTANT, Builder, Symbol, UnsupportedError, check_scores, constant, join
 from ..trace import OPERATIONS, as_symbol, operation
 from .attention import gathered
 
@@ -120,12 +120,21 @@ def amax(builder, x, dim=None, keepdim=False):
         raise UnsupportedError("a maximum is supported over one axis of a sample")
     axis = dims[0] % len(x.shape)
     parts = [x.view(lambda part, k=k: part.select(axis, k)) for k in range(x.shape[axis])]
-    nodes = tuple(gathered(builder, part) for part in parts)
-    present = torch.ones(len(nodes), nodes[0].size, dtype=torch.bool)
-    made = builder.graph.add(Maximum(nodes, present)) if len(nodes) > 1 else nodes[0]
     shape = parts[0].shape
+    parts = [part for part in parts if not bool((part.shift == -torch.inf).all())]
+    if not parts:
+        raise UnsupportedError("nothing is left to take the greatest of")
+    present = torch.stack([part.shift[0].flatten() != -torch.inf for part in parts])
+    nodes = tuple(gathered(builder, _finite(part)) for part in parts)
+    made = builder.graph.add(Maximum(nodes, present)) if len(nodes) > 1 else nodes[0]
     result = builder.symbol(made, torch.arange(shape[0])).view(lambda part: part.reshape(shape))
     return result.view(lambda part: part.unsqueeze(axis)) if keepdim else result
+
+
+def _finite(x: Symbol) -> Symbol:
+    """With zeros in place of what a mask has made minus infinity, and is left out."""
+    out = x.shift == -torch.inf
+    return Symbol(x.ids.masked_fill(out, CONSTANT), x.scale.masked_fill(out, 0.0), x.shift.masked_fill(out, 0.0))
 
 
 @operation("amin")
