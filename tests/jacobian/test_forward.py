@@ -37,7 +37,7 @@ def test_of_a_tiny_ball_they_are_the_gradient(name):
             torch.testing.assert_close(side.view(BATCH, 2, -1), gradients[:, :, frame], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("chain", ["chord", "recurjac"])
+@pytest.mark.parametrize("chain", ["joint", "chord", "recurjac"])
 @pytest.mark.parametrize("name", NETS)
 def test_no_gradient_of_the_set_is_outside(name, chain):
     threat = Threat(INF)
@@ -53,7 +53,7 @@ def test_the_best_of_both_directions(name):
     graph = net(name)
     x, eps = inputs(graph), radii(graph, (0.2, 0.1, 0.3))
     values = values_of(graph, Threat(INF), x, eps)
-    backward, both = (JacobianPass(values, ROWS, direction=direction) for direction in ("backward", "both"))
+    backward, both = (JacobianPass(values, ROWS, "chord", direction=direction) for direction in ("backward", "both"))
     for frame in backward.frames:
         one, other = backward.frame_bounds(frame), forward_bounds(values, ROWS, frame, "chord")
         low, high = both.frame_bounds(frame)

@@ -41,7 +41,7 @@ def certified_margin(
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
-    chain: str = "chord",
+    chain: str = "joint",
     layers: str = "crown",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -149,7 +149,7 @@ def certified_radius(
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
-    chain: str = "chord",
+    chain: str = "joint",
     layers: str = "crown",
     tol: float = 1e-3,
     eps0: float | None = None,
