@@ -26,12 +26,27 @@ from ..relaxation.joint import FACTORS, relax_jointly
 from ..relaxation.lines import Relaxation
 
 
+class Ranges:
+    """Where derivatives lie over the boxes that one pass, or passes that share it, know of: each is found once."""
+
+    def __init__(self):
+        self._known: dict[tuple, tuple] = {}
+
+    def __call__(self, of: NonLinear, *operands: Interval) -> tuple[Interval, ...]:
+        """Of the derivative in each operand."""
+        key = (of, *(id(end) for interval in operands for end in interval))
+        if key not in self._known:
+            # The operands are kept, so that their ids stay their own.
+            self._known[key] = (derivative_ranges(of.name, *operands), operands)
+        return self._known[key][0]
+
+
 class Derivative(NonLinear):
     """``kappa * a``: the adjoint a of a non-linear node times its derivative in operand k, somewhere on its box."""
 
-    def __init__(self, adjoint: Node, of: NonLinear, operand: int, chain: str):
+    def __init__(self, adjoint: Node, of: NonLinear, operand: int, chain: str, ranges: Ranges):
         super().__init__(of.size, (adjoint, *of.parents))
-        self.of, self.operand = of, operand
+        self.of, self.operand, self.ranges = of, operand, ranges
         self.factors = FACTORS[of.name][operand] if chain == "joint" and of.name in FACTORS else None
         self.chain = "chord" if chain == "joint" else chain  # of those whose derivative has no lines
 
@@ -41,7 +56,7 @@ class Derivative(NonLinear):
 
     def factor(self, *operands: Interval) -> Interval:
         """Range of kappa over the box of the operands."""
-        return derivative_ranges(self.of.name, *operands)[self.operand]
+        return self.ranges(self.of, *operands)[self.operand]
 
     def value(self, adjoint: Tensor, *operands: Tensor) -> Tensor:
         low, high = self.factor(*((point, point) for point in operands))
@@ -52,9 +67,10 @@ class Derivative(NonLinear):
         return factor_interval(*self.factor(*operands), adjoint)
 
     def relax(self, adjoint: Interval, *operands: Interval, slopes=None) -> Relaxation:
+        known = self.factor(*operands)
         if self.factors:
-            return relax_jointly(self.factors, adjoint, operands)
-        return relax_factor(*self.factor(*operands), adjoint, self.chain)
+            return relax_jointly(self.factors, known, adjoint, operands)
+        return relax_factor(*known, adjoint, self.chain)
 
 
 class Adjoint:
@@ -67,11 +83,19 @@ class Adjoint:
             respect to the frame is W^T a.
     """
 
-    def __init__(self, graph: Graph, rows: Tensor, moving: Sequence[bool], chain: str = "joint"):
+    def __init__(
+        self,
+        graph: Graph,
+        rows: Tensor,
+        moving: Sequence[bool],
+        chain: str = "joint",
+        ranges: Ranges | None = None,
+    ):
         """``rows`` are C, (batch or 1, classes), one a sample; ``moving`` says which nodes something perturbs."""
         if any(node.samples is not None for node in graph.nodes):
             raise ValueError("gradients are bounded for all samples of a batch: give the graph no ends of samples")
         self.network, self.graph, self.moving, self.chain = graph, Graph(), moving, chain
+        self.ranges = ranges or Ranges()
         self.graph.nodes = list(graph.nodes)
         self.graph.recurrent = True  # gradients lie in no balls that ``bounds.balls`` knows
         self.graph.kept = graph.kept
@@ -117,7 +141,7 @@ class Adjoint:
         """kappa * a for each operand."""
         for number, parent in enumerate(node.parents):
             if self.moving[parent.index]:
-                self.scaled(parent, self.graph.add(Derivative(adjoint, node, number, self.chain)))
+                self.scaled(parent, self.graph.add(Derivative(adjoint, node, number, self.chain, self.ranges)))
 
     def _give(self, parent: Node, *part) -> None:
         if self.moving[parent.index]:

@@ -8,18 +8,14 @@ is tighter on some entries, and the best of both holds. It costs a pass for ever
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
 from ..bounds.passes import BoundPass, intersect
-from ..graph.convolution import Convolution
 from ..graph.graph import Graph
 from ..graph.nodes import Constant, Frame, Interval, Linear, Node, WeightedSum
 from ..graph.nonlinear import NonLinear
-from ..graph.picks import Concat
-from .adjoint import Derivative, repeated
+from .adjoint import Derivative, Ranges, repeated
 
 AT_ONCE = 2**21  # coefficients of hidden neurons in one pass
 
@@ -36,45 +32,42 @@ class Tangents:
         """``vectors`` are (batch, frame size), one a sample."""
         self.graph, self.chain = Graph(), chain
         self.graph.nodes, self.graph.recurrent = list(graph.nodes), True
+        self.ranges = Ranges()
         self._of: dict[Node, Node] = {}
         for node in graph.nodes:
             if isinstance(node, Frame):
                 if node.frame == frame:
                     self._of[node] = self.graph.add(Constant(vectors))
-            elif any(parent in self._of for parent in node.parents):
-                self._of[node] = self._tangent(node)
+            elif self.moved(node):
+                self._of[node] = self.graph.add(node.tangent(self))
         self.output = self._of.get(graph.output)
 
-    def _tangent(self, node: Node) -> Node:
-        if isinstance(node, NonLinear):
-            known = [(number, parent) for number, parent in enumerate(node.parents) if parent in self._of]
-            parts = [self.graph.add(Derivative(self._of[p], node, number, self.chain)) for number, p in known]
-            return parts[0] if len(parts) == 1 else self.graph.add(WeightedSum(tuple(parts)))
-        if isinstance(node, Linear):
-            pairs = [(self._of[p], w) for p, w in zip(node.parents, node.weights, strict=True) if p in self._of]
-            parents, weights = zip(*pairs, strict=True)
-            return self.graph.add(Linear(parents, weights, torch.zeros_like(node.bias)))
-        if isinstance(node, Convolution):
-            (parent,), zero = node.parents, torch.zeros_like(node.bias)
-            return self.graph.add(Convolution(self._of[parent], node.weight, zero, node.windows, node.transposed))
-        if isinstance(node, WeightedSum):
-            pairs = [(self._of[p], f) for p, f in zip(node.parents, node.factors, strict=True) if p in self._of]
-            return self.graph.add(WeightedSum(*zip(*pairs, strict=True)))
-        twin = copy.copy(node)  # that picks elements
-        twin.parents = tuple(self._or_zero(parent, isinstance(node, Concat)) for parent in node.parents)
-        return self.graph.add(twin)
+    # --- what nodes ask for ---
 
-    def _or_zero(self, node: Node, missing: bool) -> Node:
-        if missing and node not in self._of:
-            like = next(n for n in self.graph.nodes if isinstance(n, Linear)).bias
-            return self.graph.add(Constant(like.new_zeros(node.size)))
-        return self._of[node]
+    def moved(self, node: Node) -> list[int]:
+        """Numbers of the parents that change along the vectors."""
+        return [number for number, parent in enumerate(node.parents) if parent in self._of]
+
+    def of(self, node: Node) -> Node:
+        """The tangent; zeros of a node that does not change."""
+        if node in self._of:
+            return self._of[node]
+        like = next(n for n in self.graph.nodes if isinstance(n, Linear)).bias
+        return self.graph.add(Constant(like.new_zeros(node.size)))
+
+    def derivatives(self, node: NonLinear) -> Node:
+        """The sum of kappa * t over the operands."""
+        parts = [
+            Derivative(self._of[node.parents[number]], node, number, self.chain, self.ranges)
+            for number in self.moved(node)
+        ]
+        return parts[0] if len(parts) == 1 else WeightedSum(tuple(self.graph.add(part) for part in parts))
 
 
 def forward_bounds(values: BoundPass, rows: Tensor, frame: int, chain: str, sound: bool = True) -> Interval:
     """Lower and upper bounds of the gradients of ``rows @ output`` in a frame, (batch * n_rows, n) each.
 
-    Arguments as for ``JacobianPass``; chain is "chord" or "recurjac".
+    Arguments as for ``JacobianPass``; chain is any but "interval".
     """
     batch, count = rows.shape[:2]
     width = next(node.size for node in values.graph.frames if node.frame == frame)

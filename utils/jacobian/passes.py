@@ -21,7 +21,7 @@ from ..bounds.passes import BoundPass, intersect
 from ..choices.method import CHAINS, DIRECTIONS
 from ..graph.nodes import Interval, Node
 from ..perturbation.lp_ball import dual_norm
-from .adjoint import Adjoint, repeated
+from .adjoint import Adjoint, Ranges, repeated
 from .forward import forward_bounds, known_operands
 from .operator_norms import NormPass
 
@@ -40,10 +40,12 @@ class JacobianPass(BoundPass):
         chain: str = CHAINS[0],
         sound: bool = True,
         direction: str = "backward",
+        beside: JacobianPass | None = None,
     ):
         """``values`` is a pass over the network, whose perturbation set counts; rows are (batch, n_rows, classes).
 
         ``direction`` is "backward", or "both": then entries are bounded from the input on as well (``forward``).
+        ``beside`` is a pass of another chain over the same, which has found where derivatives lie.
         """
         if chain not in CHAINS:
             raise ValueError(f"the bound of a Jacobian must be one of {', '.join(CHAINS)}, not {chain!r}")
@@ -54,17 +56,18 @@ class JacobianPass(BoundPass):
         self.direction, self.rows_each = direction, rows.shape[1]
         rows = self._asked.flatten(0, 1)
         moving = [not values.is_exact(node) for node in values.graph.nodes]
-        graph = repeated(values.graph, self.rows_each)
-        self.adjoint = Adjoint(graph, rows, moving, "chord" if chain == "interval" else chain)
-        method = "ibp" if chain == "interval" else "crown"
-        known = known_operands(values, graph, self.rows_each)
+        graph = beside.adjoint.network if beside else repeated(values.graph, self.rows_each)
+        self._operands = beside._operands if beside else known_operands(values, graph, self.rows_each)
+        ranges = beside.adjoint.ranges if beside else Ranges()
+        self.adjoint = Adjoint(graph, rows, moving, "chord" if chain == "interval" else chain, ranges)
+        method, known = "ibp" if chain == "interval" else "crown", self._operands
         super().__init__(self.adjoint.graph, values.perturbation.repeated(self.rows_each), method, None, sound, known)
         self.chain, self._network = chain, values.graph
         self._norms = NormPass(self.perturbation.norm, self, values.graph)
         # Where balls are wide, lines around derivatives say less than their ranges: the better of both counts.
         self._by_chord = None
         if self.adjoint.is_joint:
-            self._by_chord = JacobianPass(values, self._asked, "chord", sound, direction)
+            self._by_chord = JacobianPass(values, self._asked, "chord", sound, direction, self)
         self._bounds: dict[tuple[int, bool], Interval] = {}
 
     @property

@@ -31,7 +31,6 @@ from .derivatives import (
     arctan_range,
     elu_range,
     gate_range,
-    product_range,
     relax_factor,
     sigmoid_range,
     tanh_interval,
@@ -90,6 +89,9 @@ class Form(NamedTuple):
         slopes = {k: factor * slope for k, slope in self.slopes.items()}
         return Form(slopes, factor * self.intercept, factor.abs() * self.size)
 
+    def negative(self) -> Form:
+        return Form({k: -slope for k, slope in self.slopes.items()}, -self.intercept, self.size)
+
     def plus(self, other: Form) -> Form:
         slopes = dict(self.slopes)
         for k, slope in other.slopes.items():
@@ -109,22 +111,21 @@ class Bounded(NamedTuple):
     upper: Form
 
     def negative(self) -> Bounded:
-        minus = -torch.ones_like(self.low)
-        return Bounded(-self.high, -self.low, self.upper.scaled(minus), self.lower.scaled(minus))
+        return Bounded(-self.high, -self.low, self.upper.negative(), self.lower.negative())
 
     def above(self, factor: Tensor) -> Form:
         """Above ``factor`` times this."""
         return self.upper.scaled(factor.clamp(min=0.0)).plus(self.lower.scaled(factor.clamp(max=0.0)))
 
 
-def _by_lines(factor: Factor, operands: Sequence[Interval]) -> Bounded:
+def _by_lines(factor: Factor, operands: Sequence[Interval], known: Interval | None = None) -> Bounded:
     l, u = operands[factor.operand]  # noqa: E741
     most = torch.maximum(l.abs(), u.abs())
     forms = [
         Form({factor.operand: slope}, intercept, slope.abs() * most + intercept.abs())
         for (slope,), intercept in factor.lines(l, u)
     ]
-    return Bounded(*factor.range(l, u), *forms)
+    return Bounded(*(known or factor.range(l, u)), *forms)
 
 
 def product_above(f: Bounded, g: Bounded, share: Tensor) -> Form:
@@ -137,11 +138,9 @@ def product_above(f: Bounded, g: Bounded, share: Tensor) -> Form:
     return Form(form.slopes, form.intercept - constant, size)
 
 
-def _product(f: Bounded, g: Bounded, share: Tensor) -> Bounded:
-    lower = product_above(f, g.negative(), 1.0 - share)
-    minus = -torch.ones_like(f.low)
-    both = product_range((f.low, f.high), (g.low, g.high))
-    return Bounded(*both, lower.scaled(minus), product_above(f, g, share))
+def product_between(f: Bounded, g: Bounded, share: Tensor) -> tuple[Form, Form]:
+    """Forms below and above f g."""
+    return product_above(f, g.negative(), 1.0 - share).negative(), product_above(f, g, share)
 
 
 def _share(kappa: Bounded, adjoint: Interval, middle: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -155,25 +154,26 @@ def _share(kappa: Bounded, adjoint: Interval, middle: Sequence[Tensor]) -> tuple
     return share.clamp(0.0, 1.0), known == 0
 
 
-def relax_jointly(factors: Sequence[Factor], adjoint: Interval, operands: Sequence[Interval]) -> Relaxation:
+def relax_jointly(
+    factors: Sequence[Factor], known: Interval, adjoint: Interval, operands: Sequence[Interval]
+) -> Relaxation:
     """Planes around kappa * a, kappa being the product of one or two factors; slopes are in a, then in the operands.
 
-    ``adjoint`` is a's interval, ``operands`` are those of what kappa is taken at.
+    ``known`` is the range of kappa, ``adjoint`` a's interval, ``operands`` are those of what kappa is taken at.
     """
-    every = torch.broadcast_tensors(*adjoint, *(end for interval in operands for end in interval))
-    adjoint, operands = every[:2], list(zip(every[2::2], every[3::2], strict=True))
-    parts = [_by_lines(factor, operands) for factor in factors]
-    kappa = parts[0] if len(parts) == 1 else _product(*parts, torch.full_like(adjoint[0], 0.5))
+    every = torch.broadcast_tensors(*adjoint, *known, *(end for interval in operands for end in interval))
+    adjoint, known, operands = every[:2], every[2:4], list(zip(every[4::2], every[5::2], strict=True))
+    if len(factors) == 1:
+        kappa = _by_lines(factors[0], operands, known)
+    else:
+        parts = [_by_lines(factor, operands) for factor in factors]
+        kappa = Bounded(*known, *product_between(*parts, torch.full_like(adjoint[0], 0.5)))
     share, by_chord = _share(kappa, adjoint, [0.5 * (l + u) for l, u in operands])
     number = len(operands)  # of a, among the forms' operands
-    a = _by_lines(Factor(number, lambda l, u: (l, u), itself), (*operands, adjoint))
-    product = _product(kappa, a, share)
-    chord = relax_factor(kappa.low, kappa.high, adjoint)
-    planes = [
-        _plane(form, sign, number, line, by_chord)
-        for form, sign, line in ((product.lower, -1.0, chord.lower), (product.upper, 1.0, chord.upper))
-    ]
-    return Relaxation(*planes)
+    a = _by_lines(Factor(number, lambda l, u: (l, u), itself), (*operands, adjoint), adjoint)
+    chord = relax_factor(*known, adjoint)
+    signed = zip(product_between(kappa, a, share), (-1.0, 1.0), chord, strict=True)
+    return Relaxation(*(_plane(form, sign, number, line, by_chord) for form, sign, line in signed))
 
 
 def _plane(form: Form, sign: float, adjoint: int, chord: Plane, by_chord: Tensor) -> Plane:
