@@ -116,7 +116,9 @@ def test_nor_where_samples_have_frames_of_their_own_that_move(name, threat):
     check(name, threat, MIXED, sizes=(0.3, 0.4, 0.7))
 
 
-@pytest.mark.parametrize(("chain", "layers"), [("recurjac", "ibp"), ("interval", "crown"), ("chord", "crown"), ("joint", "crown-ibp")])
+@pytest.mark.parametrize(
+    ("chain", "layers"), [("recurjac", "ibp"), ("interval", "crown"), ("chord", "crown"), ("joint", "crown-ibp")]
+)
 @pytest.mark.parametrize("threat", [Threat(2.0, "sequence"), Threat(INF, clip=(-1.0, 1.0))], ids=str)
 @pytest.mark.parametrize("name", ["two layers, mean", "gru, reset first", "tangled", "perceptron, hardtanh(-0.7, 0.9)"])
 def test_nor_by_other_chains_and_layers(name, threat, chain, layers):

@@ -21,7 +21,7 @@ from .lines import GUARD_ULPS, Plane, Relaxation
 from .shapes import Shape, relax_shape
 
 STEEPEST = 4.0 / (3.0 * math.sqrt(3.0))  # slope of tanh', where t^2 = 1/3
-TANGENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the interval at which tangents are tried
+TANGENTS = 12  # parts of the interval between which tangents are tried
 FLAT_ULPS = 4.0  # roots of eps: less steep lines are horizontal, as the cubic's outer roots are not known well
 
 
@@ -47,9 +47,11 @@ def _tried(l: Tensor, u: Tensor) -> Tensor:  # noqa: E741
     """Slopes of the chord and of some tangents, and 0, (number, ...)."""
     width = u - l
     chord = (tanh_derivative(u) - tanh_derivative(l)) / torch.where(width > 0, width, 1.0)
-    points = [l + share * width for share in TANGENTS]
-    tangents = [-2.0 * y.tanh() * tanh_derivative(y) for y in points]
-    slopes = torch.stack([torch.where(width > 0, chord, tangents[0]), torch.zeros_like(l), *tangents])
+    shares = torch.arange(TANGENTS + 1, dtype=l.dtype, device=l.device) / TANGENTS
+    points = l + shares.reshape(-1, *[1] * l.dim()) * width
+    tangents = -2.0 * points.tanh() * tanh_derivative(points)
+    first = torch.stack((torch.where(width > 0, chord, tangents[0]), torch.zeros_like(l)))
+    slopes = torch.cat((first, tangents))
     flat = FLAT_ULPS * torch.finfo(l.dtype).eps ** 0.5
     return torch.where(slopes.abs() > flat, slopes.clamp(-STEEPEST, STEEPEST), 0.0)
 
@@ -91,5 +93,3 @@ def relax_arctan_bell(l: Tensor, u: Tensor) -> Relaxation:  # noqa: E741
 def relax_elu_step(l: Tensor, u: Tensor) -> Relaxation:  # noqa: E741
     """Lines around elu' = min(1, exp y) on [l, u]."""
     return relax_shape(ELU_STEP, l, u)
-
-

@@ -10,8 +10,8 @@ a sum of s (f - fl)(g - gu) <= 0 and (1 - s) (f - fu)(g - gl) <= 0 (McCormick). 
 the sign of what it is multiplied with, that is a plane in the operands; one below is that of (-f) g, mirrored.
 
 Of kappa times an adjoint a the coefficient m of kappa may be any number in a's interval. With m = 0, where that is in
-it, the plane is the chord, and what kappa varies by is lost; with a's middle it is kept, but the gap between kappa's own
-lines counts m times. So m is the middle times (1 - gap / range of kappa)^4: where the lines say nothing that the range
+it, the plane is the chord, and what kappa varies by is lost; with a's middle it is kept, but the gap between kappa's
+own lines counts m times. So m is the middle times (1 - gap / range of kappa)^4: where the lines say nothing that the range
 does not say, the chord is taken. A share is about tightness alone.
 
 All functions are element-wise on tensors of one shape.
@@ -56,6 +56,10 @@ def itself(l: Tensor, u: Tensor) -> Relaxation:  # noqa: E741
     return Relaxation(line, line)
 
 
+def as_it_is(l: Tensor, u: Tensor) -> Interval:  # noqa: E741
+    return l, u
+
+
 def _bells(operand: int) -> dict[str, Factor]:
     return {
         "tanh": Factor(operand, tanh_interval, relax_tanh),
@@ -73,7 +77,7 @@ FACTORS: dict[str, tuple[tuple[Factor, ...], ...]] = {
     "arctan": ((Factor(0, arctan_range, relax_arctan_bell),),),
     "softplus": ((X["sigmoid"],),),
     "elu": ((Factor(0, elu_range, relax_elu_step),),),
-    "x*sigmoid(y)": ((Y["sigmoid"],), (Factor(0, lambda l, u: (l, u), itself), Y["sigmoid'"])),
+    "x*sigmoid(y)": ((Y["sigmoid"],), (Factor(0, as_it_is, itself), Y["sigmoid'"])),
     "tanh(x)*sigmoid(y)": ((X["tanh'"], Y["sigmoid"]), (X["tanh"], Y["sigmoid'"])),
 }
 
@@ -168,9 +172,9 @@ def relax_jointly(
     else:
         parts = [_by_lines(factor, operands) for factor in factors]
         kappa = Bounded(*known, *product_between(*parts, torch.full_like(adjoint[0], 0.5)))
-    share, by_chord = _share(kappa, adjoint, [0.5 * (l + u) for l, u in operands])
+    share, by_chord = _share(kappa, adjoint, [0.5 * (low + high) for low, high in operands])
     number = len(operands)  # of a, among the forms' operands
-    a = _by_lines(Factor(number, lambda l, u: (l, u), itself), (*operands, adjoint), adjoint)
+    a = _by_lines(Factor(number, as_it_is, itself), (*operands, adjoint), adjoint)
     chord = relax_factor(*known, adjoint)
     signed = zip(product_between(kappa, a, share), (-1.0, 1.0), chord, strict=True)
     return Relaxation(*(_plane(form, sign, number, line, by_chord) for form, sign, line in signed))
