@@ -81,7 +81,7 @@ def test_chains_beside_samples(tmp_path):
     done = call("benchmarks/compare_chains.py", *flags)
     assert done.code == 0, done.err
     sampled, *bounds = (float(cell) for cell in done.out.splitlines()[-2].split("|")[4:8])
-    assert 0 < sampled and [sampled, *bounds] == sorted([sampled, *bounds])
+    assert sampled > 0 and [sampled, *bounds] == sorted([sampled, *bounds])
     assert done.out.splitlines()[-1].endswith("0 of 2 cases")
 
 

@@ -65,6 +65,7 @@ def local_lipschitz(
             identity is an output, ``utils.certify.margin_rows`` gives margins.
         chain, layers: as for ``certified_margin``.
         direction: "both": entries of the gradient are bounded from the input on, too; slow where inputs are wide.
+            "shift": of perceptrons, by RecurJac's shift 1 alone.
         dtype: precision.
 
     Raises:

@@ -11,7 +11,8 @@ CURVED_METHODS = TUNED_METHODS[1:]
 CERTIFIED_METHODS = ("crown", "ibp", "crown-ibp", *TUNED_METHODS)  # whose bounds a certificate's checker can follow
 GRADIENT_METHODS = ("jacobian", "shell")  # integrate bounds of gradients
 DIRECT_METHODS = ("crown", "fastlin", "ibp", "crown-ibp")  # one pass over the network: what bounds its layers
-DIRECTIONS = ("backward", "both")  # in which gradients are followed through the layers
+# In which gradients are followed through the layers; "shift" is for perceptrons.
+DIRECTIONS = ("backward", "both", "shift")
 CHAINS = ("joint", "chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
 FORWARD_METHODS = ("forward", "forward-backward")  # linear functions of the input are carried on
 WITHOUT_MATRICES = (*DIRECT_METHODS, *FORWARD_METHODS, "ball", "alpha")  # which need none of a convolution

@@ -61,5 +61,5 @@ def lipschitz_folder_name(args: argparse.Namespace) -> str:
     """2_norm_lipschitz, a word for whatever is not as usual, the chains and what bounds the layers."""
     words = [f"{args.p:g}_norm_lipschitz"] + ["logit"] * args.logit + ["untargeted"] * (args.target is None)
     words += [f"target_{args.target}"] * (args.target not in (None, "random"))
-    words += [*args.chains, args.layer_method] + ["both"] * (args.direction == "both")
+    words += [*args.chains, args.layer_method] + [args.direction] * (args.direction != "backward")
     return "_".join(word for n, word in enumerate(words) if not (args.logit and word == "untargeted"))

@@ -6,8 +6,8 @@ With rows C of the outputs, the adjoint of a node v is a_v, the gradient of C @ 
 
 A linear node hands back W^T a_v, a non-linear one kappa * a_v element-wise, with its derivative kappa: that is the one
 new node (``Derivative``), relaxed over the range of kappa, or jointly with what kappa is taken at. The gradient with
-respect to an input frame is W^T a_v for
-the linear nodes v that read it (Zhang et al., RecurJac, AAAI 2019, section 3.1, for multi-layer perceptrons).
+respect to an input frame is W^T a_v for the linear nodes v that read it (Zhang et al., RecurJac, AAAI 2019, section
+3.1, for multi-layer perceptrons).
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ The derivatives of the nodes along a vector of the input are handed on from laye
 kappa * t through a non-linear one: a network as deep as the network itself, for every coordinate of the input. Bounds
 differ from those of the backward direction (``utils.jacobian.passes``): other values are replaced by lines. Each
 is tighter on some entries, and the best of both holds. It costs a pass for every coordinate.
+
+RecurJac's shift 1 begins at the first hidden layer h in place of the input, and goes from there to the input by
+intervals, W^T (kappa * [least, most]): fewer passes where the input is wider than that layer, and looser bounds.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from torch import Tensor
 from ..bounds.passes import BoundPass, intersect
 from ..graph.graph import Graph
 from ..graph.nodes import Constant, Frame, Interval, Linear, Node, WeightedSum
-from ..graph.nonlinear import NonLinear
+from ..graph.nonlinear import Activation, NonLinear
+from ..relaxation.derivatives import derivative_ranges, factor_interval
 from .adjoint import Derivative, Ranges, repeated
 
 AT_ONCE = 2**21  # coefficients of hidden neurons in one pass
@@ -25,19 +29,18 @@ class Tangents:
 
     Attributes:
         graph: the nodes of the given graph, and then the tangents.
-        output: that of the output; None if nothing comes to it from the frame.
+        output: that of the output; None if nothing comes to it from the start.
     """
 
-    def __init__(self, graph: Graph, frame: int, vectors: Tensor, chain: str):
-        """``vectors`` are (batch, frame size), one a sample."""
+    def __init__(self, graph: Graph, start: Node, vectors: Tensor, chain: str):
+        """``vectors`` are (batch, size of the node ``start``), one a sample; ``start`` is a node of the graph."""
         self.graph, self.chain = Graph(), chain
         self.graph.nodes, self.graph.recurrent = list(graph.nodes), True
         self.ranges = Ranges()
         self._of: dict[Node, Node] = {}
         for node in graph.nodes:
-            if isinstance(node, Frame):
-                if node.frame == frame:
-                    self._of[node] = self.graph.add(Constant(vectors))
+            if node is start:
+                self._of[node] = self.graph.add(Constant(vectors))
             elif self.moved(node):
                 self._of[node] = self.graph.add(node.tangent(self))
         self.output = self._of.get(graph.output)
@@ -69,22 +72,49 @@ def forward_bounds(values: BoundPass, rows: Tensor, frame: int, chain: str, soun
 
     Arguments as for ``JacobianPass``; chain is any but "interval".
     """
+    return bounds_from(values, rows, next(n for n in values.graph.frames if n.frame == frame), chain, sound)
+
+
+def shifted_bounds(values: BoundPass, rows: Tensor, frame: int, chain: str, sound: bool = True) -> Interval:
+    """Likewise by RecurJac's shift 1. Raises ValueError unless one layer of activations alone reads the frame."""
+    first, weight = first_layer(values.graph, frame)
+    adjoint = bounds_from(values, rows, first, chain, sound)
+    (kappa,) = derivative_ranges(first.name, values.interval(first.parents[0]))
+    low, high = factor_interval(*(_for_rows(end, rows.shape[1]) for end in kappa), adjoint)
+    center, radius = 0.5 * (low + high), 0.5 * (high - low)
+    middle, apart, size = center @ weight, radius @ weight.abs(), center.abs() @ weight.abs()
+    lost = 2.0 * (first.size + 8) * torch.finfo(weight.dtype).eps * (size + apart) if sound else 0.0
+    return middle - apart - lost, middle + apart + lost
+
+
+def first_layer(graph: Graph, frame: int) -> tuple[Activation, Tensor]:
+    """The activation through which alone the frame goes on, and the weight before it."""
+    start = next(node for node in graph.frames if node.frame == frame)
+    readers = [node for node in graph.nodes if start in node.parents]
+    after = [node for node in graph.nodes if readers and readers[0] in node.parents]
+    fits = len(readers) == len(after) == 1 and isinstance(readers[0], Linear) and isinstance(after[0], Activation)
+    if not fits or readers[0].parents != (start,):
+        raise ValueError("direction shift is for perceptrons, whose input meets one layer of activations")
+    return after[0], readers[0].weights[0]
+
+
+def bounds_from(values: BoundPass, rows: Tensor, start: Node, chain: str, sound: bool) -> Interval:
+    """Bounds of the derivatives of ``rows @ output`` in a node's elements, (batch * n_rows, size) each."""
     batch, count = rows.shape[:2]
-    width = next(node.size for node in values.graph.frames if node.frame == frame)
+    width = start.size
     hidden = max(node.size for node in values.graph.nodes if not isinstance(node, Frame))
     size = max(1, AT_ONCE // (batch * 2 * hidden**2))
-    parts = [_columns(values, rows, frame, part, chain, sound) for part in torch.arange(width).split(size)]
+    parts = [_columns(values, rows, start, part, chain, sound) for part in torch.arange(width).split(size)]
     lower, upper = (torch.cat(ends, dim=1).mT.reshape(batch * count, width) for ends in zip(*parts, strict=True))
     return intersect((lower, upper), (lower, upper))
 
 
-def _columns(values: BoundPass, rows: Tensor, frame: int, which: Tensor, chain: str, sound: bool) -> Interval:
-    """Of some coordinates of the frame, (batch, coordinates, n_rows) each."""
+def _columns(values: BoundPass, rows: Tensor, start: Node, which: Tensor, chain: str, sound: bool) -> Interval:
+    """Of some elements of the node, (batch, elements, n_rows) each."""
     batch, times = len(rows), len(which)
-    width = next(node.size for node in values.graph.frames if node.frame == frame)
-    vectors = torch.eye(width, dtype=rows.dtype, device=rows.device)[which].repeat(batch, 1)
+    vectors = torch.eye(start.size, dtype=rows.dtype, device=rows.device)[which].repeat(batch, 1)
     graph = repeated(values.graph, times)
-    tangents = Tangents(graph, frame, vectors, chain)
+    tangents = Tangents(graph, graph.nodes[start.index], vectors, chain)
     if tangents.output is None:
         nothing = rows.new_zeros(batch, times, rows.shape[1])
         return nothing, nothing
@@ -103,7 +133,11 @@ def known_operands(values: BoundPass, graph: Graph, times: int) -> dict[Node, In
     operands = {operand for node in values.graph.nodes if isinstance(node, NonLinear) for operand in node.parents}
     operands |= {operand.bounded_through for operand in operands}
 
-    def for_rows(tensor: Tensor) -> Tensor:
-        return tensor if tensor.shape[0] == 1 else tensor.repeat_interleave(times, dim=0)
+    return {
+        graph.nodes[operand.index]: tuple(_for_rows(end, times) for end in values.interval(operand))
+        for operand in operands
+    }
 
-    return {graph.nodes[operand.index]: tuple(map(for_rows, values.interval(operand))) for operand in operands}
+
+def _for_rows(tensor: Tensor, times: int) -> Tensor:
+    return tensor if tensor.shape[0] == 1 else tensor.repeat_interleave(times, dim=0)

@@ -22,7 +22,7 @@ from ..choices.method import CHAINS, DIRECTIONS
 from ..graph.nodes import Interval, Node
 from ..perturbation.lp_ball import dual_norm
 from .adjoint import Adjoint, Ranges, repeated
-from .forward import forward_bounds, known_operands
+from .forward import forward_bounds, known_operands, shifted_bounds
 from .operator_norms import NormPass
 
 
@@ -44,12 +44,13 @@ class JacobianPass(BoundPass):
     ):
         """``values`` is a pass over the network, whose perturbation set counts; rows are (batch, n_rows, classes).
 
-        ``direction`` is "backward", or "both": then entries are bounded from the input on as well (``forward``).
+        ``direction`` is "backward", or "both": then entries are bounded from the input on as well (``forward``),
+        or "shift": by RecurJac's shift 1 alone.
         ``beside`` is a pass of another chain over the same, which has found where derivatives lie.
         """
         if chain not in CHAINS:
             raise ValueError(f"the bound of a Jacobian must be one of {', '.join(CHAINS)}, not {chain!r}")
-        if direction not in DIRECTIONS or (direction == "both" and chain == "interval"):
+        if direction not in DIRECTIONS or (direction != "backward" and chain == "interval"):
             known = ", ".join(DIRECTIONS)
             raise ValueError(f"the direction must be one of {known}, with lines, not {direction!r}")
         self._of_values, self._asked = values, rows.expand(len(values.perturbation.x), -1, -1)
@@ -60,7 +61,7 @@ class JacobianPass(BoundPass):
         self._operands = beside._operands if beside else known_operands(values, graph, self.rows_each)
         ranges = beside.adjoint.ranges if beside else Ranges()
         self.adjoint = Adjoint(graph, rows, moving, "chord" if chain == "interval" else chain, ranges)
-        method, known = "ibp" if chain == "interval" else "crown", self._operands
+        method, known = "ibp" if chain == "interval" or direction == "shift" else "crown", self._operands
         super().__init__(self.adjoint.graph, values.perturbation.repeated(self.rows_each), method, None, sound, known)
         self.chain, self._network = chain, values.graph
         self._norms = NormPass(self.perturbation.norm, self, values.graph)
@@ -83,6 +84,16 @@ class JacobianPass(BoundPass):
         return self._bounds[asked]
 
     def _find_bounds(self, frame: int) -> Interval:
+        found = self._shifted(frame) if self.direction == "shift" else self._own_bounds(frame)
+        if self._by_chord:
+            low, high = self._by_chord.frame_bounds(frame)
+            found = torch.fmax(low, found[0]), torch.fmin(high, found[1])  # whichever is a number
+        return intersect(found, found)
+
+    def _shifted(self, frame: int) -> Interval:
+        return shifted_bounds(self._of_values, self._asked, frame, self.chain, self.rounding is not None)
+
+    def _own_bounds(self, frame: int) -> Interval:
         node, weight = self.adjoint.frames[frame]
         columns = weight.T[None]
         lower, minus_upper = self._own_least(node, torch.cat((columns, -columns), dim=1)).split(weight.shape[1], dim=-1)
@@ -90,10 +101,7 @@ class JacobianPass(BoundPass):
         if self.direction == "both":
             sound = self.rounding is not None
             found = intersect(found, forward_bounds(self._of_values, self._asked, frame, self.chain, sound))
-        if self._by_chord:
-            low, high = self._by_chord.frame_bounds(frame)
-            found = torch.fmax(low, found[0]), torch.fmin(high, found[1])  # whichever is a number
-        return intersect(found, found)
+        return found
 
     def least(self, node: Node, rows: Tensor) -> Tensor:
         """Lower bounds of ``rows @ node``, the best of intervals and backward passes, (batch * n_rows, rows)."""
@@ -138,9 +146,10 @@ class JacobianPass(BoundPass):
             return self.perturbation.frame_fall(frame, *self.frame_bounds(frame))
         low, high = self.frame_bounds(frame)
         fall = torch.fmin(self.perturbation.frame_fall(frame, low, high), self._fall_by_norms(frame))
-        if self.perturbation.is_round and self.chain in ("joint", "chord"):
+        by_rows = self.direction != "shift"
+        if by_rows and self.perturbation.is_round and self.chain in ("joint", "chord"):
             fall = torch.fmin(fall, self._round_fall(frame))
-        if self.perturbation.is_box and self.chain != "interval":
+        if by_rows and self.perturbation.is_box and self.chain != "interval":
             fall = torch.fmin(fall, self._box_fall(frame, low, high))
         return torch.fmin(fall, self._by_chord.frame_fall(frame)) if self._by_chord else fall
 

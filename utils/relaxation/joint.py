@@ -10,8 +10,8 @@ a sum of s (f - fl)(g - gu) <= 0 and (1 - s) (f - fu)(g - gl) <= 0 (McCormick). 
 the sign of what it is multiplied with, that is a plane in the operands; one below is that of (-f) g, mirrored.
 
 Of kappa times an adjoint a the coefficient m of kappa may be any number in a's interval. With m = 0, where that is in
-it, the plane is the chord, and what kappa varies by is lost; with a's middle it is kept, but the gap between kappa's
-own lines counts m times. So m is the middle times (1 - gap / range of kappa)^4: where the lines say nothing that the range
+it, the plane is the chord, and what kappa varies by is lost; with a's middle it is kept, but the gap of kappa's own
+lines counts m times. So m is the middle times (1 - gap / range of kappa)^4: where the lines say nothing that the range
 does not say, the chord is taken. A share is about tightness alone.
 
 All functions are element-wise on tensors of one shape.
