@@ -127,7 +127,7 @@ def test_no_gradient_is_outside_of_shift(activation, chain):
 
 
 def test_a_first_layer_that_is_forgotten_is_noticed(monkeypatch):
-    monkeypatch.setattr(forward, "factor_interval", lambda low, high, value: value)
+    monkeypatch.setattr("utils.jacobian.adjoint.factor_interval", lambda low, high, value: value)
     with pytest.raises(AssertionError, match="above value"):
         test_no_gradient_is_outside_of_shift("tanh", "recurjac")
 

@@ -18,7 +18,6 @@ from ..bounds.passes import BoundPass, intersect
 from ..graph.graph import Graph
 from ..graph.nodes import Constant, Frame, Interval, Linear, Node, WeightedSum
 from ..graph.nonlinear import Activation, NonLinear
-from ..relaxation.derivatives import derivative_ranges, factor_interval
 from .adjoint import Derivative, Ranges, repeated
 
 AT_ONCE = 2**21  # coefficients of hidden neurons in one pass
@@ -75,27 +74,24 @@ def forward_bounds(values: BoundPass, rows: Tensor, frame: int, chain: str, soun
     return bounds_from(values, rows, next(n for n in values.graph.frames if n.frame == frame), chain, sound)
 
 
-def shifted_bounds(values: BoundPass, rows: Tensor, frame: int, chain: str, sound: bool = True) -> Interval:
-    """Likewise by RecurJac's shift 1. Raises ValueError unless one layer of activations alone reads the frame."""
-    first, weight = first_layer(values.graph, frame)
-    adjoint = bounds_from(values, rows, first, chain, sound)
-    (kappa,) = derivative_ranges(first.name, values.interval(first.parents[0]))
-    low, high = factor_interval(*(_for_rows(end, rows.shape[1]) for end in kappa), adjoint)
-    center, radius = 0.5 * (low + high), 0.5 * (high - low)
-    middle, apart, size = center @ weight, radius @ weight.abs(), center.abs() @ weight.abs()
-    lost = 2.0 * (first.size + 8) * torch.finfo(weight.dtype).eps * (size + apart) if sound else 0.0
-    return middle - apart - lost, middle + apart + lost
+def first_layer_bounds(values: BoundPass, rows: Tensor, chain: str, sound: bool = True) -> tuple[Node, Interval]:
+    """The first layer of activations, and bounds of the derivatives in it: what RecurJac's shift 1 begins with.
+
+    Raises ValueError unless the network is a perceptron.
+    """
+    first = first_layer(values.graph)
+    return first, bounds_from(values, rows, first, chain, sound)
 
 
-def first_layer(graph: Graph, frame: int) -> tuple[Activation, Tensor]:
-    """The activation through which alone the frame goes on, and the weight before it."""
-    start = next(node for node in graph.frames if node.frame == frame)
+def first_layer(graph: Graph) -> Activation:
+    """The activation through which alone the input goes on."""
+    start = graph.frames[0]
     readers = [node for node in graph.nodes if start in node.parents]
     after = [node for node in graph.nodes if readers and readers[0] in node.parents]
     fits = len(readers) == len(after) == 1 and isinstance(readers[0], Linear) and isinstance(after[0], Activation)
-    if not fits or readers[0].parents != (start,):
+    if not fits or len(graph.frames) > 1 or readers[0].parents != (start,):
         raise ValueError("direction shift is for perceptrons, whose input meets one layer of activations")
-    return after[0], readers[0].weights[0]
+    return after[0]
 
 
 def bounds_from(values: BoundPass, rows: Tensor, start: Node, chain: str, sound: bool) -> Interval:

@@ -22,7 +22,7 @@ from ..choices.method import CHAINS, DIRECTIONS
 from ..graph.nodes import Interval, Node
 from ..perturbation.lp_ball import dual_norm
 from .adjoint import Adjoint, Ranges, repeated
-from .forward import forward_bounds, known_operands, shifted_bounds
+from .forward import first_layer_bounds, forward_bounds, known_operands
 from .operator_norms import NormPass
 
 
@@ -61,8 +61,19 @@ class JacobianPass(BoundPass):
         self._operands = beside._operands if beside else known_operands(values, graph, self.rows_each)
         ranges = beside.adjoint.ranges if beside else Ranges()
         self.adjoint = Adjoint(graph, rows, moving, "chord" if chain == "interval" else chain, ranges)
-        method, known = "ibp" if chain == "interval" or direction == "shift" else "crown", self._operands
-        super().__init__(self.adjoint.graph, values.perturbation.repeated(self.rows_each), method, None, sound, known)
+        by_intervals, known = chain == "interval" or direction == "shift", self._operands
+        if direction == "shift":  # from that layer to the input go intervals
+            first, bounds = first_layer_bounds(values, self._asked, chain, sound)
+            moved = self.adjoint.of.get(graph.nodes[first.index])
+            known = known if moved is None else known | {moved: bounds}
+        super().__init__(
+            self.adjoint.graph,
+            values.perturbation.repeated(self.rows_each),
+            "ibp" if by_intervals else "crown",
+            None,
+            sound,
+            known,
+        )
         self.chain, self._network = chain, values.graph
         self._norms = NormPass(self.perturbation.norm, self, values.graph)
         # Where balls are wide, lines around derivatives say less than their ranges: the better of both counts.
@@ -84,14 +95,11 @@ class JacobianPass(BoundPass):
         return self._bounds[asked]
 
     def _find_bounds(self, frame: int) -> Interval:
-        found = self._shifted(frame) if self.direction == "shift" else self._own_bounds(frame)
+        found = self._own_bounds(frame)
         if self._by_chord:
             low, high = self._by_chord.frame_bounds(frame)
             found = torch.fmax(low, found[0]), torch.fmin(high, found[1])  # whichever is a number
         return intersect(found, found)
-
-    def _shifted(self, frame: int) -> Interval:
-        return shifted_bounds(self._of_values, self._asked, frame, self.chain, self.rounding is not None)
 
     def _own_bounds(self, frame: int) -> Interval:
         node, weight = self.adjoint.frames[frame]
@@ -146,10 +154,9 @@ class JacobianPass(BoundPass):
             return self.perturbation.frame_fall(frame, *self.frame_bounds(frame))
         low, high = self.frame_bounds(frame)
         fall = torch.fmin(self.perturbation.frame_fall(frame, low, high), self._fall_by_norms(frame))
-        by_rows = self.direction != "shift"
-        if by_rows and self.perturbation.is_round and self.chain in ("joint", "chord"):
+        if self.perturbation.is_round and self.chain in ("joint", "chord"):
             fall = torch.fmin(fall, self._round_fall(frame))
-        if by_rows and self.perturbation.is_box and self.chain != "interval":
+        if self.perturbation.is_box and self.chain != "interval":
             fall = torch.fmin(fall, self._box_fall(frame, low, high))
         return torch.fmin(fall, self._by_chord.frame_fall(frame)) if self._by_chord else fall
 
