@@ -71,7 +71,7 @@ def certified_margin(
             sample (``bounds.balls``; p = 2, feed-forward networks); "alpha": "crown" with slopes tuned to the sample;
             "curve": curved bounds as well, slopes and curvatures tuned (``bounds.curve``); "bab": after these, curved
             bounds of every target class by itself, until ``time_limit`` (``utils.certify.bab``). "fastlin":
-            Fast-Lin; "parabola": quadratic bounds of a last hidden layer of relu; "spectral": the product of the layers'
+            Fast-Lin; "parabola": quadratic bounds of a last hidden layer of relu; "spectral": product of the layers'
             norms; "jacobian": bounds of gradients, integrated; "shell": these and ``layers`` in turn
             (``utils.jacobian.shells``).
         relaxation: of an LSTM's or GRU's gate products: "plane", "volume", "line" or "constant" (``utils.relaxation``).

@@ -26,6 +26,9 @@ from .forward import first_layer_bounds, forward_bounds, known_operands
 from .operator_norms import NormPass
 
 
+ROW_BYTES = 2**20  # of coefficients that a backward pass works on at once
+
+
 class JacobianPass(BoundPass):
     """Bounds of the gradients of ``rows @ output``, each row of a sample being a sample of its own.
 
@@ -75,6 +78,7 @@ class JacobianPass(BoundPass):
             known,
         )
         self.chain, self._network = chain, values.graph
+        self._widest = max(node.size for node in self.graph.nodes[len(values.graph.nodes) :])
         self._norms = NormPass(self.perturbation.norm, self, values.graph)
         # Where balls are wide, lines around derivatives say less than their ranges: the better of both counts.
         self._by_chord = None
@@ -119,6 +123,12 @@ class JacobianPass(BoundPass):
         return torch.fmax(found, self._by_chord.least(self._by_chord.graph.nodes[node.index], rows))
 
     def _own_least(self, node: Node, rows: Tensor) -> Tensor:
+        """By this chain alone, in parts that fit a cache: elements of wide inputs are many rows."""
+        each = rows.element_size() * len(self.perturbation.x) * self._widest
+        parts = rows.split(max(1, ROW_BYTES // each), dim=1)
+        return torch.cat([self._least_of(node, part) for part in parts], dim=1)
+
+    def _least_of(self, node: Node, rows: Tensor) -> Tensor:
         by_interval = self.interval_lower_bound(node, rows)
         if self.method == "ibp":
             return by_interval
