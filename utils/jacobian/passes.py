@@ -25,7 +25,6 @@ from .adjoint import Adjoint, Ranges, repeated
 from .forward import first_layer_bounds, forward_bounds, known_operands
 from .operator_norms import NormPass
 
-
 ROW_BYTES = 2**20  # of coefficients that a backward pass works on at once
 
 
