@@ -40,7 +40,7 @@ LAYER_BOUNDS = {
     "interval": "ibp",
     "spectral": "spectral",
 }
-JACOBIAN_BOUNDS = {"disable": None, "recurjac": "recurjac", "fastlip": "interval", "chord": "chord"}
+JACOBIAN_BOUNDS = {"disable": None, "recurjac": "recurjac", "fastlip": "interval", "chord": "chord", "joint": "joint"}
 
 
 def get_args() -> argparse.Namespace:

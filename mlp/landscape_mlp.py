@@ -31,7 +31,7 @@ def get_args() -> argparse.Namespace:
     group.add_argument("--p", type=norm_value, default=2.0, help="norm of the ball: 1, 2 or inf")
     group.add_argument("--logit-class", type=int, default=1, choices=range(10), help="class whose logit it is")
     group = parser.add_argument_group("how")
-    group.add_argument("--chain", choices=CHAINS, default="chord", help="bounds of gradients")
+    group.add_argument("--chain", choices=CHAINS, default=CHAINS[0], help="bounds of gradients")
     group.add_argument("--layer-method", choices=DIRECT_METHODS, default="crown", help="what bounds the layers")
     group.add_argument(
         "--entries", action="store_true", help="only entries of the gradient count, no directions: as RecurJac"

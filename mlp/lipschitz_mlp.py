@@ -1,7 +1,7 @@
 """Local Lipschitz constants of a multi-layer perceptron on images over balls of growing size, beside sampled ones.
 
 python mlp/lipschitz_mlp.py --p inf --log-start -3 --log-end 0
-python mlp/lipschitz_mlp.py --layers 20 20 20 20 --activation leaky --logit --chains chord recurjac interval
+python mlp/lipschitz_mlp.py --layers 20 20 20 20 --activation leaky --logit --chains joint chord recurjac interval
 """
 
 from __future__ import annotations

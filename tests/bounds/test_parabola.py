@@ -1,4 +1,4 @@
-"""Parabolas below relu, and bounds of networks with one hidden layer by them."""
+"""Parabolas below relu, and bounds of networks by them."""
 
 from __future__ import annotations
 
@@ -102,10 +102,43 @@ def test_clip_float32_and_gradients():
     assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
 
 
+# --- deeper networks --------------------------------------------------------------------------------------------------
+
+
+def deep_case(activation=nn.ReLU, seed: int = 4):
+    torch.manual_seed(seed)
+    layers = (nn.Flatten(), nn.Linear(6, 10), activation(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 3))
+    model, x = nn.Sequential(*layers).double(), normal(6, 1, 6, seed=seed)
+    return model, x, model(x).argmax(dim=1)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("norm", NORMS)
+def test_deeper_networks_gain_and_hold(norm, activation):
+    model, x, labels = deep_case(activation)
+    gained = 0.0
+    for eps in (0.1, 0.4, 1.5):
+        planes, margins = (certified_margin(model, x, labels, eps, norm=norm, method=m) for m in ("crown", "parabola"))
+        assert bool((margins >= planes).all())
+        assert bool((margins.amin(dim=1) <= pgd(model, x, labels, eps, norm=norm).margin + 1e-9).all())
+        gained = max(gained, float((margins - planes).detach().max()))
+    assert gained > 1e-3
+
+
+def test_a_primal_value_is_noticed(monkeypatch):
+    """What the function is at a point of the box is no bound of the margin."""
+
+    def primal(self, rows):
+        return (rows * 0.5 * sum(self.interval(self._hidden))[:, None]).sum(dim=-1)
+
+    monkeypatch.setattr(parabola.ParabolaPass, "_least", primal)
+    monkeypatch.setattr(parabola, "DEEP_STEPS", 0)
+    with pytest.raises(AssertionError):
+        test_deeper_networks_gain_and_hold(INF, nn.ReLU)
+
+
 def test_other_networks_are_refused_in_one_line():
-    deep = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     smooth = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x = normal(2, 1, 6, seed=1)
-    for model in (deep, smooth):
-        with pytest.raises(ValueError, match="one hidden layer: take curve"):
-            certified_margin(model, x, model(x).argmax(dim=1), 0.1, method="parabola")
+    with pytest.raises(ValueError, match="last hidden layer is of relu: take curve"):
+        certified_margin(smooth, x, smooth(x).argmax(dim=1), 0.1, method="parabola")

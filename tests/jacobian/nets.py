@@ -150,6 +150,6 @@ def check_gradients(jacobian: JacobianPass, graph: Graph, x, eps, rows, threat: 
             check_below(worst_of(gradient, x, eps, threat), falls[:, k], "fall by a gradient")
 
 
-def jacobian_of(graph: Graph, threat: Threat, x, eps, rows, chain="chord", layers="crown") -> JacobianPass:
+def jacobian_of(graph: Graph, threat: Threat, x, eps, rows, chain="joint", layers="crown") -> JacobianPass:
     with torch.no_grad():
         return JacobianPass(BoundPass(graph, threat.around(x, eps), layers), rows, chain)

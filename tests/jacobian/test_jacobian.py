@@ -82,14 +82,14 @@ def test_graphs_with_ends_of_samples_are_refused():
     graph.add(Linear((graph.add(Frame(2, 0)),), (torch.ones(3, 2).double(),), torch.zeros(3).double()))
     with pytest.raises(ValueError, match="give the graph no ends of samples"):
         jacobian_of(graph, Threat(2.0), torch.zeros(1, 1, 2).double(), torch.ones(1, 1).double(), ROWS[:1])
-    with pytest.raises(ValueError, match="must be one of chord"):
+    with pytest.raises(ValueError, match="must be one of joint, chord"):
         jacobian_of(net("tanh"), Threat(2.0), inputs(net("tanh")), radii(net("tanh")), ROWS, "cord")
 
 
 # --- over a set -------------------------------------------------------------------------------------------------------
 
 
-def check(name: str, threat: Threat, mask=None, chain="chord", layers="crown", sizes=(0.3, 0.0, 0.7)) -> None:
+def check(name: str, threat: Threat, mask=None, chain="joint", layers="crown", sizes=(0.3, 0.0, 0.7)) -> None:
     graph = net(name)
     x, eps = inputs(graph), radii(graph, sizes)
     eps = eps if mask is None else eps * mask[:, : x.shape[1]]
@@ -116,7 +116,9 @@ def test_nor_where_samples_have_frames_of_their_own_that_move(name, threat):
     check(name, threat, MIXED, sizes=(0.3, 0.4, 0.7))
 
 
-@pytest.mark.parametrize(("chain", "layers"), [("recurjac", "ibp"), ("interval", "crown"), ("chord", "crown-ibp")])
+@pytest.mark.parametrize(
+    ("chain", "layers"), [("recurjac", "ibp"), ("interval", "crown"), ("chord", "crown"), ("joint", "crown-ibp")]
+)
 @pytest.mark.parametrize("threat", [Threat(2.0, "sequence"), Threat(INF, clip=(-1.0, 1.0))], ids=str)
 @pytest.mark.parametrize("name", ["two layers, mean", "gru, reset first", "tangled", "perceptron, hardtanh(-0.7, 0.9)"])
 def test_nor_by_other_chains_and_layers(name, threat, chain, layers):

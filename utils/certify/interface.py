@@ -43,7 +43,7 @@ def certified_margin(
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
-    chain: str = "chord",
+    chain: str = "joint",
     layers: str = "crown",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -73,7 +73,7 @@ def certified_margin(
             sample (``bounds.balls``; p = 2, feed-forward networks); "alpha": "crown" with slopes tuned to the sample;
             "curve": curved bounds as well, slopes and curvatures tuned (``bounds.curve``); "bab": after these, curved
             bounds of every target class by itself, until ``time_limit`` (``utils.certify.bab``). "fastlin":
-            Fast-Lin; "parabola": quadratic bounds of one hidden layer of relu; "spectral": the product of the layers'
+            Fast-Lin; "parabola": quadratic bounds of a last hidden layer of relu; "spectral": product of the layers'
             norms; "jacobian": bounds of gradients, integrated; "shell": these and ``layers`` in turn
             (``utils.jacobian.shells``).
         relaxation: of an LSTM's or GRU's gate products: "plane", "volume", "line" or "constant" (``utils.relaxation``).
@@ -171,7 +171,7 @@ def certified_radius(
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
     time_limit: float = TIME_LIMIT,
-    chain: str = "chord",
+    chain: str = "joint",
     layers: str = "crown",
     tol: float = 1e-3,
     eps0: float | None = None,

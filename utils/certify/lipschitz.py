@@ -49,7 +49,7 @@ def local_lipschitz(
     norm: float = 2.0,
     frames: Frames = None,
     ball: str = "frame",
-    chain: str = "chord",
+    chain: str = "joint",
     layers: str = "crown",
     direction: str = "backward",
     relaxation: str = "plane",
@@ -65,6 +65,7 @@ def local_lipschitz(
             identity is an output, ``utils.certify.margin_rows`` gives margins.
         chain, layers: as for ``certified_margin``.
         direction: "both": entries of the gradient are bounded from the input on, too; slow where inputs are wide.
+            "shift": of perceptrons, by RecurJac's shift 1 alone.
         dtype: precision.
 
     Raises:
@@ -172,7 +173,7 @@ def radius_without_stationary_point(
     norm: float = 2.0,
     frames: Frames = None,
     ball: str = "frame",
-    chain: str = "chord",
+    chain: str = "joint",
     layers: str = "crown",
     relaxation: str = "plane",
     lengths: Tensor | None = None,

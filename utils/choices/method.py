@@ -11,8 +11,9 @@ CURVED_METHODS = TUNED_METHODS[1:]
 CERTIFIED_METHODS = ("crown", "ibp", "crown-ibp", *TUNED_METHODS)  # whose bounds a certificate's checker can follow
 GRADIENT_METHODS = ("jacobian", "shell")  # integrate bounds of gradients
 DIRECT_METHODS = ("crown", "fastlin", "ibp", "crown-ibp")  # one pass over the network: what bounds its layers
-DIRECTIONS = ("backward", "both")  # in which gradients are followed through the layers
-CHAINS = ("chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
+# In which gradients are followed through the layers; "shift" is for perceptrons.
+DIRECTIONS = ("backward", "both", "shift")
+CHAINS = ("joint", "chord", "recurjac", "interval")  # how gradients are bounded; see ``utils.jacobian``
 FORWARD_METHODS = ("forward", "forward-backward")  # linear functions of the input are carried on
 WITHOUT_MATRICES = (*DIRECT_METHODS, *FORWARD_METHODS, "ball", "alpha")  # which need none of a convolution
 # Whose bounds are linear in the input; others know balls and boxes alone.
@@ -50,7 +51,7 @@ class Method:
     alpha_steps: int = ALPHA_STEPS
     curve_steps: int = CURVE_STEPS
     time_limit: float = TIME_LIMIT
-    chain: str = "chord"
+    chain: str = CHAINS[0]
     layers: str = "crown"
     shells: int = SHELLS
 

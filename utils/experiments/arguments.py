@@ -39,7 +39,7 @@ OF_METHODS = {
     "alpha_steps": (ALPHA_STEPS, WITH_SLOPES),
     "curve_steps": (CURVE_STEPS, CURVED_METHODS),
     "time_limit": (TIME_LIMIT, ("bab",)),
-    "chain": ("chord", GRADIENT_METHODS),
+    "chain": (CHAINS[0], GRADIENT_METHODS),
     "layer_method": ("crown", GRADIENT_METHODS),
     "lipsteps": (SHELLS, GRADIENT_METHODS),
 }
@@ -207,7 +207,7 @@ def add_effort_arguments(group) -> None:
 
 def add_gradient_arguments(group) -> None:
     """Flags of methods that bound gradients; None where they are left out, see ``fill_in``."""
-    group.add_argument("--chain", choices=CHAINS, help="how --method jacobian bounds gradients (default: chord)")
+    group.add_argument("--chain", choices=CHAINS, help=f"how --method jacobian bounds gradients (default: {CHAINS[0]})")
     group.add_argument(
         "--layer-method", choices=DIRECT_METHODS, help="what bounds layers for --method jacobian (default: crown)"
     )

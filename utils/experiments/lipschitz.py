@@ -34,7 +34,7 @@ from .wording import UNIT, describe_threat
 
 SAMPLED = "sampled"
 ALL_FRAMES = "all"
-STYLES = {"chord": "-", "recurjac": "--", "interval": ":", SAMPLED: "-"}
+STYLES = {"joint": "-", "chord": "-.", "recurjac": "--", "interval": ":", SAMPLED: "-"}
 TITLES = ("all frames change, each by at most eps", "one frame changes, by {}")
 FIGURE_NAME, CLASSES = "lipschitz.png", 10
 
@@ -44,7 +44,7 @@ class LipschitzKey:
     """A test image, a radius, the frame that changes (or "all"), and how the constant was found.
 
     Attributes:
-        bound: "chord", "recurjac" or "interval": an upper bound; "sampled": the largest of some gradients.
+        bound: "joint", "chord", "recurjac" or "interval": an upper bound; "sampled": the largest of some gradients.
     """
 
     index: int

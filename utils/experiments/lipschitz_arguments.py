@@ -21,7 +21,9 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser, model_group, archit
     group.add_argument("--log-end", type=finite, default=0.0, help="the largest eps is 10 to this power")
     group.add_argument("--points", type=positive_int, default=20, help="values of eps, evenly spaced in the logarithm")
     group = parser.add_argument_group("how")
-    group.add_argument("--chains", choices=CHAINS, nargs="+", default=["chord", "recurjac"], help="bounds of gradients")
+    group.add_argument(
+        "--chains", choices=CHAINS, nargs="+", default=["joint", "chord", "recurjac"], help="bounds of gradients"
+    )
     group.add_argument("--layer-method", choices=DIRECT_METHODS, default="crown", help="what bounds the layers")
     group.add_argument(
         "--direction",
@@ -59,5 +61,5 @@ def lipschitz_folder_name(args: argparse.Namespace) -> str:
     """2_norm_lipschitz, a word for whatever is not as usual, the chains and what bounds the layers."""
     words = [f"{args.p:g}_norm_lipschitz"] + ["logit"] * args.logit + ["untargeted"] * (args.target is None)
     words += [f"target_{args.target}"] * (args.target not in (None, "random"))
-    words += [*args.chains, args.layer_method] + ["both"] * (args.direction == "both")
+    words += [*args.chains, args.layer_method] + [args.direction] * (args.direction != "backward")
     return "_".join(word for n, word in enumerate(words) if not (args.logit and word == "untargeted"))

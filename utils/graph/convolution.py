@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .nodes import Bounds, Chain, Frame, Interval, Linear, Node, apply_rows, sum_length
+from .nodes import Along, Bounds, Chain, Frame, Interval, Linear, Node, apply_rows, sum_length
 
 MAX_MATRIX = 1 << 27  # entries of one weight matrix, where something needs it
 PART_NUMBERS = 1 << 20  # of one sample's windows that are worked on at once
@@ -204,6 +204,10 @@ class Convolution(Node):
 
     def hand_back(self, adjoint: Node, chain: Chain) -> None:
         chain.linear(self.parents[0], adjoint, self.matrix())
+
+    def tangent(self, along: Along) -> Node:
+        zero = torch.zeros_like(self.bias)
+        return Convolution(along.of(self.parents[0]), self.weight, zero, self.windows, self.transposed)
 
     # --- norms and matrices ---
 

@@ -19,7 +19,6 @@ class Graph:
         self.nodes: list[Node] = []
         self.samples: int | None = None  # of the nodes that are added next
         self.recurrent = False  # unrolled from cells
-        self._reduced: dict[tuple, Tensor] = {}
         self.kept: dict[tuple, tuple] = {}
 
     def add(self, node: Node) -> Node:
@@ -74,12 +73,13 @@ class Graph:
         children = frame.child_weights
         if frame.whole or sum(child.shape[0] for child in children) >= frame.size:
             return weight
-        # Frames share weights, of which each holds views of its own.
-        key = tuple((child.data_ptr(), child.shape, child.stride()) for child in (weight, *children))
-        if key not in self._reduced:
+
+        def reduced() -> Tensor:
             basis, _ = torch.linalg.qr(torch.cat(children).detach().T)
-            self._reduced[key] = weight.detach() @ basis
-        return self._reduced[key]
+            return weight.detach() @ basis
+
+        # Frames share weights, of which each holds views of its own.
+        return self.once(("reduced",), tuple(part.detach() for part in (weight, *children)), reduced)
 
     def once(self, what: tuple, made_of: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Tensor:
         """What passes make of weights alone, such as their norms, kept for other passes over the graph.

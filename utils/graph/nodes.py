@@ -76,6 +76,16 @@ class Chain(Protocol):
     def derivatives(self, node: Node, adjoint: Node) -> None: ...
 
 
+class Along(Protocol):
+    """What derivatives along a vector are made of, from the input on; see ``utils.jacobian.forward``."""
+
+    def moved(self, node: Node) -> list[int]: ...
+
+    def of(self, node: Node) -> Node: ...
+
+    def derivatives(self, node: Node) -> Node: ...
+
+
 BLOCK = 256  # terms that are added at once, at least: sums of sums round less than one long sum
 
 
@@ -167,6 +177,10 @@ class Node:
     def hand_back(self, adjoint: Node, chain: Chain) -> None:
         """Give the parents what the node's adjoint, the gradient with respect to it, contributes to theirs."""
         raise NotImplementedError(f"gradients through {type(self).__name__} are not bounded")
+
+    def tangent(self, along: Along) -> Node:
+        """The node's derivative along a vector of the input, of those of its parents."""
+        raise NotImplementedError(f"derivatives of {type(self).__name__} are not bounded")
 
     @property
     def relaxed_operands(self) -> tuple[Node, ...]:
@@ -311,6 +325,10 @@ class Linear(Node):
         for parent, weight in zip(self.parents, self.weights, strict=True):
             chain.linear(parent, adjoint, weight)
 
+    def tangent(self, along: Along) -> Node:
+        pairs = [(along.of(self.parents[k]), self.weights[k]) for k in along.moved(self)]
+        return Linear(*zip(*pairs, strict=True), torch.zeros_like(self.bias))
+
 
 class WeightedSum(Node):
     """``sum_i factors[i] * parents[i]``, element-wise: additions, means, and choices between states by a mask.
@@ -363,6 +381,10 @@ class WeightedSum(Node):
     def hand_back(self, adjoint: Node, chain: Chain) -> None:
         for parent, factor in zip(self.parents, self.factors, strict=True):
             chain.scaled(parent, adjoint, factor)
+
+    def tangent(self, along: Along) -> Node:
+        pairs = [(along.of(self.parents[k]), self.factors[k]) for k in along.moved(self)]
+        return WeightedSum(*zip(*pairs, strict=True))
 
 
 def _repeat(rows: Tensor, times: int) -> Tensor:

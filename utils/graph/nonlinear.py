@@ -11,7 +11,7 @@ from torch import Tensor
 from ..relaxation.curves import CURVED, CurvedFunction
 from ..relaxation.lines import ACTIVATIONS, Relaxation
 from ..relaxation.planes import PRODUCTS, relax_product
-from .nodes import Bounds, Chain, Interval, Node, apply_rows
+from .nodes import Along, Bounds, Chain, Interval, Node, apply_rows
 
 
 class NonLinear(Node):
@@ -71,6 +71,9 @@ class NonLinear(Node):
 
     def hand_back(self, adjoint: Node, chain: Chain) -> None:
         chain.derivatives(self, adjoint)
+
+    def tangent(self, along: Along) -> Node:
+        return along.derivatives(self)
 
 
 class Activation(NonLinear):

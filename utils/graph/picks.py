@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .nodes import Bounds, Chain, Interval, Node, apply_rows
+from .nodes import Along, Bounds, Chain, Interval, Node, apply_rows
 
 
 class LastState(Node):
@@ -66,6 +66,9 @@ class Slice(Node):
     def hand_back(self, adjoint: Node, chain: Chain) -> None:
         chain.sliced(self.parents[0], adjoint, self.start)
 
+    def tangent(self, along: Along) -> Node:
+        return Slice(along.of(self.parents[0]), self.start, self.size)
+
     @property
     def bounded_through(self) -> Node:
         return self.parents[0].bounded_through
@@ -106,6 +109,9 @@ class Concat(Node):
             chain.picked(parent, adjoint, start)
             start += parent.size
 
+    def tangent(self, along: Along) -> Node:
+        return Concat(tuple(along.of(parent) for parent in self.parents))
+
 
 class Negative(Node):
     """Minus the parent."""
@@ -133,6 +139,9 @@ class Negative(Node):
 
     def hand_back(self, adjoint: Node, chain: Chain) -> None:
         chain.scaled(self.parents[0], adjoint, -1.0)
+
+    def tangent(self, along: Along) -> Node:
+        return Negative(along.of(self.parents[0]))
 
     @property
     def bounded_through(self) -> Node:

@@ -5,8 +5,9 @@ With rows C of the outputs, the adjoint of a node v is a_v, the gradient of C @ 
     a_output = C,    a_p = sum over the nodes v that read p of  (dv / dp)^T a_v.
 
 A linear node hands back W^T a_v, a non-linear one kappa * a_v element-wise, with its derivative kappa: that is the one
-new node (``Derivative``), relaxed over the range of kappa. The gradient with respect to an input frame is W^T a_v for
-the linear nodes v that read it (Zhang et al., RecurJac, AAAI 2019, section 3.1, for multi-layer perceptrons).
+new node (``Derivative``), relaxed over the range of kappa, or jointly with what kappa is taken at. The gradient with
+respect to an input frame is W^T a_v for the linear nodes v that read it (Zhang et al., RecurJac, AAAI 2019, section
+3.1, for multi-layer perceptrons).
 """
 
 from __future__ import annotations
@@ -22,23 +23,41 @@ from ..graph.nodes import Bounds, Constant, Frame, Interval, Linear, Node, Weigh
 from ..graph.nonlinear import NonLinear
 from ..graph.picks import Concat, Slice
 from ..relaxation.derivatives import derivative_ranges, factor_interval, relax_factor
+from ..relaxation.joint import FACTORS, relax_jointly
 from ..relaxation.lines import Relaxation
+
+
+class Ranges:
+    """Where derivatives lie over the boxes that one pass, or passes that share it, know of: each is found once."""
+
+    def __init__(self):
+        self._known: dict[tuple, tuple] = {}
+
+    def __call__(self, of: NonLinear, *operands: Interval) -> tuple[Interval, ...]:
+        """Of the derivative in each operand."""
+        key = (of, *(id(end) for interval in operands for end in interval))
+        if key not in self._known:
+            # The operands are kept, so that their ids stay their own.
+            self._known[key] = (derivative_ranges(of.name, *operands), operands)
+        return self._known[key][0]
 
 
 class Derivative(NonLinear):
     """``kappa * a``: the adjoint a of a non-linear node times its derivative in operand k, somewhere on its box."""
 
-    def __init__(self, adjoint: Node, of: NonLinear, operand: int, chain: str):
+    def __init__(self, adjoint: Node, of: NonLinear, operand: int, chain: str, ranges: Ranges):
         super().__init__(of.size, (adjoint, *of.parents))
-        self.of, self.operand, self.chain = of, operand, chain
+        self.of, self.operand, self.ranges = of, operand, ranges
+        self.factors = FACTORS[of.name][operand] if chain == "joint" and of.name in FACTORS else None
+        self.chain = "chord" if chain == "joint" else chain  # of those whose derivative has no lines
 
     @property
     def plane_operands(self) -> tuple[Node, ...]:
-        return self.parents[:1]
+        return self.parents if self.factors else self.parents[:1]
 
     def factor(self, *operands: Interval) -> Interval:
         """Range of kappa over the box of the operands."""
-        return derivative_ranges(self.of.name, *operands)[self.operand]
+        return self.ranges(self.of, *operands)[self.operand]
 
     def value(self, adjoint: Tensor, *operands: Tensor) -> Tensor:
         low, high = self.factor(*((point, point) for point in operands))
@@ -49,7 +68,10 @@ class Derivative(NonLinear):
         return factor_interval(*self.factor(*operands), adjoint)
 
     def relax(self, adjoint: Interval, *operands: Interval, slopes=None) -> Relaxation:
-        return relax_factor(*self.factor(*operands), adjoint, self.chain)
+        known = self.factor(*operands)
+        if self.factors:
+            return relax_jointly(self.factors, known, adjoint, operands)
+        return relax_factor(*known, adjoint, self.chain)
 
 
 class Adjoint:
@@ -62,13 +84,22 @@ class Adjoint:
             respect to the frame is W^T a.
     """
 
-    def __init__(self, graph: Graph, rows: Tensor, moving: Sequence[bool], chain: str = "chord"):
+    def __init__(
+        self,
+        graph: Graph,
+        rows: Tensor,
+        moving: Sequence[bool],
+        chain: str = "joint",
+        ranges: Ranges | None = None,
+    ):
         """``rows`` are C, (batch or 1, classes), one a sample; ``moving`` says which nodes something perturbs."""
         if any(node.samples is not None for node in graph.nodes):
             raise ValueError("gradients are bounded for all samples of a batch: give the graph no ends of samples")
         self.network, self.graph, self.moving, self.chain = graph, Graph(), moving, chain
+        self.ranges = ranges or Ranges()
         self.graph.nodes = list(graph.nodes)
         self.graph.recurrent = True  # gradients lie in no balls that ``bounds.balls`` knows
+        self.graph.kept = graph.kept
         self.of: dict[Node, Node] = {}
         self.frames: dict[int, tuple[Node, Tensor]] = {}
         self._parts: list[list[tuple]] = [[] for _ in graph.nodes]
@@ -82,6 +113,11 @@ class Adjoint:
             else:
                 self.of[node] = self._sum(node, parts)
                 node.hand_back(self.of[node], self)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether some derivative is bounded jointly with what it is taken at."""
+        return any(isinstance(node, Derivative) and node.factors for node in self.graph.nodes)
 
     # --- what nodes hand back ---
 
@@ -106,7 +142,7 @@ class Adjoint:
         """kappa * a for each operand."""
         for number, parent in enumerate(node.parents):
             if self.moving[parent.index]:
-                self.scaled(parent, self.graph.add(Derivative(adjoint, node, number, self.chain)))
+                self.scaled(parent, self.graph.add(Derivative(adjoint, node, number, self.chain, self.ranges)))
 
     def _give(self, parent: Node, *part) -> None:
         if self.moving[parent.index]:

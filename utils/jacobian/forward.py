@@ -4,22 +4,21 @@ The derivatives of the nodes along a vector of the input are handed on from laye
 kappa * t through a non-linear one: a network as deep as the network itself, for every coordinate of the input. Bounds
 differ from those of the backward direction (``utils.jacobian.passes``): other values are replaced by lines. Each
 is tighter on some entries, and the best of both holds. It costs a pass for every coordinate.
+
+RecurJac's shift 1 begins at the first hidden layer h in place of the input, and goes from there to the input by
+intervals, W^T (kappa * [least, most]): fewer passes where the input is wider than that layer, and looser bounds.
 """
 
 from __future__ import annotations
-
-import copy
 
 import torch
 from torch import Tensor
 
 from ..bounds.passes import BoundPass, intersect
-from ..graph.convolution import Convolution
 from ..graph.graph import Graph
 from ..graph.nodes import Constant, Frame, Interval, Linear, Node, WeightedSum
-from ..graph.nonlinear import NonLinear
-from ..graph.picks import Concat
-from .adjoint import Derivative, repeated
+from ..graph.nonlinear import Activation, NonLinear
+from .adjoint import Derivative, Ranges, repeated
 
 AT_ONCE = 2**21  # coefficients of hidden neurons in one pass
 
@@ -29,69 +28,89 @@ class Tangents:
 
     Attributes:
         graph: the nodes of the given graph, and then the tangents.
-        output: that of the output; None if nothing comes to it from the frame.
+        output: that of the output; None if nothing comes to it from the start.
     """
 
-    def __init__(self, graph: Graph, frame: int, vectors: Tensor, chain: str):
-        """``vectors`` are (batch, frame size), one a sample."""
+    def __init__(self, graph: Graph, start: Node, vectors: Tensor, chain: str):
+        """``vectors`` are (batch, size of the node ``start``), one a sample; ``start`` is a node of the graph."""
         self.graph, self.chain = Graph(), chain
         self.graph.nodes, self.graph.recurrent = list(graph.nodes), True
+        self.ranges = Ranges()
         self._of: dict[Node, Node] = {}
         for node in graph.nodes:
-            if isinstance(node, Frame):
-                if node.frame == frame:
-                    self._of[node] = self.graph.add(Constant(vectors))
-            elif any(parent in self._of for parent in node.parents):
-                self._of[node] = self._tangent(node)
+            if node is start:
+                self._of[node] = self.graph.add(Constant(vectors))
+            elif self.moved(node):
+                self._of[node] = self.graph.add(node.tangent(self))
         self.output = self._of.get(graph.output)
 
-    def _tangent(self, node: Node) -> Node:
-        if isinstance(node, NonLinear):
-            known = [(number, parent) for number, parent in enumerate(node.parents) if parent in self._of]
-            parts = [self.graph.add(Derivative(self._of[p], node, number, self.chain)) for number, p in known]
-            return parts[0] if len(parts) == 1 else self.graph.add(WeightedSum(tuple(parts)))
-        if isinstance(node, Linear):
-            pairs = [(self._of[p], w) for p, w in zip(node.parents, node.weights, strict=True) if p in self._of]
-            parents, weights = zip(*pairs, strict=True)
-            return self.graph.add(Linear(parents, weights, torch.zeros_like(node.bias)))
-        if isinstance(node, Convolution):
-            (parent,), zero = node.parents, torch.zeros_like(node.bias)
-            return self.graph.add(Convolution(self._of[parent], node.weight, zero, node.windows, node.transposed))
-        if isinstance(node, WeightedSum):
-            pairs = [(self._of[p], f) for p, f in zip(node.parents, node.factors, strict=True) if p in self._of]
-            return self.graph.add(WeightedSum(*zip(*pairs, strict=True)))
-        twin = copy.copy(node)  # that picks elements
-        twin.parents = tuple(self._or_zero(parent, isinstance(node, Concat)) for parent in node.parents)
-        return self.graph.add(twin)
+    # --- what nodes ask for ---
 
-    def _or_zero(self, node: Node, missing: bool) -> Node:
-        if missing and node not in self._of:
-            like = next(n for n in self.graph.nodes if isinstance(n, Linear)).bias
-            return self.graph.add(Constant(like.new_zeros(node.size)))
-        return self._of[node]
+    def moved(self, node: Node) -> list[int]:
+        """Numbers of the parents that change along the vectors."""
+        return [number for number, parent in enumerate(node.parents) if parent in self._of]
+
+    def of(self, node: Node) -> Node:
+        """The tangent; zeros of a node that does not change."""
+        if node in self._of:
+            return self._of[node]
+        like = next(n for n in self.graph.nodes if isinstance(n, Linear)).bias
+        return self.graph.add(Constant(like.new_zeros(node.size)))
+
+    def derivatives(self, node: NonLinear) -> Node:
+        """The sum of kappa * t over the operands."""
+        parts = [
+            Derivative(self._of[node.parents[number]], node, number, self.chain, self.ranges)
+            for number in self.moved(node)
+        ]
+        return parts[0] if len(parts) == 1 else WeightedSum(tuple(self.graph.add(part) for part in parts))
 
 
 def forward_bounds(values: BoundPass, rows: Tensor, frame: int, chain: str, sound: bool = True) -> Interval:
     """Lower and upper bounds of the gradients of ``rows @ output`` in a frame, (batch * n_rows, n) each.
 
-    Arguments as for ``JacobianPass``; chain is "chord" or "recurjac".
+    Arguments as for ``JacobianPass``; chain is any but "interval".
     """
+    return bounds_from(values, rows, next(n for n in values.graph.frames if n.frame == frame), chain, sound)
+
+
+def first_layer_bounds(values: BoundPass, rows: Tensor, chain: str, sound: bool = True) -> tuple[Node, Interval]:
+    """The first layer of activations, and bounds of the derivatives in it: what RecurJac's shift 1 begins with.
+
+    Raises ValueError unless the network is a perceptron.
+    """
+    first = first_layer(values.graph)
+    return first, bounds_from(values, rows, first, chain, sound)
+
+
+def first_layer(graph: Graph) -> Activation:
+    """The activation through which alone the input goes on."""
+    start = graph.frames[0]
+    readers = [node for node in graph.nodes if start in node.parents]
+    after = [node for node in graph.nodes if readers and readers[0] in node.parents]
+    fits = len(readers) == len(after) == 1 and isinstance(readers[0], Linear) and isinstance(after[0], Activation)
+    if not fits or len(graph.frames) > 1 or readers[0].parents != (start,):
+        raise ValueError("direction shift is for perceptrons, whose input meets one layer of activations")
+    return after[0]
+
+
+def bounds_from(values: BoundPass, rows: Tensor, start: Node, chain: str, sound: bool) -> Interval:
+    """Bounds of the derivatives of ``rows @ output`` in a node's elements, (batch * n_rows, size) each."""
     batch, count = rows.shape[:2]
-    width = next(node.size for node in values.graph.frames if node.frame == frame)
+    width = start.size
     hidden = max(node.size for node in values.graph.nodes if not isinstance(node, Frame))
     size = max(1, AT_ONCE // (batch * 2 * hidden**2))
-    parts = [_columns(values, rows, frame, part, chain, sound) for part in torch.arange(width).split(size)]
+    parts = [_columns(values, rows, start, part, chain, sound) for part in torch.arange(width).split(size)]
     lower, upper = (torch.cat(ends, dim=1).mT.reshape(batch * count, width) for ends in zip(*parts, strict=True))
     return intersect((lower, upper), (lower, upper))
 
 
-def _columns(values: BoundPass, rows: Tensor, frame: int, which: Tensor, chain: str, sound: bool) -> Interval:
-    """Of some coordinates of the frame, (batch, coordinates, n_rows) each."""
+def _columns(values: BoundPass, rows: Tensor, start: Node, which: Tensor, chain: str, sound: bool) -> Interval:
+    """Of some elements of the node, (batch, elements, n_rows) each."""
     batch, times = len(rows), len(which)
-    width = next(node.size for node in values.graph.frames if node.frame == frame)
-    vectors = torch.eye(width, dtype=rows.dtype, device=rows.device)[which].repeat(batch, 1)
+    vectors = torch.eye(start.size, dtype=rows.dtype, device=rows.device)[which].repeat(batch, 1)
     graph = repeated(values.graph, times)
-    tangents = Tangents(graph, frame, vectors, chain)
+    tangents = Tangents(graph, graph.nodes[start.index], vectors, chain)
     if tangents.output is None:
         nothing = rows.new_zeros(batch, times, rows.shape[1])
         return nothing, nothing
@@ -110,7 +129,11 @@ def known_operands(values: BoundPass, graph: Graph, times: int) -> dict[Node, In
     operands = {operand for node in values.graph.nodes if isinstance(node, NonLinear) for operand in node.parents}
     operands |= {operand.bounded_through for operand in operands}
 
-    def for_rows(tensor: Tensor) -> Tensor:
-        return tensor if tensor.shape[0] == 1 else tensor.repeat_interleave(times, dim=0)
+    return {
+        graph.nodes[operand.index]: tuple(_for_rows(end, times) for end in values.interval(operand))
+        for operand in operands
+    }
 
-    return {graph.nodes[operand.index]: tuple(map(for_rows, values.interval(operand))) for operand in operands}
+
+def _for_rows(tensor: Tensor, times: int) -> Tensor:
+    return tensor if tensor.shape[0] == 1 else tensor.repeat_interleave(times, dim=0)

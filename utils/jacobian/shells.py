@@ -98,7 +98,7 @@ def shells_of(
     perturbation: Perturbation,
     rows: Tensor,
     shares: Tensor,
-    chain: str = "chord",
+    chain: str = "joint",
     layers: str = "crown",
     direct: bool = False,
     sound: bool = True,

@@ -101,7 +101,7 @@ def _known(*ends: Tensor) -> Tensor:
     return ~torch.stack(torch.broadcast_tensors(*(end.isnan() for end in ends))).any(dim=0)
 
 
-def _tanh_interval(l: Tensor, u: Tensor) -> Interval:  # noqa: E741
+def tanh_interval(l: Tensor, u: Tensor) -> Interval:  # noqa: E741
     return outward(l.tanh(), u.tanh())
 
 
@@ -115,7 +115,7 @@ DERIVATIVES: dict[str, Callable[..., tuple[Interval, ...]]] = {
     "x*sigmoid(y)": lambda x, y: (gate_range(*y), product_range(x, sigmoid_range(*y))),
     "tanh(x)*sigmoid(y)": lambda x, y: (
         product_range(tanh_range(*x), gate_range(*y)),
-        product_range(_tanh_interval(*x), sigmoid_range(*y)),
+        product_range(tanh_interval(*x), sigmoid_range(*y)),
     ),
 }
 

@@ -49,7 +49,7 @@ def output_bounds(
     scales: Any = None,
     alpha_steps: int = ALPHA_STEPS,
     curve_steps: int = CURVE_STEPS,
-    chain: str = "chord",
+    chain: str = "joint",
     layers: str = "crown",
     extra: Any = None,
     dtype: torch.dtype = torch.float64,
