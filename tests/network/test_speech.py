@@ -92,7 +92,11 @@ def test_bounds_hold_at_points_corners_and_attacks(threat, power_of):
     for method in ("ibp", "crown", "crown-ibp"):
         bounds = BoundPass(graph, threat.around(x, eps), method)
         check_below(bounds.margin(ROWS[:, :1]), lowest, method)
-    check_intervals(bounds, random_points(x, eps, threat, 4, 3))
+    points = random_points(x, eps, threat, 4, 3)
+    check_intervals(bounds, points)
+    rough = threat.around(x, eps)
+    rough.rough = True
+    check_intervals(BoundPass(graph, rough, "ibp"), points)
 
 
 def test_energies_lie_between_their_planes():

@@ -29,6 +29,7 @@ from ..runs.ranks import Ranks, joined
 from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive, read_record, replacing
 from ..runs.rows import KeyedRow
 from ..runs.work import Job, explained, find_rows
+from ..training.tasks import speech_model_name
 from .arguments import THREATS
 from .figure import FIGURE, plot_spectrograms
 from .threats import SpeechThreat
@@ -86,9 +87,10 @@ def bound_speech_classifier(args: argparse.Namespace, architecture: str) -> None
 
 
 def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ranks: Ranks) -> None:
-    path = args.work_dir / f"{architecture}_{args.hidden_size}" / args.model_name
+    path = args.work_dir / speech_model_name(architecture, args.hidden_size, args.recipe) / args.model_name
     if not path.exists():
         script = f"{architecture}/train_{architecture}_speech_classifier.py --hidden-size {args.hidden_size}"
+        script += " --certified ..." * (args.recipe is not None)
         raise missing(path, f"train it by python {script}")
     classifier, config = load_checkpoint(path, device)
     if not isinstance(classifier, SpeechClassifier) or config["architecture"] != architecture:
