@@ -260,8 +260,10 @@ def test_what_does_not_fit_is_said(tmp_path):
         certified_margin(small(), torch.zeros(1, 3, 5).double(), torch.tensor([0]), 0.1)
     with pytest.raises(ValueError, match="cannot be written"):
         export_onnx(small(), CHUNKS, tmp_path / "speech.onnx")
-    with pytest.raises(ValueError, match="certificates are written for"):
-        save_certificates(tmp_path, small(), waves(), torch.tensor([0, 0]), 0.1)
+    with pytest.raises(ValueError, match="bound energies as bands, not as squares"):
+        save_certificates(tmp_path, small(power_of="squares"), waves(), torch.tensor([0, 0]), 0.1)
+    with pytest.raises(ValueError, match="no rules for curved bounds"):
+        save_certificates(tmp_path, small(), waves(), torch.tensor([0, 0]), 0.1, method="curve")
     for wrong in ({"hop": 8}, {"hop": 8, "bands": 3, "floor": -1.0, "rate": 8000}):
         with pytest.raises(ValueError, match="features in the config"):
             check_features(wrong, 3)

@@ -1,4 +1,4 @@
-"""Certified training on waveforms: losses bound those of points in the ball, lengths count, scripts write and resume."""
+"""Certified training on waveforms: losses bound those of points, lengths count, scripts write and resume."""
 
 from __future__ import annotations
 

@@ -82,6 +82,11 @@ def add_speech_bound_arguments(parser: argparse.ArgumentParser, architecture: st
     group.add_argument(
         "--search", action="store_true", help="also find the loudest noise that is certified, and that breaks"
     )
+    group.add_argument(
+        "--save-certificate",
+        action="store_true",
+        help="write a file for every verified utterance that scripts/check_certificate.py can confirm by itself",
+    )
     group.add_argument("--no-attack", action="store_true", help="leave out PGD")
     group.add_argument("--attack-steps", type=positive_int, default=30, help="gradient steps of PGD")
     group.add_argument(

@@ -21,7 +21,7 @@ HELD_BACK_SHARE = 9  # of so many training utterances one is held back, unless t
 class CertifiedSpeech(Certified):
     """Bounds over noise on waveforms with a peak of 1, each of its own length; zeros behind it stay as they are.
 
-    The network's classifier is bounded, without the white noise that the network adds while it learns the clean classes.
+    The network's classifier is bounded, without the white noise that the network adds while it learns clean classes.
     """
 
     def batch(
