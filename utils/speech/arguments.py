@@ -10,7 +10,7 @@ from ..training.certified.arguments import add_certified_arguments
 
 THREATS = {"noise": -90.0, "snr": 60.0, "features": 0.01}  # and their levels unless told otherwise
 SPEECH_METHODS = ("ibp", "crown-ibp", "crown", "alpha", "curve")
-DATA_HELP = "folder that holds recordings/0_george_0.wav ... (default: data/fsdd)"
+DATA_HELP = "folder that holds recordings/0_george_0.wav ... (default: data/fsdd, where they are downloaded to)"
 
 
 def add_speech_training_arguments(parser: argparse.ArgumentParser) -> None:

@@ -301,8 +301,8 @@ def print_summary(summary: Record, args: argparse.Namespace) -> None:
     print(f"{summary['utterances']} utterances: {shares}; {summary['seconds']:.3g} s of processor time each")
     for name in ("certified_level", "attacked_level"):
         if summary[name]:
-            print(f"{name.replace('_', ' ')}: mean {summary[name]['mean']:.1f} {UNITS[args.threat]}", end="")
-            print(f", median {summary[name]['median']:.1f}")
+            print(f"{name.replace('_', ' ')}: mean {summary[name]['mean']:.3g} {UNITS[args.threat]}", end="")
+            print(f", median {summary[name]['median']:.3g}")
 
 
 def make_record(run: SpeechRun, path: Path, config: Config) -> Record:
