@@ -157,8 +157,8 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def download(url: str, checksum: str | None) -> bytes:
-    """What lies at url. Raises DownloadError if it does not come within seconds or is not what the checksum says.
+def download(url: str, checksum: str | None, seconds: float = DOWNLOAD_SECONDS) -> bytes:
+    """What lies at url. Raises DownloadError if it does not come within the seconds or is not what the checksum says.
 
     Without a checksum it is the caller's to check.
     """
@@ -166,7 +166,7 @@ def download(url: str, checksum: str | None) -> bytes:
 
     def fetch() -> None:
         try:
-            with urllib.request.urlopen(url, timeout=DOWNLOAD_SECONDS) as answer:
+            with urllib.request.urlopen(url, timeout=seconds) as answer:
                 content.append(answer.read())
         except (OSError, ValueError):
             return
@@ -174,7 +174,7 @@ def download(url: str, checksum: str | None) -> bytes:
     # In a thread, because no timeout covers the look-up of a name, which can hang for long without a network.
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
-    thread.join(DOWNLOAD_SECONDS)
+    thread.join(seconds)
     if not content:
         raise DownloadError("no network to download them")
     if checksum is not None and hashlib.sha256(content[0]).hexdigest() != checksum:

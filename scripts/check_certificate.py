@@ -6,8 +6,9 @@
 A certificate (docs/certificates.md describes the files) names a network by the hash of its weights, an input, a set of
 perturbed inputs (balls, or sequences in which at most k frames are replaced, each by one of a list of its own), a label
 and classes to beat, and gives slopes for a linear relaxation of every non-linear operation, and curvatures if these are
-curved. They prove nothing by themselves and any are allowed. The checker unrolls the
-network anew, finds for every slope an intercept of its own that makes the relaxation sound, bounds every operand by
+curved. Of a classifier of waveforms the input is the waveform: its log mel energies are layers of the network. The
+hints prove nothing by themselves and any are allowed. The checker unrolls the network anew, finds for every slope an
+intercept of its own that makes the relaxation sound, bounds every operand by
 backward substitution to the input, what curvatures lose over all neurons together by eigenvalues that Cholesky factors
 prove, and in the end the margins: label's logit less another class's. It confirms if all lower bounds are above 0.
 
@@ -39,6 +40,7 @@ EXP_ULPS = 8  # trusted: numpy.exp is off by at most so many units in the last p
 # sigmoid from an exponential: 1.5 times its relative error and three roundings, made larger by a half.
 SIGMOID_ERROR = (1.5 * 2 * EXP_ULPS + 3) * U * 1.5
 VALUE_ERROR = SIGMOID_ERROR + 16 * U  # of F sigmoid(y) - b y and of its derivative, relative to the size of the terms
+LOG_ERROR = (2 * EXP_ULPS + 8) * U  # of (1 + y) / exp(g), relative
 GUARD = 64  # of quadratic forms, see ``Forms``: relative to their trace, in units of gamma
 TINY = 1e-290  # more than all that underflow can take away, even if it flushes to zero
 LARGEST = 1e15  # numbers above are refused: so TINY is enough, and nothing sensible is so large
@@ -56,6 +58,7 @@ OPERATIONS = {
     "lstm": {"kept": 2, "written": 2, "output": 2},
     "gru": {"reset": 2, "new": 2, "kept": 2},
 }
+LOG_HINTS = "features", "log"  # where slopes of the logarithms of a classifier of waveforms are kept
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 
 
@@ -131,6 +134,16 @@ def _less(value, *terms):
     for term in terms:
         value, size = value - term, size + np.abs(term)
     return value - gamma(len(terms)) * size - TINY
+
+
+def log_range(y):
+    """Numbers below and above log(1 + y), y >= 0, from exp alone: log(1 + y) = g + log((1 + y) / e^g) for any g."""
+    guess = np.log1p(y)
+    ratio = (1.0 + y) / np.exp(guess)
+    error = LOG_ERROR * ratio
+    low, high = ratio - 1.0 - error, ratio - 1.0 + error  # r / (1 + r) <= log(1 + r) <= r
+    room = 4 * U * (1.0 + np.abs(guess))
+    return guess + low / (1.0 + low) - room, guess + high + room
 
 
 # --- intercepts: the largest c with f >= slopes . operands + c on a box, but for rounding -----------------------------
@@ -526,6 +539,115 @@ class Relaxed(Node):
         return handed, constant, error
 
 
+class MelBank:
+    """Energies  E_m(v) = sum_k mel_mk (wave_k . v)^2  of windows v, in units of the floor, and bounds of their parts.
+
+    Over deviations d of v from c,  E(v) = 2 c'Q v - E(c) + d'Q d  with  0 <= d'Q d <= kappa  for
+
+        d'Q d <= lambda(Q) |d|^2,        d'Q d <= lambda(W^-1 Q W^-1) sum_j (w_j d_j)^2,
+        (wave_k . d)^2 <= (|wave_k| . |d|)^2,
+
+    W = diag(w) for any w > 0: of the Hann window that the waves have in them the second is good.
+    """
+
+    def __init__(self, wave, mel, floor):
+        self.wave, self.size = wave, np.abs(wave)
+        self.mel = np.concatenate((mel, mel), axis=1) / floor
+        self.window = np.sin(np.pi * (np.arange(wave.shape[1]) + 0.5) / wave.shape[1]) ** 2
+        self.terms = 4 * sum(wave.shape) + len(mel) + 64  # more than rounding there is on any way through
+        self.largest = np.array([_largest_form(wave, row) for row in self.mel])
+        self.largest_unwindowed = np.array([_largest_form(wave / self.window, row) for row in self.mel])
+
+    def kappa(self, frames, norm, ball):
+        """A number above d'Q d of each band, over what the window's frames can do."""
+        if norm != np.inf:
+            squares = [frame.eps**2 for frame in frames]
+            radius = sum(squares) if ball == "frame" else max(squares)
+            return self.largest * radius * (1 + gamma(8)) + TINY
+        sides = np.concatenate([frame.sides if frame.perturbed else np.zeros(frame.size) for frame in frames])
+        together = self.largest_unwindowed * ((self.window * sides) ** 2).sum()
+        single = (self.size @ sides) ** 2 @ self.mel.T
+        return np.minimum(together, single) * (1 + gamma(self.terms)) + TINY
+
+
+def _largest_form(rows, weights):
+    """A number above the greatest eigenvalue of sum_k weights_k rows_k rows_k'."""
+    scaled = rows[weights > 0] * np.sqrt(weights[weights > 0])[:, None]
+    if not scaled.size:
+        return TINY
+    return eigenvalue_above(_gram(scaled)) + 2 * gamma(sum(scaled.shape) + 8) * (scaled**2).sum() + TINY
+
+
+class Energies(Node):
+    """The mel energies of two frames side by side, between their tangent plane at the center and that plane + kappa."""
+
+    def __init__(self, frames, bank, norm, ball):
+        super().__init__(len(bank.mel), frames)
+        center = np.concatenate([frame.center for frame in frames])
+        waves, sizes = bank.wave @ center, bank.size @ np.abs(center)
+        self.energy, self.energy_size = bank.mel @ waves**2, bank.mel @ sizes**2
+        self.slopes = (2.0 * waves * bank.mel) @ bank.wave
+        self.kappa = bank.kappa(frames, norm, ball) if self.perturbed else np.zeros(self.size)
+        reach = (2.0 * sizes * bank.mel) @ bank.size @ np.concatenate([frame.magnitude for frame in frames])
+        self.room = gamma(bank.terms) * (reach + self.energy_size + self.kappa) + TINY
+
+    def own_range(self):
+        """The root of an energy is a seminorm, so that it moves by sqrt(kappa) at most."""
+        room = self.room
+        low, high = np.sqrt(np.maximum(self.energy - room, 0.0)), np.sqrt(self.energy + room)
+        most = np.sqrt(self.kappa)
+        low = np.maximum(low - most, 0.0) ** 2 - 16 * U * (self.energy + self.kappa) - TINY
+        return np.maximum(low, 0.0), (high + most) ** 2 * (1 + 16 * U) + TINY
+
+    def backward(self, rows):
+        """E >= slopes . v - E(c), and <= that + kappa."""
+        parts = np.split(rows @ self.slopes, [self.parents[0].size], axis=1)
+        constant = np.minimum(rows, 0.0) @ self.kappa - rows @ self.energy
+        return list(zip(self.parents, parts, strict=True)), constant, np.abs(rows) @ self.room
+
+
+class Logarithm(Relaxed):
+    """log(1 + y) of energies y >= 0."""
+
+    def __init__(self, parent, slopes):
+        super().__init__("log", [parent], slopes)
+
+    def range_by(self, ends):
+        low, high = ends(self.parents[0])
+        return np.maximum(log_range(np.maximum(low, 0.0))[0], 0.0), log_range(np.maximum(high, 0.0))[1]
+
+    def find_intercepts(self):
+        """It is concave: less a line it is least at an end, and below its tangent at any point p."""
+        ends = np.maximum(self.parents[0].low, 0.0), np.maximum(self.parents[0].high, 0.0)
+        (a,), (b,) = self.slopes
+        below = np.minimum(*(_less(log_range(y)[0], a * y) for y in ends))
+        p = np.clip(1.0 / np.clip(b, 1e-100, None) - 1.0, *ends)
+        steep = 1.0 / (1.0 + p)
+        slope, error = steep - b, 8 * U * (steep + np.abs(b))
+        rise = np.maximum(
+            np.maximum(slope + error, 0.0) * (ends[1] - p), np.maximum(error - slope, 0.0) * (p - ends[0])
+        )
+        self.intercepts = below, -_less(-log_range(p)[1], -b * p, rise * (1 + 8 * U))
+
+
+class Normalised(Node):
+    """(parent - mean) / std, std > 0."""
+
+    def __init__(self, parent, mean, std):
+        super().__init__(parent.size, [parent])
+        self.mean, self.std = mean, std
+
+    def range_by(self, ends):
+        low, high = ((end - self.mean) / self.std for end in ends(self.parents[0]))
+        room = [8 * U * (np.abs(end) + np.abs(self.mean) / self.std) + TINY for end in (low, high)]
+        return low - room[0], high + room[1]
+
+    def backward(self, rows):
+        (parent,), scaled = self.parents, rows / self.std
+        error = gamma(self.size + 4) * (np.abs(scaled) @ (parent.magnitude + np.abs(self.mean)))
+        return [(parent, scaled)], -(scaled @ self.mean), error
+
+
 def operand_of(node):
     """(node, sign) such that the given one is sign * node, and node is bounded by backward substitution."""
     if isinstance(node, Mix) and len(node.parents) == 1:
@@ -594,6 +716,11 @@ class Network:
             if self.curved:
                 node.line = self._middle(node, *lines)
             node.tight = True
+
+    def narrow(self, node):
+        """Bound a node also by the lines that its own backward step gives, if that is a step from the input."""
+        low, high = self._ends(self._lines(node, deep=False))
+        node.low, node.high, node.tight = np.maximum(node.low, low), np.minimum(node.high, high), True
 
     def _lines(self, node, deep):
         """(c, S) of lines below the node and below its negative."""
@@ -1100,6 +1227,17 @@ def rigorous_margins(model, weights, certificate):
     return np.concatenate(found)
 
 
+def add_features(net, frames, model, weights, certificate, slopes):
+    """Log mel energies of every two frames that follow each other, normalised; ``slopes`` is (T - 1, 2, 1, bands)."""
+    bank = MelBank(weights["features.wave"], weights["features.mel"], model["features"]["floor"])
+    made = []
+    for pair, own in zip(zip(frames, frames[1:]), slopes):  # noqa: B905 - of T frames T - 1 pairs
+        energies = net.add(Energies(pair, bank, certificate["norm"], certificate["ball"]))
+        net.narrow(energies)
+        made.append(net.add(Normalised(net.add(Logarithm(energies, own)), weights["mean"], weights["std"])))
+    return made
+
+
 def _inputs(certificate, mean, std):
     """The frames of a certificate's set, and what gathers those that are perturbed."""
     if "substitutes" in certificate:
@@ -1114,7 +1252,13 @@ def _inputs(certificate, mean, std):
 
 def _margins(model, weights, certificate, targets, slopes, bends):
     net = Network(by_intervals=not slopes, curved=bool(bends))
-    inputs = [[frame] for frame in net.add_inputs(*_inputs(certificate, weights["mean"], weights["std"]))]
+    speech = "features" in model
+    units = (np.zeros(model["features"]["hop"]), np.ones(model["features"]["hop"])) if speech else ()
+    frames = net.add_inputs(*_inputs(certificate, *(units or (weights["mean"], weights["std"]))))
+    if speech:
+        own = slopes.get(LOG_HINTS, np.zeros((len(frames) - 1, 2, 1, model["input_size"])))
+        frames = add_features(net, frames, model, weights, certificate, own)
+    inputs = [[frame] for frame in frames]
     directions = ("forward", "backward")[: 2 if model["bidirectional"] else 1]
     for layer in range(model["num_layers"]):
         runs = []
@@ -1228,6 +1372,9 @@ def read_weights(path):
     model = header["model"]
     weights = {name: usable(array, array.shape, name) for name, array in arrays.items()}
     require(bool((np.abs(weights["std"]) >= 1 / LARGEST).all()), "std holds 0")
+    if "features" in model:
+        require(bool((weights["features.mel"] >= 0).all()), "features.mel holds numbers below 0")
+        require(bool((weights["std"] > 0).all()), "std holds numbers below 0")
     return model, weights, hash_arrays(arrays, header)
 
 
@@ -1243,6 +1390,11 @@ def read_model(header):
     activations = ("tanh", "relu") if model["architecture"] == "rnn" else (None,)
     require(model.get("activation") in activations, "the activation is unknown")
     require(model.get("pooling") in ("last", "mean"), "the pooling is unknown")
+    if "features" in model:
+        found = model["features"]
+        require(isinstance(found, dict) and is_count(found.get("hop")), "hop is no positive integer")
+        floor = found.get("floor")
+        require(type(floor) is float and 1 / LARGEST <= floor <= LARGEST, "the floor is no sensible number above 0")
     return model
 
 
@@ -1259,6 +1411,11 @@ def check_shapes(model, found):
     }
     if model["architecture"] == "lstm":
         shapes["c0"] = shapes["h0"]
+    if "features" in model:
+        bins = (found.get("features.mel", ()) + (0, 0))[1]
+        require(0 < bins <= model["features"]["hop"] + 1, "features.mel has not a column for each frequency")
+        shapes["features.mel"] = (model["input_size"], bins)
+        shapes["features.wave"] = (2 * bins, 2 * model["features"]["hop"])
     others = "its arrays are not those of the model"
     require(len(found) == len(shapes) + 4 * directions * model["num_layers"], others)  # before layers are counted out
     for layer in range(model["num_layers"]):
@@ -1287,7 +1444,8 @@ def check_certificate_shapes(header, shapes):
         require(shapes.get("eps") == (x[0],), f"eps has not one number for each of the {x[0]} frames")
     given = "x", "substitutes" if "substitutions" in header else "eps"
     for name, shape in shapes.items():
-        sliced = len(shape) in (4, 5) and shape[-4:-2] == (x[0], 2) and shape[-2] in (1, 2)
+        steps = (x[0], x[0] - 1)  # windows of a waveform are fewer by one
+        sliced = len(shape) in (4, 5) and shape[-4] in steps and shape[-3] == 2 and shape[-2] in (1, 2)
         require(name in given or sliced, f"{name} has shape {shape}: no slopes of {x[0]} frames")
 
 
@@ -1355,12 +1513,17 @@ def read_replacements(header, arrays, x):
 
 def fit(certificate, model):
     """Check that the certificate's arrays are those of the model, and sort the hints by where they belong."""
-    require(certificate["x"].shape[1] == model["input_size"], "x does not fit the model")
+    speech = "features" in model
+    width = model["features"]["hop"] if speech else model["input_size"]
+    require(certificate["x"].shape[1] == width, "x does not fit the model")
+    require(not speech or len(certificate["x"]) > 1, "a waveform has two frames or more")
+    require(not speech or "eps" in certificate, "there are no rules for waveforms whose frames are replaced")
     classes = [certificate["label"], *certificate["targets"]]
     require(max(classes) < model["num_classes"], "a class is unknown to the model")
     arrays = dict(certificate["hints"])
     certificate["slopes"] = take_hints("slopes", certificate, model, arrays)
     certificate["bends"] = take_hints("curvatures", certificate, model, arrays)
+    require(not speech or not certificate["bends"], "there are no rules for curvatures of waveforms")
     require(all((bends >= 0).all() for bends in certificate["bends"].values()), "a curvature is negative")
     planes = "substitutes" not in certificate or not certificate["bends"]
     require(planes, "there are no rules for curvatures where frames are replaced")
@@ -1374,14 +1537,21 @@ def take_hints(kind, certificate, model, arrays):
     Either all have an axis for targets in front or none has.
     """
     found, own = {}, {len(array.shape) for array in arrays.values()} == {5}
+    steps = len(certificate["x"]) - ("features" in model)
+    if "features" in model and any(name.startswith(f"{kind}.") for name in arrays):
+        found[LOG_HINTS] = _taken(f"{kind}.features.log", (steps, 2, 1, model["input_size"]), certificate, arrays, own)
     for layer in range(model["num_layers"] if any(name.startswith(f"{kind}.") for name in arrays) else 0):
         for direction in ("forward", "backward")[: 2 if model["bidirectional"] else 1]:
             for name, operands in OPERATIONS[model["architecture"]].items():
                 key = f"{kind}.l{layer}.{direction}.{name}"
-                shape = (len(certificate["x"]), 2, operands, model["hidden_size"])
-                shape = (len(certificate["targets"]), *shape) if own else shape
-                found[layer, direction, name] = usable(arrays.pop(key, None), shape, key)
+                shape = (steps, 2, operands, model["hidden_size"])
+                found[layer, direction, name] = _taken(key, shape, certificate, arrays, own)
     return found
+
+
+def _taken(key, shape, certificate, arrays, own):
+    shape = (len(certificate["targets"]), *shape) if own else shape
+    return usable(arrays.pop(key, None), shape, key)
 
 
 def check(path, weights_path=None, cache=None):

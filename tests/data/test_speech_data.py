@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import wave
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
-from data.mnist import DataError
+from data import speech
+from data.mnist import DataError, DownloadError
 from data.speech import as_chunks, chunk_lengths, load_speech, made_up_tones, read_wav, write_wav
 
 
@@ -84,3 +87,47 @@ def test_tones_are_the_same_every_time_and_of_all_classes():
     data, again = made_up_tones(), made_up_tones()
     assert {one.label for one in data.test} == {one.label for one in data.train} == set(range(10))
     assert all(np.array_equal(a.samples, b.samples) for a, b in zip(data.train, again.train, strict=True))
+
+
+def archive_of(folder, inside="free-spoken-digit-dataset-1.0.10/recordings"):
+    """The published layout as a zip file in bytes, with a file of another kind and one of a name that leads out."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for path in sorted(folder.glob("*.wav")):
+            archive.write(path, f"{inside}/{path.name}")
+        archive.writestr("free-spoken-digit-dataset-1.0.10/README.md", "text")
+        archive.writestr("../recordings/evil.wav", "")
+    return content.getvalue()
+
+
+def test_recordings_are_downloaded_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    good = archive_of(recordings(tmp_path / "published"))
+    home = tmp_path / "fsdd"
+    monkeypatch.setattr(speech, "DATA_FOLDER", home)
+    monkeypatch.setattr(speech, "LEAST_RECORDINGS", 4)
+    few = archive_of(recordings(tmp_path / "few", ("0_theo_0",)))
+    for content, message in ((good[:-40], "no whole zip file"), (b"<html>", "no whole zip"), (few, "has 1 recordings")):
+        monkeypatch.setattr(speech, "download", lambda *_, content=content: content)
+        with pytest.raises(DataError, match=message) as caught:
+            load_speech()
+        assert "take --sample" in str(caught.value) and not home.exists()
+    addresses = []
+    monkeypatch.setattr(speech, "download", lambda url, *_: addresses.append(url) or good)
+    data = load_speech()
+    assert addresses == [speech.ARCHIVE] and addresses[0].startswith("https://github.com/Jakobovski/")
+    assert len(data.train) == len(data.test) == 2 and "downloaded 4 recordings" in capsys.readouterr().out
+    assert sorted(path.name for path in home.iterdir()) == ["recordings"]
+    monkeypatch.setattr(speech, "download", lambda *_: pytest.fail("they are there"))
+    assert load_speech().source == "fsdd"
+
+
+def test_without_a_network_the_line_says_what_to_do(tmp_path, monkeypatch):
+    def nothing(*_):
+        raise DownloadError("no network to download them")
+
+    monkeypatch.setattr(speech, "DATA_FOLDER", tmp_path / "fsdd")
+    monkeypatch.setattr(speech, "download", nothing)
+    with pytest.raises(DataError, match=r"\(no network to download them\): clone .* there, or take --sample"):
+        load_speech()
+    with pytest.raises(DataError, match="other digits in .*nowhere: clone"):
+        load_speech(tmp_path / "nowhere")  # is not downloaded to

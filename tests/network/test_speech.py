@@ -92,7 +92,11 @@ def test_bounds_hold_at_points_corners_and_attacks(threat, power_of):
     for method in ("ibp", "crown", "crown-ibp"):
         bounds = BoundPass(graph, threat.around(x, eps), method)
         check_below(bounds.margin(ROWS[:, :1]), lowest, method)
-    check_intervals(bounds, random_points(x, eps, threat, 4, 3))
+    points = random_points(x, eps, threat, 4, 3)
+    check_intervals(bounds, points)
+    rough = threat.around(x, eps)
+    rough.rough = True
+    check_intervals(BoundPass(graph, rough, "ibp"), points)
 
 
 def test_energies_lie_between_their_planes():
@@ -256,8 +260,10 @@ def test_what_does_not_fit_is_said(tmp_path):
         certified_margin(small(), torch.zeros(1, 3, 5).double(), torch.tensor([0]), 0.1)
     with pytest.raises(ValueError, match="cannot be written"):
         export_onnx(small(), CHUNKS, tmp_path / "speech.onnx")
-    with pytest.raises(ValueError, match="certificates are written for"):
-        save_certificates(tmp_path, small(), waves(), torch.tensor([0, 0]), 0.1)
+    with pytest.raises(ValueError, match="bound energies as bands, not as squares"):
+        save_certificates(tmp_path, small(power_of="squares"), waves(), torch.tensor([0, 0]), 0.1)
+    with pytest.raises(ValueError, match="no rules for curved bounds"):
+        save_certificates(tmp_path, small(), waves(), torch.tensor([0, 0]), 0.1, method="curve")
     for wrong in ({"hop": 8}, {"hop": 8, "bands": 3, "floor": -1.0, "rate": 8000}):
         with pytest.raises(ValueError, match="features in the config"):
             check_features(wrong, 3)

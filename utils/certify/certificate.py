@@ -24,6 +24,7 @@ from ..choices.method import CERTIFIED_METHODS
 from ..clock import Pace, now
 from ..graph.nonlinear import Activation, NonLinear, Product
 from ..network.models import SequenceClassifier
+from ..network.speech import SpeechClassifier
 from ..network.state import plain_state
 from ..relaxation.curves import Curves
 from ..runs.results import replacing
@@ -89,6 +90,9 @@ def describe_model(model: SequenceClassifier) -> tuple[dict, dict[str, np.ndarra
     tensors["head.bias"] = weight.new_zeros(head.out_features) if head.bias is None else head.bias.detach()
     for name in ("mean", "std"):
         tensors[name] = getattr(model, name).detach().expand(rnn.input_size)
+    if isinstance(model, SpeechClassifier):
+        header["model"]["features"] = {"hop": model.features.hop, "floor": model.features.floor}
+        tensors["features.wave"], tensors["features.mel"] = model.features.wave, model.features.mel
     zeros = weight.new_zeros(rnn.num_layers * (2 if rnn.bidirectional else 1), rnn.hidden_size)
     tensors["h0"] = zeros if model.h0 is None else model.h0
     if isinstance(rnn, nn.LSTM):
@@ -153,9 +157,9 @@ def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names:
     Of tuned bounds ("alpha", "curve", "bab") those that the problem has are tried first, then ones that are tuned at
     eps, and for "bab" at last ones for every target by itself.
     """
-    if not isinstance(problem.model, SequenceClassifier) or not problem.model.is_bare:
-        kind = type(problem.model).__name__
-        raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
+    check_model(problem.model)
+    if isinstance(problem.model, SpeechClassifier) and problem.method.curved:
+        raise ValueError("certificates of waveforms have planes: the checker has no rules for curved bounds of them")
     if problem.method.name not in CERTIFIED_METHODS:
         known = ", ".join(CERTIFIED_METHODS)
         raise ValueError(f"certificates are written for {known}: the checker has no rules for {problem.method.name}")
@@ -171,6 +175,16 @@ def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names:
             paths |= _write_certified(folder, problem, eps, names, samples, bounded)
         left = left[[sample not in paths for sample in left.tolist()]]
     return [paths[sample] for sample in sorted(paths)]
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError unless the checker has rules for the model."""
+    speech = isinstance(model, SpeechClassifier)
+    if not isinstance(model, SequenceClassifier) or not (model.is_bare or speech):
+        kind = type(model).__name__
+        raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
+    if speech and model.power != "bands":
+        raise ValueError(f"certificates of waveforms bound energies as bands, not as {model.power}")
 
 
 # The bounds of some samples, and the problem that they are of; of a single sample they may be one set a target.
@@ -253,6 +267,8 @@ def _write_certified(
             own = {name: value.expand(len(rows), *value.shape[1:])[:, :length] for name, value in hints.items()}
         else:
             own = {name: value[position if len(value) > 1 else 0, :length] for name, value in hints.items()}
+        if isinstance(problem.model, SpeechClassifier):  # a window fewer than there are chunks
+            own = {name: value[..., : length - 1, :, :, :] for name, value in own.items()}
         arrays = {"x": exact[position, :length], "eps": eps[position, :length], **own}
         arrays = {name: to_array(value) for name, value in arrays.items()}
         header = _header(problem, problem.rows[sample], weights_hash, hash_arrays({"x": arrays["x"]}), names[sample])
@@ -300,23 +316,31 @@ def collect_hints(model: SequenceClassifier, bounds: BoundPass) -> dict[str, Ten
     curved bounds there are curvatures, likewise, with zeros for planes.
     """
     rnn, num_frames = model.rnn, len(bounds.graph.frames)
+    num_steps = num_frames - isinstance(model, SpeechClassifier)
     nonlinear = [node for node in bounds.graph.nodes if isinstance(node, NonLinear)]
     curves = bounds.curves() if isinstance(bounds, CurvedPass) else [None] * len(nonlinear)
     nodes, hints = iter(zip(nonlinear, curves, strict=True)), {}
+    if isinstance(model, SpeechClassifier):
+        own = [_node_hints(*next(nodes), "log", Activation, 1, bounds)[0] for _ in range(num_steps)]
+        hints["slopes.features.log"] = _over_steps(own)
     kinds = ("slopes", "curvatures") if any(own is not None for own in curves) else ("slopes",)
     for layer in range(rnn.num_layers):
         for direction in ("forward", "backward")[: 2 if rnn.bidirectional else 1]:
-            order = range(num_frames) if direction == "forward" else reversed(range(num_frames))
+            order = range(num_steps) if direction == "forward" else reversed(range(num_steps))
             found = {t: [_node_hints(*next(nodes), *kind, bounds) for kind in OPERATIONS[type(rnn)]] for t in order}
             for position, (name, _, _) in enumerate(OPERATIONS[type(rnn)]):
                 for part, kind in enumerate(kinds):
-                    steps = [found[t][position][part] for t in range(num_frames)]
-                    batch = max(len(step) for step in steps)
-                    steps = [step.expand(batch, *step.shape[1:]) for step in steps]
-                    hints[f"{kind}.l{layer}.{direction}.{name}"] = torch.stack(steps, dim=1)
+                    steps = [found[t][position][part] for t in range(num_steps)]
+                    hints[f"{kind}.l{layer}.{direction}.{name}"] = _over_steps(steps)
     if next(nodes, None) is not None:
         raise RuntimeError("the graph has more non-linear nodes than its cells: certificates do not fit it")
     return hints
+
+
+def _over_steps(steps: list[Tensor]) -> Tensor:
+    """(batch or 1, T, ...) of hints of every time step."""
+    batch = max(len(step) for step in steps)
+    return torch.stack([step.expand(batch, *step.shape[1:]) for step in steps], dim=1)
 
 
 def _node_hints(

@@ -122,13 +122,19 @@ class BandPower(Node):
         return ROUNDING * torch.minimum(whole, single)
 
     def interval(self, bounds: Bounds) -> Interval:
+        if bounds.perturbation.rough:  # without the slopes, which cost most
+            return self._around_roots(self.value(*map(bounds.known_part, self.parents)), self.kappa(bounds))
         energy, kappa, slopes = self.expansion(bounds)
         moved = [k for k, frame in enumerate(self.parents) if not bounds.is_exact(frame)]
         parts = slopes.split([frame.size for frame in self.parents], dim=-1)
         deviation = bounds.perturbation.total_deviation([bounds.deviation(self.parents[k], parts[k]) for k in moved])
+        low, high = self._around_roots(energy, kappa)
+        return torch.maximum(low, energy - deviation), torch.minimum(high, energy + deviation + kappa)
+
+    @staticmethod
+    def _around_roots(energy: Tensor, kappa: Tensor) -> Interval:
         root, most = energy.clamp(min=0.0).sqrt(), kappa.sqrt()
-        low = torch.maximum((root - most).clamp(min=0.0) ** 2, energy - deviation)
-        return low, torch.minimum((root + most) ** 2, energy + deviation + kappa)
+        return (root - most).clamp(min=0.0) ** 2, (root + most) ** 2
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor:
         energy, kappa, slopes = self.expansion(bounds)

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 
 from ..runs.cli import ROOT, add_common_arguments, non_negative_float, positive_float, positive_int
+from ..training.certified.arguments import add_certified_arguments
 
 THREATS = {"noise": -90.0, "snr": 60.0, "features": 0.01}  # and their levels unless told otherwise
 SPEECH_METHODS = ("ibp", "crown-ibp", "crown", "alpha", "curve")
-DATA_HELP = "folder that holds recordings/0_george_0.wav ... (default: data/fsdd)"
+DATA_HELP = "folder that holds recordings/0_george_0.wav ... (default: data/fsdd, where they are downloaded to)"
 
 
 def add_speech_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +38,14 @@ def add_speech_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="add white noise of a random level, in dB of its deviation below the peak, such as -60 -25",
     )
     group.add_argument(
+        "--train-level", type=float, metavar="DB", help="--train-eps in dB of the peak: -60 is 0.001 (--certified)"
+    )
+    group.add_argument(
         "--save-dir", type=Path, default=ROOT / "models" / "speech_classifier", help="folder of the model folders"
     )
     group.add_argument("--sample", action="store_true", help="use a few made-up tones, which need no data")
     group.add_argument("--resume", action="store_true", help="continue an interrupted training of the same arguments")
+    add_certified_arguments(parser, of_sequences=False)
     add_common_arguments(parser, data=DATA_HELP)
 
 
@@ -52,6 +57,7 @@ def add_speech_bound_arguments(parser: argparse.ArgumentParser, architecture: st
     )
     group.add_argument("--model-name", default=architecture, help="name of the checkpoint in its model folder")
     group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
+    group.add_argument("--recipe", metavar="NAME", help="of a model from certified training: ibp_-50dB")
     group = parser.add_argument_group("what is certified")
     group.add_argument("--N", type=positive_int, default=100, help="test utterances drawn")
     group.add_argument(
@@ -75,6 +81,11 @@ def add_speech_bound_arguments(parser: argparse.ArgumentParser, architecture: st
     group.add_argument("--method", choices=SPEECH_METHODS, default="crown", help="how margins are bounded")
     group.add_argument(
         "--search", action="store_true", help="also find the loudest noise that is certified, and that breaks"
+    )
+    group.add_argument(
+        "--save-certificate",
+        action="store_true",
+        help="write a file for every verified utterance that scripts/check_certificate.py can confirm by itself",
     )
     group.add_argument("--no-attack", action="store_true", help="leave out PGD")
     group.add_argument("--attack-steps", type=positive_int, default=30, help="gradient steps of PGD")

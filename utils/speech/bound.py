@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from data.speech import SpeechData, Utterance, as_chunks, load_speech, write_wav
 
 from ..attack.attack_file import save_attack
 from ..attack.pgd import AttackResult, attack_radius, pgd
+from ..certify.certificate import FOLDER_NAME, save_certificates
 from ..certify.interface import certified_margin, certified_radius
 from ..certify.problem import margin_problem
 from ..experiments.arguments import result_folder
@@ -29,6 +31,7 @@ from ..runs.ranks import Ranks, joined
 from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive, read_record, replacing
 from ..runs.rows import KeyedRow
 from ..runs.work import Job, explained, find_rows
+from ..training.tasks import speech_model_name
 from .arguments import THREATS
 from .figure import FIGURE, plot_spectrograms
 from .threats import SpeechThreat
@@ -80,15 +83,18 @@ def bound_speech_classifier(args: argparse.Namespace, architecture: str) -> None
         OSError: a file cannot be read or the folder cannot be written.
     """
     device = apply_common_arguments(args)
+    if args.save_certificate and (args.method == "curve" or args.power != "bands"):
+        raise ValueError("--save-certificate has rules for planes and bands: leave out --method curve and --power")
     args.level = THREATS[args.threat] if args.level is None else args.level
     with joined(device) as ranks:
         _bound(args, architecture, device, ranks)
 
 
 def _bound(args: argparse.Namespace, architecture: str, device: torch.device, ranks: Ranks) -> None:
-    path = args.work_dir / f"{architecture}_{args.hidden_size}" / args.model_name
+    path = args.work_dir / speech_model_name(architecture, args.hidden_size, args.recipe) / args.model_name
     if not path.exists():
         script = f"{architecture}/train_{architecture}_speech_classifier.py --hidden-size {args.hidden_size}"
+        script += " --certified ..." * (args.recipe is not None)
         raise missing(path, f"train it by python {script}")
     classifier, config = load_checkpoint(path, device)
     if not isinstance(classifier, SpeechClassifier) or config["architecture"] != architecture:
@@ -203,6 +209,20 @@ class SpeechRun:
         samples = x.flatten()[: len(one.samples)].cpu().numpy()
         write_wav(self.folder / WAVES / f"{one.name}.wav", samples * min(one.peak, 1.0 / np.abs(samples).max()))
 
+    @torch.no_grad()
+    def save_certificates(self, rows: Sequence[UtteranceRow], folder: Path) -> None:
+        """Write the certificates of verified rows, of the weights as the checkpoint has them."""
+        utterances = {one.name: one for one in self.kept}
+        classifier = copy.deepcopy(self.classifier).float()
+        model = self.threat.model(classifier)
+        for row in rows:
+            if row.verdict == "verified":
+                x = self.chunks([utterances[row.name]])
+                how = self.threat.settings(classifier, row.chunks - (self.threat.kind == "features"))
+                how |= {"method": self.args.method, "names": [row.name]}
+                moved, eps = self.threat.inputs(self.classifier.double(), x), self.threat.eps(x)
+                save_certificates(folder, model, moved, torch.tensor([row.label], device=x.device), eps, **how)
+
     def search(self, question, x: Tensor, settings) -> dict[str, Tensor]:
         """Levels of the largest certified and the smallest broken radius."""
         nothing = torch.full((len(x),), torch.nan, dtype=torch.float64)
@@ -244,9 +264,11 @@ class SpeechRun:
 def run_and_write(run: SpeechRun, folder: Path, record: Record, ranks: Ranks) -> None:
     """Decide and write some utterances after the other, then summarize and draw."""
     run.folder = folder
-    layout = {"derived": (FIGURE,), "ranks": ranks, "drawn": run.drawn}
+    layout = {"derived": (FIGURE,), "ranks": ranks, "drawn": run.drawn, "attached": (FOLDER_NAME,)}
     layout |= {"resume": run.args.resume, "overwrite": run.args.overwrite}
-    results = find_rows(folder, record, run.jobs(), kind=UtteranceRow, **layout)
+    certificates = folder / FOLDER_NAME
+    save = partial(run.save_certificates, folder=certificates) if run.args.save_certificate else None
+    results = find_rows(folder, record, run.jobs(), kind=UtteranceRow, before_writing=save, **layout)
     if not ranks.first:
         return
     results.finish(summarize(results.rows), utc_now())
@@ -258,6 +280,8 @@ def run_and_write(run: SpeechRun, folder: Path, record: Record, ranks: Ranks) ->
             plot_spectrograms(drawn, run.classifier.features).savefig(path, dpi=DPI)
         names.append(FIGURE)
     print(f"results in {folder}: {', '.join(names)}")
+    if save is not None:
+        print(f"certificates in {certificates}: check them by python scripts/check_certificate.py {certificates}")
 
 
 def summarize(rows: Sequence[UtteranceRow]) -> Record:
@@ -277,8 +301,8 @@ def print_summary(summary: Record, args: argparse.Namespace) -> None:
     print(f"{summary['utterances']} utterances: {shares}; {summary['seconds']:.3g} s of processor time each")
     for name in ("certified_level", "attacked_level"):
         if summary[name]:
-            print(f"{name.replace('_', ' ')}: mean {summary[name]['mean']:.1f} {UNITS[args.threat]}", end="")
-            print(f", median {summary[name]['median']:.1f}")
+            print(f"{name.replace('_', ' ')}: mean {summary[name]['mean']:.3g} {UNITS[args.threat]}", end="")
+            print(f", median {summary[name]['median']:.3g}")
 
 
 def make_record(run: SpeechRun, path: Path, config: Config) -> Record:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from data.speech import RATE, SpeechData, as_chunks, chunk_lengths, load_speech
 
-from ..network.checkpoint import Config, build_model
+from ..network.checkpoint import Config, build_model, save_checkpoint
 from ..network.speech import MelFeatures, SpeechClassifier
 from ..runs.cli import apply_common_arguments
 from ..runs.results import check_writable
-from .loop import train_and_save, training_facts
+from .certified.recipe import Recipe
+from .certified.speech import CertifiedSpeech, speech_recipe, speech_recipe_facts
+from .loop import plot_history, rehearse, train, train_and_save, training_facts
+from .mnist import accuracies, evaluate, hold_back
+from .state import TrainingState
+from .tasks import speech_model_name
 
 PART = 200  # utterances whose features are found at once
 LEAST_STD = 0.1  # of a feature
@@ -42,7 +48,7 @@ class SpeechNet(nn.Module):
 def train_speech_classifier(args: argparse.Namespace, architecture: str) -> None:
     """Train and save the classifier that a script's arguments ask for.
 
-    Writes SAVE_DIR/lstm_32/lstm (after architecture and size) and training_curve.png beside it.
+    Writes SAVE_DIR/lstm_32/lstm (after architecture, size and recipe) and training_curve.png beside it.
 
     Raises:
         ValueError: there are no recordings, they are damaged, or the training diverges.
@@ -50,17 +56,47 @@ def train_speech_classifier(args: argparse.Namespace, architecture: str) -> None
     """
     device = apply_common_arguments(args)
     data = load_speech(args.data_dir, args.sample)
-    folder = args.save_dir / f"{architecture}_{args.hidden_size}"
+    recipe = speech_recipe(args, len(data.train))
+    config = {} if recipe is None else speech_recipe_facts(recipe) | {"held_back": args.held_back}
+    folder = args.save_dir / speech_model_name(architecture, args.hidden_size, config.get("recipe"))
     if not args.dry_run:
         check_writable(folder)
     parts = (data.train, data.test)
     chunks = [as_chunks(part, args.hop)[0].to(device) for part in parts]
     labels = [torch.tensor([one.label for one in part], device=device) for part in parts]
-    config = make_speech_config(args, architecture, data, chunks[0])
+    config |= make_speech_config(args, architecture, data, chunks[0])
     classifier = build_model(config)
     net = SpeechNet(classifier, None if args.noise is None else tuple(args.noise)).to(device)
     title, items = f"spoken digits {folder.name}", f"utterances of {data.source}"
-    train_and_save(net, classifier, chunks, labels, args, config, folder / architecture, title, items)
+    if recipe is None:
+        return train_and_save(net, classifier, chunks, labels, args, config, folder / architecture, title, items)
+    train_certified(net, chunks, labels, args, config, folder / architecture, recipe)
+
+
+def train_certified(
+    net: SpeechNet,
+    chunks: list[Tensor],
+    labels: list[Tensor],
+    args: argparse.Namespace,
+    config: Config,
+    path: Path,
+    recipe: Recipe,
+) -> None:
+    """Train for a recipe's bounds and save; chunks and labels are [training, test], of which the second is not watched.
+
+    What is watched are utterances of the training set that are held back.
+    """
+    objective = CertifiedSpeech(recipe)
+    objective.prepare(net)
+    if args.dry_run:
+        return rehearse(net, chunks[0], labels[0], args, path, objective)
+    state = TrainingState(path, args, labels[0])
+    history = train(net, *hold_back(chunks, labels, args.held_back), args, state, objective)
+    config |= evaluate(net, chunks, labels, objective, history)
+    save_checkpoint(path, net.classifier, config)
+    state.discard()
+    plot_history(history, path.parent / "training_curve.png", f"spoken digits {path.parent.name}", "held-back")
+    print(f"{accuracies(config)} ({len(labels[1])} test utterances of {config['data_source']}); saved {path}")
 
 
 def make_speech_config(args: argparse.Namespace, architecture: str, data: SpeechData, x: Tensor) -> Config:

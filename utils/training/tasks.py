@@ -39,5 +39,10 @@ def text_model_name(architecture: str, hidden_size: int, embedding_size: int) ->
     return f"{architecture}_{hidden_size}" + (f"_d{embedding_size}" if embedding_size != 100 else "")
 
 
+def speech_model_name(architecture: str, hidden_size: int, recipe: str | None = None) -> str:
+    """Folder name of a classifier of spoken digits: lstm_32, or lstm_32_ibp_-50dB of certified training."""
+    return "_".join([architecture, str(hidden_size), *([] if recipe is None else [recipe])])
+
+
 QUESTIONS = TextTask("question", "question_classifier", "data.questions:load_questions", "question", epochs=15)
 NEWS = TextTask("news", "news_classifier", "data.news:load_news", "news title", epochs=10)

@@ -39,6 +39,7 @@ class Batch:
     Attributes:
         model: the classifier; ``x`` its inputs, (batch, T, n) or as it takes them, and ``y`` their labels, (batch,).
         check: whether what is read of the model must be compared with it, as once in a training.
+        lengths: (batch,) number of frames that count in each sample; None for all.
     """
 
     model: nn.Module
@@ -47,16 +48,19 @@ class Batch:
     recipe: Recipe
     moment: Moment
     check: bool = True
+    lengths: Tensor | None = None
 
     def __post_init__(self):
         self.network, self.frames = read_for_step(self.model, self.x, self.check)
         clip = (0.0, 1.0) if self.recipe.clip or self.recipe.p == 0.0 else None
         frames = None if self.recipe.frames is None else list(self.recipe.frames)
-        self.threat = Threat(self.recipe.p, self.recipe.ball, frames, clip).to(self.frames, self.x.shape[1:])
+        self.threat = Threat(self.recipe.p, self.recipe.ball, frames, clip, self.lengths).to(
+            self.frames, self.x.shape[1:]
+        )
 
     @cached_property
     def graph(self) -> Graph:
-        return graph_of(self.network, self.frames.shape[1], self.frames.dtype, "plane")
+        return graph_of(self.network, self.frames.shape[1], self.frames.dtype, "plane", self.lengths)
 
     def bounds(self, method: str, centers: Tensor | None = None, share: float = 1.0, sound: bool = False) -> BoundPass:
         """A pass over balls of a share of the moment's eps, around x or other points, (batch, T, n)."""
@@ -73,7 +77,8 @@ class Batch:
 
     def scores(self, frames: Tensor) -> Tensor:
         """The model's logits, (batch, classes), of inputs that are given as frames, (batch, T, n)."""
-        return self.model(frames.reshape(self.x.shape))
+        lengths = () if self.lengths is None else (self.lengths,)
+        return self.model(frames.reshape(self.x.shape), *lengths)
 
 
 def robust_loss(batch: Batch) -> Tensor:

@@ -36,6 +36,12 @@ class Certified(Objective):
                     if name.startswith("weight_hh"):
                         start_shifted(weight, self.recipe.hidden_scale, self.recipe.hidden_shift)
 
+    def batch(
+        self, model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, moment: Moment, check: bool = True
+    ) -> Batch:
+        """Inputs as the losses take them; others override."""
+        return Batch(model, x, y, recipe, moment, check)
+
     def rate(self, step: int, total_steps: int) -> float:
         return rate_factor(self.recipe, step / total_steps)
 
@@ -50,7 +56,7 @@ class Certified(Objective):
         if moment.eps == 0.0:
             return super().loss(model, x, y, progress)
         with clean_pass(model, x) as logits:
-            batch = Batch(model, x, y, self.recipe, moment, check=x.shape[1:] not in self._checked)
+            batch = self.batch(model, x, y, self.recipe, moment, check=x.shape[1:] not in self._checked)
             self._checked.add(x.shape[1:])
             total = (1.0 - moment.kappa) * robust_loss(batch).mean() + self._penalties(batch)
         if moment.kappa > 0.0:
@@ -74,7 +80,7 @@ class Certified(Objective):
         method = "crown-ibp" if self.recipe.loss.startswith("crown") else "ibp"
         verified = 0
         for xb, yb in zip(x.split(WATCHED_AT_ONCE), y.split(WATCHED_AT_ONCE), strict=True):
-            batch = Batch(model, xb, yb, replace(self.recipe, overshoot=1.0), moment)
+            batch = self.batch(model, xb, yb, replace(self.recipe, overshoot=1.0), moment)
             bounds = batch.bounds(method, sound=True)
             verified += int((bounds.margin(rows_of(batch, bounds)) > 0).all(dim=1).sum())
         return {"accuracy": accuracy(model, x, y), "verified": verified / len(y)}
