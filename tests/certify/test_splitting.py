@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.bounds.alpha import default_slopes, select
 from utils.bounds.passes import BoundPass

@@ -151,9 +151,7 @@ def shifted(origin: SlopeTable, ranges: list, shifts: list) -> SlopeTable:
     ]
 
 
-def keep_better(
-    best: SlopeTable, best_margin: Tensor, slopes: SlopeTable, margin: Tensor
-) -> tuple[SlopeTable, Tensor]:
+def keep_better(best: SlopeTable, best_margin: Tensor, slopes: SlopeTable, margin: Tensor) -> tuple[SlopeTable, Tensor]:
     """The slopes of each sample that have the greater margin, (batch,), and this; without gradients."""
     better = (margin > best_margin).detach()
     kept = [
