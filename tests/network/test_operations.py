@@ -98,6 +98,21 @@ READ = {
         h.amax(1) - h.max(dim=1).values.tanh() + 0.5 * h.min(1)[0] + h.amax(-1).sum(1)[:, None]
     ),
     "products": lambda h: h * h.tanh() + 0.1 * h * h + h @ h.mT @ h,
+    "waves": lambda h: torch.sin(3.0 * h) + h.cos(),
+    "logarithms": lambda h: (h.exp() + 0.1).log() + torch.log(0.5 + h**2) + (1.0 + h.abs()).log2(),
+    "roots": lambda h: (h**2).sqrt() + (h.square().mean(-1, keepdim=True) + 0.3) ** -0.5 + (1.0 + h * h).rsqrt(),
+    "division": lambda h: h / (1.0 + h.exp()) + 1.0 / (0.5 + h.abs()) + CONSTANT / (h.sigmoid() + 1.0),
+    "root mean square norm": nn.RMSNorm(N, eps=1e-3),
+    "root mean square norm written out": lambda h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 0.1),
+    "group norm": nn.GroupNorm(2, T),
+    "instance norm": nn.InstanceNorm1d(T, affine=True),
+    "lengths": lambda h: torch.cat(
+        [h.norm(dim=-1), torch.linalg.vector_norm(h, 1, dim=1), h.norm(float("inf"), dim=1)], dim=1
+    ),
+    "of length one": lambda h: F.normalize(h, dim=-1),
+    "cosine": lambda h: F.cosine_similarity(h, CONSTANT, dim=-1),
+    "log of a softmax": lambda h: h.log_softmax(-1).tanh() + h.logsumexp(1, keepdim=True),
+    "variance": lambda h: torch.cat((h.var(1), h.std(-1, correction=0)), dim=1),
     "einsum": lambda h: torch.einsum("btn,nk->bkt", h, W),
 }
 IMAGES = {
@@ -149,7 +164,7 @@ def test_lines_that_cross_the_function_are_noticed(monkeypatch):
         (nn.Threshold(0.2, 5.0), "jumps"),
         (lambda h: h.amax(0), "one axis of a sample"),
         (lambda h: h.max(), "not over all values"),
-        (lambda h: h**0.5, "whole exponent"),
+        (lambda h: h**0.7, "whole exponent"),
         (lambda h: torch.einsum("btn,btn->bt", h, h), "both depend"),
     ],
 )

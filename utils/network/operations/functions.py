@@ -18,6 +18,7 @@ NAMES = {
     **{"log_sigmoid": "logsigmoid", "logsigmoid": "logsigmoid", "special_erf": "erf", "square": "power(2)"},
     **dict.fromkeys(("abs", "absolute", "__abs__"), "abs"),
 }
+ROOTS = {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
@@ -100,8 +101,10 @@ def power(builder, x, exponent):
         raise UnsupportedError("a power is supported with a whole number as its exponent")
     if exponent == 1:
         return x
+    if exponent in ROOTS:
+        return OPERATIONS[ROOTS[exponent]](builder, x)
     if exponent != int(exponent) or exponent < 2:
-        raise UnsupportedError("a power is supported with a whole exponent of at least 1")
+        raise UnsupportedError("a power is supported with a whole exponent of at least 1, 1 / 2, -1 / 2 and -1")
     return builder.activation(x, f"power({int(exponent)})")
 
 
