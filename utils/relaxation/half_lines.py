@@ -1,4 +1,4 @@
-"""Lines around log, sqrt and 1 / y, which are functions on a half line only, and around sin and cos, which go on for ever.
+"""Lines around log, sqrt and 1 / y, which are functions on a half line only, and around sin and cos, which go on.
 
 Each of the first has a number, ``least``, that its operand is known never to be below, whatever bounds of it say; below
 that it is continued by a constant. With 0, nothing is known: then an interval that leaves the domain is refused, as no
@@ -65,7 +65,7 @@ def sqrt(y: Tensor) -> Tensor:
 
 
 def relax_sqrt(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
-    """Lines around sqrt(max(y, 0)): it less a y is least at an end or 0, and greatest there or where y = 1 / (4 a a)."""
+    """Lines around sqrt(max(y, 0)): less a y least at an end or 0, and greatest there or at 1 / (4 a a)."""
     zero = torch.zeros_like(l).clamp(l, u)
     low, high = slopes or _sqrt_slopes(l, zero, u)
     tiny = torch.finfo(l.dtype).tiny

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,9 +32,12 @@ OPERATIONS |= {name: named(of or name) for name, of in NAMES.items()}
 
 @operation("gelu")
 def _gelu(builder, x, approximate="none"):
-    if approximate != "none":
-        raise UnsupportedError("gelu is supported as it is, not approximated by tanh")
-    return builder.activation(x, "gelu")
+    """Approximated by tanh, y (1 + tanh(z)) / 2 = y sigmoid(2 z), a product of its own and looser."""
+    if approximate == "none":
+        return builder.activation(x, "gelu")
+    cube = builder.scaled(builder.activation(x, "power(3)"), constant(0.044715))
+    gate = builder.scaled(builder.add(x, cube), constant(2.0 * (2.0 / math.pi) ** 0.5))
+    return builder.multiply(x, builder.activation(gate, "sigmoid"))
 
 
 @operation("elu")

@@ -188,6 +188,23 @@ def _cosine(builder, x1, x2, dim=1, eps=1e-8):
     return builder.sum(builder.multiply(*sides), (dim,))
 
 
+@operation("cdist")
+def _cdist(builder, x1, x2, p=2.0, compute_mode=None):
+    x1, x2 = (as_symbol(one) for one in (x1, x2))
+    x1, x2 = x1.view(lambda part: part.unsqueeze(-2)), x2.view(lambda part: part.unsqueeze(-3))
+    return vector_norm(builder, builder.add(x1, builder.negative(x2)), p, -1)
+
+
+@operation("bilinear")
+def _bilinear(builder, x1, x2, weight, bias=None):
+    """Outputs x1' W_k x2, weight (outputs, first, second)."""
+    x1, x2 = (as_symbol(one) for one in (x1, x2))
+    mapped = builder.linear(x2, weight.flatten(0, 1)).view(lambda part: part.unflatten(-1, weight.shape[:2]))
+    products = builder.multiply(x1.view(lambda part: part.unsqueeze(-2).expand(mapped.shape)), mapped)
+    result = builder.sum(products, (len(products.shape) - 1,))
+    return result if bias is None else builder.add(result, constant(bias.to("cpu", DTYPE)))
+
+
 @operation("rms_norm")
 def _rms_norm(builder, x, normalized_shape, weight=None, eps=None):
     if len(normalized_shape) != 1:
