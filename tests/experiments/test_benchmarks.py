@@ -113,3 +113,10 @@ def test_training_for_a_time(tmp_path):
     done = call("benchmarks/train_for_a_time.py", *tiny)
     assert done.code == 0, done.err
     assert "steps in 1 s; 5 images of mnist: clean" in done.out and "up to crown" in done.out
+
+
+def test_constructs_are_read_and_attacked():
+    command = [sys.executable, str(ROOT / "benchmarks" / "read_constructs.py"), "--only", "RMSNorm written"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 read; outputs outside their bounds: 0" in done.stdout

@@ -98,6 +98,24 @@ READ = {
         h.amax(1) - h.max(dim=1).values.tanh() + 0.5 * h.min(1)[0] + h.amax(-1).sum(1)[:, None]
     ),
     "products": lambda h: h * h.tanh() + 0.1 * h * h + h @ h.mT @ h,
+    "waves": lambda h: torch.sin(3.0 * h) + h.cos(),
+    "logarithms": lambda h: (h.exp() + 0.1).log() + torch.log(0.5 + h**2) + (1.0 + h.abs()).log2(),
+    "roots": lambda h: (h**2).sqrt() + (h.square().mean(-1, keepdim=True) + 0.3) ** -0.5 + (1.0 + h * h).rsqrt(),
+    "division": lambda h: h / (1.0 + h.exp()) + 1.0 / (0.5 + h.abs()) + CONSTANT / (h.sigmoid() + 1.0),
+    "root mean square norm": nn.RMSNorm(N, eps=1e-3),
+    "root mean square norm written out": lambda h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 0.1),
+    "group norm": nn.GroupNorm(2, T),
+    "instance norm": nn.InstanceNorm1d(T, affine=True),
+    "lengths": lambda h: torch.cat(
+        [h.norm(dim=-1), torch.linalg.vector_norm(h, 1, dim=1), h.norm(float("inf"), dim=1)], dim=1
+    ),
+    "of length one": lambda h: F.normalize(h, dim=-1),
+    "cosine": lambda h: F.cosine_similarity(h, CONSTANT, dim=-1),
+    "log of a softmax": lambda h: h.log_softmax(-1).tanh() + h.logsumexp(1, keepdim=True),
+    "variance": lambda h: torch.cat((h.var(1), h.std(-1, correction=0)), dim=1),
+    "gelu by tanh": nn.GELU(approximate="tanh"),
+    "distances": lambda h: torch.cdist(h, W.T),
+    "bilinear": lambda h: F.bilinear(h, h.tanh(), torch.einsum("ik,jk->kij", W, W.cos()), CONSTANT[:3]),
     "einsum": lambda h: torch.einsum("btn,nk->bkt", h, W),
 }
 IMAGES = {
@@ -142,14 +160,32 @@ def test_lines_that_cross_the_function_are_noticed(monkeypatch):
         check("gelu")
 
 
+def test_a_least_value_that_is_not_one_is_noticed(monkeypatch):
+    """What is known of operands: here of values of both signs it is claimed that none is below 2."""
+    from utils.network.operations import norms
+
+    check("division")
+    monkeypatch.setattr(norms, "known_floor", lambda builder, x: 2.0)
+    with pytest.raises((AssertionError, UnsupportedError)):
+        check("division")
+
+
+def test_a_logarithm_of_what_may_be_negative_is_said():
+    module = Does(lambda h: h)
+    module.function = lambda h: (h + 9.0).log()
+    x = torch.zeros(1, T, N, dtype=torch.float64)
+    assert output_bounds(module, x, 0.1).lower.isfinite().all()
+    with pytest.raises(ValueError, match="log of values that may be as low as"):
+        output_bounds(module, x, 30.0)
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (nn.GELU(approximate="tanh"), "approximated by tanh"),
         (nn.Threshold(0.2, 5.0), "jumps"),
         (lambda h: h.amax(0), "one axis of a sample"),
         (lambda h: h.max(), "not over all values"),
-        (lambda h: h**0.5, "whole exponent"),
+        (lambda h: h**0.7, "whole exponent"),
         (lambda h: torch.einsum("btn,btn->bt", h, h), "both depend"),
     ],
 )
@@ -194,6 +230,8 @@ ONNX = {
     "Erf": {},
     "Exp": {},
     "Abs": {},
+    "Sin": {},
+    "Cos": {},
 }
 
 

@@ -468,18 +468,16 @@ class Body(nn.Module):
 
 
 REFUSED = {
-    "group_norm: GroupNorm divides": lambda net, x: F.group_norm(x.mT, 1).mT,
     "dropout is random in training mode": lambda net, x: F.dropout(x, 0.5, training=True),
-    "log: this operation is not supported": lambda net, x: x.log(),
-    "gelu: .* not approximated by tanh": lambda net, x: F.gelu(x, approximate="tanh"),
+    "lgamma: this operation is not supported": lambda net, x: x.lgamma(),
     "maximum has a bound of two tensors": lambda net, x: x.max(),
     "max_pool3d.*maximum has no bound": lambda net, x: F.max_pool3d(x[None], 1),
     "product of two tensors that both depend": lambda net, x: F.linear(x, x[0]),
-    "division by constants": lambda net, x: x / x.sum(),
+    "division by constants": lambda net, x: torch.div(x, 2.0, rounding_mode="floor"),
     "its truth value is asked for": lambda net, x: x if x.sum() > 0 else -x,
     "samples of a batch are mixed": lambda net, x: x - x.mean(dim=0, keepdim=True),
     "samples of a batch are not treated alike|not in the order": lambda net, x: x.flip(0),
-    "at the end of the network only": lambda net, x: x.log_softmax(dim=-1),
+    "at the end of the network only": lambda net, x: x.log_softmax(dim=1),
     "changed in place through another view": lambda net, x: (F.relu(x[:, :1], inplace=True), x)[1],
     "relu: .*through another view": lambda net, x: (x.view(-1, SIZE).tanh_(), x.relu())[1],
     "sigmoid: .*through another view": lambda net, x: (x.detach().mul_(2), x.sigmoid())[1],

@@ -88,8 +88,6 @@ COMPARISON = (
     "max(x, c) or min(x, c), write clamp or relu"
 )
 REASONS = {
-    "group_norm": "GroupNorm divides by a standard deviation of the perturbed values, which has no bound here",
-    "instance_norm": "InstanceNorm divides by a standard deviation of the perturbed values, which has no bound here",
     "_transformer_encoder_layer_fwd": ATTENTION,
     "_native_multi_head_attention": ATTENTION,
     "rdiv": "a division by values of the input has no bound here: divide by constants",

@@ -1,5 +1,6 @@
 """One non-linearity over a box: lines and planes with exact intercepts, and curved bounds."""
 
+from . import half_lines  # noqa: F401 - its entries in the tables
 from .curves import CURVED, CurvedFunction, Curves, curved_relaxation, smooth_curves
 from .lines import ACTIVATIONS, Activation, Plane, Relaxation
 from .more_lines import relax_convex

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..operations import attention, functions
+from ..operations import attention, functions, norms
 from ..symbolic import Symbol, UnsupportedError, check_scores, constant
 from .table import OPERATORS, operator, symbol, whole_numbers
 
@@ -137,7 +137,10 @@ def _global_max_pool(reader, x):
 
 
 SHAPES = {"Mish": "mish", "HardSwish": "hardswish", "Softsign": "softsign", "Erf": "erf", "Exp": "exp", "Abs": "abs"}
+SHAPES |= {"Sin": "sin", "Cos": "cos"}
 OPERATORS |= {name: lambda reader, x, of=of: reader.builder.activation(x, of) for name, of in SHAPES.items()}
+ROOTS = {"Log": norms.log, "Sqrt": norms.sqrt, "Reciprocal": norms.reciprocal}
+OPERATORS |= {name: lambda reader, x, of=of: of(reader.builder, x) for name, of in ROOTS.items()}
 
 
 @operator("LeakyRelu")

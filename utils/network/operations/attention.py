@@ -173,17 +173,25 @@ def _softmax(builder, x, dim=None, _stacklevel=3, dtype=None):
     return share.view(lambda part: part.movedim(-1, dim))
 
 
+def normalised(builder: Builder, x: Symbol, eps: float, centre: bool = True) -> Symbol:
+    """(x - mean) / sqrt(variance + eps) over the last axis, of n, of which no value is above sqrt(n - 1).
+
+    Without ``centre`` nothing is subtracted, and squares are averaged: none is above sqrt(n).
+    """
+    size = x.shape[-1]
+    if centre:
+        x = builder.linear(x, torch.eye(size, dtype=DTYPE) - 1.0 / size)
+    variance = builder.linear(builder.activation(x, "power(2)"), torch.full((1, size), 1.0 / size, dtype=DTYPE))
+    factor = builder.activation(variance, f"rsqrt({float(eps)!r})")
+    columns, factors = (one.view(lambda part: part.unsqueeze(-1)) for one in (x, factor))
+    return product(builder, columns, factors, math.sqrt(size - centre)).view(lambda part: part.squeeze(-1))
+
+
 @operation("layer_norm")
 def layer_norm(builder, x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    """(x - mean) / sqrt(variance + eps), of which no value is above sqrt(n - 1), times weight, plus bias."""
     if len(normalized_shape) != 1:
         raise UnsupportedError("LayerNorm is supported over the last axis")
-    size = normalized_shape[0]
-    centred = builder.linear(x, torch.eye(size, dtype=DTYPE) - 1.0 / size)
-    variance = builder.linear(builder.activation(centred, "power(2)"), torch.full((1, size), 1.0 / size, dtype=DTYPE))
-    factor = builder.activation(variance, f"rsqrt({float(eps)!r})")
-    columns, factors = (one.view(lambda part: part.unsqueeze(-1)) for one in (centred, factor))
-    result = product(builder, columns, factors, math.sqrt(size - 1)).view(lambda part: part.squeeze(-1))
+    result = normalised(builder, x, eps)
     if weight is not None:
         result = builder.scaled(result, constant(weight.to("cpu", DTYPE)))
     return result if bias is None else builder.add(result, constant(bias.to("cpu", DTYPE)))
@@ -260,12 +268,15 @@ def _heads(
     return result, builder.mean(share, (1,))
 
 
+WITHIN = {"softmax": softmax}  # what makes nodes of each such function, by the names that symbols have of them
+
+
 def settled(builder: Builder, value: object) -> object:
     """A symbol as it is; a softmax that was left for the end of the network as a node, since something reads it."""
-    if isinstance(value, Symbol) and value.softmax == "softmax":
+    if isinstance(value, Symbol) and value.softmax in WITHIN:
         if value.settle is not None:
             return value.settle()
-        return softmax(builder, Symbol(value.ids, value.scale, value.shift))
+        return WITHIN[value.softmax](builder, Symbol(value.ids, value.scale, value.shift))
     if isinstance(value, dict):
         return {key: settled(builder, part) for key, part in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (str, torch.Size)):

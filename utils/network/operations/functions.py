@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ NAMES = {
     **{"log_sigmoid": "logsigmoid", "logsigmoid": "logsigmoid", "special_erf": "erf", "square": "power(2)"},
     **dict.fromkeys(("abs", "absolute", "__abs__"), "abs"),
 }
+ROOTS = {0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
@@ -30,9 +32,12 @@ OPERATIONS |= {name: named(of or name) for name, of in NAMES.items()}
 
 @operation("gelu")
 def _gelu(builder, x, approximate="none"):
-    if approximate != "none":
-        raise UnsupportedError("gelu is supported as it is, not approximated by tanh")
-    return builder.activation(x, "gelu")
+    """Approximated by tanh, y (1 + tanh(z)) / 2 = y sigmoid(2 z), a product of its own and looser."""
+    if approximate == "none":
+        return builder.activation(x, "gelu")
+    cube = builder.scaled(builder.activation(x, "power(3)"), constant(0.044715))
+    gate = builder.scaled(builder.add(x, cube), constant(2.0 * (2.0 / math.pi) ** 0.5))
+    return builder.multiply(x, builder.activation(gate, "sigmoid"))
 
 
 @operation("elu")
@@ -100,8 +105,10 @@ def power(builder, x, exponent):
         raise UnsupportedError("a power is supported with a whole number as its exponent")
     if exponent == 1:
         return x
+    if exponent in ROOTS:
+        return OPERATIONS[ROOTS[exponent]](builder, x)
     if exponent != int(exponent) or exponent < 2:
-        raise UnsupportedError("a power is supported with a whole exponent of at least 1")
+        raise UnsupportedError("a power is supported with a whole exponent of at least 1, 1 / 2, -1 / 2 and -1")
     return builder.activation(x, f"power({int(exponent)})")
 
 
