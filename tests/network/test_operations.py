@@ -232,6 +232,9 @@ ONNX = {
     "Abs": {},
     "Sin": {},
     "Cos": {},
+    "Log": {},
+    "Sqrt": {},
+    "Reciprocal": {},
 }
 
 
@@ -248,5 +251,7 @@ def test_operators_of_onnx_files(kind, tmp_path):
     names = ["h", *["s"] * (kind in second)]
     given |= {"s": second[kind]} if kind in second else {}
     nodes = [node("MatMul", "x", "w", output="h"), node(kind, *names, output="y", **ONNX[kind])]
+    if kind in ("Log", "Sqrt", "Reciprocal"):
+        nodes[1:] = [node("Exp", "h", output="e"), node(kind, "e", output="y")]
     opset = {"Gelu": 20, "Mish": 18}.get(kind, 17)
     assert read_onnx(write(tmp_path / "net.onnx", nodes, given, (4, 3), opset)).runs

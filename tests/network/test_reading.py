@@ -119,12 +119,10 @@ REFUSED = {
     "padding": (lambda m, x: m.last(x.masked_fill(x == 0, 1.0)), "^==: a mask"),
     "any": (lambda m, x: m.last(x) if x.any() else x, "^any: a mask"),
     "float": (lambda m, x: m.last(x) * float(x[0, 0, 0]), "must not depend on the input's values"),
-    "by a tensor": (lambda m, x: m.last(x / x.sum(-1, keepdim=True)), "^/: only a division by constants"),
-    "of a number": (lambda m, x: m.last(1 / x), "^/: a division by values of the input"),
-    "of a constant": (lambda m, x: m.last(torch.ones(3) / x), "^/: only a division by constants"),
-    "norm": (lambda m, x: m.last(x / x.norm(dim=-1, keepdim=True)), "^norm: the length"),
+    "rounded quotient": (lambda m, x: m.last(x.div(2, rounding_mode="floor")), "^/: only a division by constants"),
+    "norm": (lambda m, x: m.last(x / x.norm(p=3, dim=-1, keepdim=True)), "^norm: a length is supported of order"),
     "attention": (attend, "^attention: .* without masks"),
-    "power": (lambda m, x: m.last(x**0.5), r"^\*\*: a power"),
+    "power": (lambda m, x: m.last(x**0.7), r"^\*\*: a power"),
     "whole numbers": (lambda m, x: m.last(x // 2), "^//: it rounds"),
     "order": (lambda m, x: m.last(x.sort(dim=1)[0]), "^sort: an order"),
     "numpy": (lambda m, x: m.last(torch.from_numpy(x.numpy())), "^numpy: "),
@@ -141,8 +139,8 @@ def test_the_true_cause_is_named_in_the_users_words(name):
 
 
 def test_no_line_of_this_collection_is_named():
-    with pytest.raises(ValueError, match="GroupNorm") as caught:
-        certified_margin(nn.Sequential(nn.Flatten(), nn.GroupNorm(1, 12)), X, LABELS, 0.01)
+    with pytest.raises(ValueError, match="hardshrink") as caught:
+        certified_margin(nn.Sequential(nn.Flatten(), nn.Hardshrink()), X, LABELS, 0.01)
     assert ".py" not in str(caught.value)
 
 
