@@ -107,9 +107,10 @@ def under_autocast(module, x):
 
 
 def attend(module, x):
-    states = module.rnn(x)[0]
-    masked = torch.zeros(x.shape[:2], dtype=torch.bool)
-    return module.head(module.attention(states, states, states, key_padding_mask=masked)[0].mean(dim=1))
+    states = module.rnn(x)[0][:, None]
+    return module.head(
+        nn.functional.scaled_dot_product_attention(states, states, states, enable_gqa=True)[:, 0].mean(dim=1)
+    )
 
 
 REFUSED = {
@@ -121,7 +122,7 @@ REFUSED = {
     "float": (lambda m, x: m.last(x) * float(x[0, 0, 0]), "must not depend on the input's values"),
     "rounded quotient": (lambda m, x: m.last(x.div(2, rounding_mode="floor")), "^/: only a division by constants"),
     "norm": (lambda m, x: m.last(x / x.norm(p=3, dim=-1, keepdim=True)), "^norm: a length is supported of order"),
-    "attention": (attend, "^attention: .* without masks"),
+    "attention": (attend, "attention.*: .*as many heads of keys"),
     "power": (lambda m, x: m.last(x**0.7), r"^\*\*: a power"),
     "whole numbers": (lambda m, x: m.last(x // 2), "^//: it rounds"),
     "order": (lambda m, x: m.last(x.sort(dim=1)[0]), "^sort: an order"),
