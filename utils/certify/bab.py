@@ -139,9 +139,9 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
 
 
 def _curves_pay(problem: MarginProblem) -> bool:
-    """Whether curved bounds come before neurons are split: in l_2, where no convolution would become a matrix."""
+    """Whether curved bounds come before neurons are split: where no convolution would become a matrix."""
     graph = problem.by("alpha").graph(TUNING, slice(0, 1))
-    return problem.threat.norm == 2.0 and not any(isinstance(node, Convolution) for node in graph.nodes)
+    return not any(isinstance(node, Convolution) for node in graph.nodes)
 
 
 def _raise_by_curves(

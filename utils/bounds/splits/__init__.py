@@ -2,6 +2,6 @@
 
 from .cut_pass import CutPass, Narrowed, knot_of
 from .cuts import Cuts, Neurons
-from .tuning import tune_parts
+from .tuning import raise_linear, tune_parts
 
-__all__ = ["CutPass", "Cuts", "Narrowed", "Neurons", "knot_of", "tune_parts"]
+__all__ = ["CutPass", "Cuts", "Narrowed", "Neurons", "knot_of", "raise_linear", "tune_parts"]

@@ -17,6 +17,7 @@ from .cuts import Cuts
 SLOPE_STEP, MULTIPLIER_STEP = 0.02, 0.1  # first steps of Adam; slopes in units of their range, see ``alpha``
 FADING = 0.97  # of both, after every step; more slowly where there are more than ``FEW`` of them
 FEW = 40
+LEAD = 0.1  # by which a linear part's bound is to be above what is asked for, as a share of what it lacks
 
 
 def tune_parts(
@@ -74,6 +75,35 @@ def tune_parts(
             for group in optimizer.param_groups:
                 group["lr"] *= FADING ** min(1.0, FEW / steps)
     return kept, table, best
+
+
+def raise_linear(
+    make: Callable[[Cuts, None], CutPass], rows: Tensor, cuts: Cuts, steps: int, enough: Tensor, pace: Pace
+) -> Cuts:
+    """Better multipliers of parts in which the network is linear: no slope matters there.
+
+    The bound is a concave function of the multipliers, with the greatest value known that is asked for: so each step is
+    as long as would reach it were the bound linear (Polyak, 1969).
+    """
+    multiplier, kept, best = cuts.multiplier, cuts, torch.full_like(enough, -torch.inf)
+    for _ in range(steps):
+        with pace.work(), torch.enable_grad():
+            leaf = multiplier.detach().requires_grad_()
+            passed = make(cuts.with_multiplier(leaf), None)
+            bound = passed.lower_bound(passed.graph.output, rows).squeeze(1)
+            if not bound.requires_grad:  # no cuts in any of the parts
+                return cuts
+            (slope,) = torch.autograd.grad(bound.sum(), leaf)
+        with torch.no_grad():
+            bound, better = bound.detach(), bound > best
+            best = torch.where(better, bound, best)
+            kept = kept.with_multiplier(torch.where(better[:, None], multiplier, kept.multiplier))
+            if bool((best > enough).all()) or not pace.allows():
+                break
+            aim = enough + LEAD * (enough - best).clamp(min=0.0) + LEAD * enough.abs()
+            length = (aim - bound).clamp(min=0.0) / slope.square().sum(dim=1).clamp(min=torch.finfo(bound.dtype).tiny)
+            multiplier = (multiplier + length[:, None] * slope).clamp(min=0.0)
+    return kept
 
 
 def _ranges(bounds: CutPass, node: NonLinear) -> list:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...bounds.alpha import SlopeTable, default_slopes, nonlinear_nodes, select
-from ...bounds.splits import CutPass, Cuts, Narrowed, Neurons, knot_of, tune_parts
+from ...bounds.splits import CutPass, Cuts, Narrowed, Neurons, knot_of, raise_linear, tune_parts
 from ...clock import Pace, now
 from ...graph.graph import Graph
 from ..problem import MarginProblem
@@ -128,7 +128,7 @@ class _Search:
         numbers, points, losses = self._candidates(passed)
         splittable = losses.amax(dim=1) > 0
         if not bool(splittable.all()):  # linear there: multipliers alone can raise the bound, or nothing can
-            last = self._tuned(taken[(~splittable).nonzero().squeeze(1)], LAST_STEPS)
+            last = self._linear(taken[(~splittable).nonzero().squeeze(1)])
             self.done.scatter_reduce_(0, last.row, last.bound, "amin")
             self.in_vain = bool((last.bound <= self.enough[last.row]).any())
         if bool(splittable.any()):
@@ -182,7 +182,24 @@ class _Search:
             self.enough[parts.row].to(TUNING),
             Pace(self.deadline),
         )
+        return self._bounded(Parts(parts.row, parts.bound, cuts, slopes))
+
+    def _linear(self, parts: Parts) -> Parts:
+        """Parts in which the network is linear, with better multipliers."""
         dtype = self.eps.dtype
+        parts = Parts(parts.row, parts.bound, parts.cuts.to(dtype), parts.slopes)
+        narrow = self._pass(parts, dtype).narrowed()
+
+        def make(cuts: Cuts, slopes: None) -> CutPass:
+            return self._pass(parts, dtype, cuts, slopes, narrow)
+
+        enough, pace = self.enough[parts.row], Pace(self.deadline)
+        cuts = raise_linear(make, self._rows(parts, dtype), parts.cuts, LAST_STEPS, enough, pace)
+        return self._bounded(Parts(parts.row, parts.bound, cuts, parts.slopes))
+
+    def _bounded(self, parts: Parts) -> Parts:
+        """With bounds that hold."""
+        dtype, cuts, slopes = self.eps.dtype, parts.cuts, parts.slopes
         passed = self._pass(parts, dtype, cuts.to(dtype), select(slopes, slice(None), dtype))
         bound = passed.margin(self._rows(parts, dtype))
         return Parts(parts.row, torch.maximum(parts.bound, bound.squeeze(1)), cuts, slopes)
