@@ -91,9 +91,11 @@ def raise_linear(
             leaf = multiplier.detach().requires_grad_()
             passed = make(cuts.with_multiplier(leaf), None)
             bound = passed.lower_bound(passed.graph.output, rows).squeeze(1)
-            if not bound.requires_grad:  # no cuts in any of the parts
-                return cuts
-            (slope,) = torch.autograd.grad(bound.sum(), leaf)
+            slope = None
+            if bound.requires_grad:
+                (slope,) = torch.autograd.grad(bound.sum(), leaf, allow_unused=True)
+        if slope is None:  # no cuts in any of the parts
+            return cuts
         with torch.no_grad():
             bound, better = bound.detach(), bound > best
             best = torch.where(better, bound, best)
