@@ -186,6 +186,7 @@ def test_a_model_of_other_data_ends_in_one_line(place, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_two_processes_decide_as_one(place, tmp_path):
     assert run(place, tmp_path / "one", SMALL).code == 0
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)

@@ -64,6 +64,7 @@ def test_balls_beside_planes(net, tmp_path):
     assert all(f"| {method} |" in done.stdout for method in methods)
 
 
+@pytest.mark.full
 def test_splits_beside_bab(tmp_path):
     write_mnist_folder(tmp_path)
     flags = ("--data-dir", tmp_path, "--dry-run", "--models", "rnn_4_32_tanh", "--eps")
