@@ -14,6 +14,7 @@ from utils.certify.bab import decide
 from utils.certify.splitting import can_split, split_margins
 from utils.certify.splitting.search import _Search
 from utils.clock import now
+from utils.graph.convolution import Convolution
 from utils.perturbation.lp_ball import INF
 
 DTYPE = torch.float64
@@ -187,6 +188,17 @@ def test_with_time_margins_become_the_exact_ones(kind):
         found = split_margins(problem, eps, start, aim, now() + 60.0)
         assert (found <= exact + 1e-9).all()
         assert (found >= aim).all()
+
+
+def test_no_convolution_becomes_a_matrix_where_neurons_are_split(monkeypatch):
+    def refused(self):
+        raise AssertionError("a convolution's matrix was asked for")
+
+    monkeypatch.setattr(Convolution, "matrix", refused)
+    model = network("conv")
+    x = torch.rand(2, 4)
+    verdicts = {one.verdict for one in decide(model, x, model(x).argmax(dim=1), 0.05, norm=INF, time_limit=5.0)}
+    assert verdicts == {"certified"}
 
 
 def test_what_is_asked_for_too_much_is_never_reached():

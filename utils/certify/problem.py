@@ -78,19 +78,23 @@ class MarginProblem:
     def threat(self) -> Threat:
         return self.question.threat
 
-    def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Graph:
-        """The model unrolled, over the chosen samples' own lengths if these differ."""
+    def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None), bounded: bool = True) -> Graph:
+        """The model unrolled, over the chosen samples' own lengths if these differ.
+
+        With ``bounded=False`` it is only for values: convolutions stay what they are, whatever the method asks for.
+        """
+        dense = bounded and not self.method.takes_convolutions
         if self.threat.lengths is not None:
-            return self._unroll(dtype, self.threat.lengths[chosen])
-        key = (dtype, torch.is_grad_enabled(), self.method.takes_convolutions)
+            return self._unroll(dtype, self.threat.lengths[chosen], dense)
+        key = (dtype, torch.is_grad_enabled(), dense)
         if key not in self._graphs:
-            self._graphs[key] = self._unroll(dtype, None)
+            self._graphs[key] = self._unroll(dtype, None, dense)
         return self._graphs[key]
 
-    def _unroll(self, dtype: torch.dtype, lengths: Tensor | None) -> Graph:
+    def _unroll(self, dtype: torch.dtype, lengths: Tensor | None, dense: bool) -> Graph:
         graph = graph_of(self.model, self.x.shape[1], dtype, self.method.relaxation, lengths)
         graph = graph if torch.is_grad_enabled() else graph.detach()
-        return graph if self.method.takes_convolutions else graph.dense()
+        return graph.dense() if dense else graph
 
     def clean_margins(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """Margins of the chosen samples' unperturbed input, (m, n_specs)."""
@@ -99,11 +103,11 @@ class MarginProblem:
     def _in_parts(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype, chosen: Tensor | slice) -> Tensor:
         """What a function of samples gives for those chosen, of as many at a time as have few values."""
         samples = torch.arange(len(self.x), device=self.x.device)[chosen]
-        widest = max(node.size for node in self.graph(dtype, slice(0, 1)).nodes)
+        widest = max(node.size for node in self.graph(dtype, slice(0, 1), bounded=False).nodes)
         return self._parts(function, max(1, VALUE_BYTES // (widest * dtype.itemsize)), samples)
 
     def _margins_at(self, x: Tensor, dtype: torch.dtype, chosen: Tensor | slice) -> Tensor:
-        logits = self.graph(dtype, chosen).evaluate(x)
+        logits = self.graph(dtype, chosen, bounded=False).evaluate(x)
         return self._shifted((self.rows[chosen].to(dtype) @ logits[..., None]).squeeze(-1), chosen)
 
     def _shifted(self, margins: Tensor, chosen: Tensor | slice) -> Tensor:
@@ -115,7 +119,8 @@ class MarginProblem:
         """What the chosen samples' margins must exceed to count as positive, (m, n_specs); see ``SLACK``."""
 
         def sizes(own: Tensor) -> Tensor:
-            return self.graph(dtype, own).term_sizes(self.x[own].to(dtype), self.rows[own].to(dtype))
+            graph = self.graph(dtype, own, bounded=False)
+            return graph.term_sizes(self.x[own].to(dtype), self.rows[own].to(dtype))
 
         total = 1.0 + self._in_parts(sizes, dtype, chosen)
         offsets = self.question.offsets
