@@ -15,7 +15,7 @@ from ..runs.cli import (
     positive_float,
     positive_int,
 )
-from ..training.arguments import probability
+from ..training.arguments import add_vocabulary_arguments, probability
 from .naming import EMBEDDING_SIZE
 from .recipe import LOSSES, Recipe
 
@@ -53,13 +53,7 @@ def add_sentiment_training_arguments(parser: argparse.ArgumentParser, architectu
     if transformer:
         group.add_argument("--heads", type=positive_int, default=4, help="heads of each layer; must divide the width")
         group.add_argument("--inner-size", type=positive_int, default=128, help="hidden values of feed-forward parts")
-    group.add_argument("--min-count", type=positive_int, default=2, help="rarer words of the training set are unknown")
-    group.add_argument(
-        "--embeddings",
-        type=Path,
-        metavar="FILE",
-        help="text file of word vectors to start from (GloVe's format); its vectors set --embedding-size",
-    )
+    add_vocabulary_arguments(group)
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=non_negative_int, default=6, help="passes over the phrases, if there are any")
     group.add_argument("--phrase-words", type=positive_int, help="leave out phrases of more words, which take longer")

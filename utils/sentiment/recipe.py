@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..training.certified.ramp import between, check_recipe, ramp_share
+
 LOSSES = ("ibp", "mixed")
 
 
@@ -29,10 +31,7 @@ class Recipe:
     hidden_scale: float = 0.3
 
     def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
-        if not 0.0 <= self.clean < self.ramp <= 1.0:
-            raise ValueError("the ramp must end after the clean steps, and before the training does")
+        check_recipe(self, LOSSES)
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,6 @@ class Moment:
 
 def moment_of(recipe: Recipe, progress: float) -> Moment:
     """The moment at a share ``progress`` of all steps."""
-    share = min(1.0, max(0.0, (progress - recipe.clean) / (recipe.ramp - recipe.clean)))
-    kappa, beta = (first + share * (last - first) for first, last in (recipe.kappa, recipe.beta))
-    return Moment(share, 1 + round(share * (recipe.budget - 1)), kappa, beta if recipe.loss == "mixed" else 0.0)
+    share = ramp_share(recipe, progress)
+    beta = between(recipe.beta, share) if recipe.loss == "mixed" else 0.0
+    return Moment(share, 1 + round(share * (recipe.budget - 1)), between(recipe.kappa, share), beta)

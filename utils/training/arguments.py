@@ -135,11 +135,8 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_text_training_arguments(parser: argparse.ArgumentParser, task: TextTask) -> None:
-    """Add the flags of a text train script and the common ones."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
-    group.add_argument("--embedding-size", type=positive_int, default=100, help="numbers in a word's vector")
+def add_vocabulary_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add --min-count and --embeddings."""
     group.add_argument("--min-count", type=positive_int, default=2, help="rarer words of the training set are unknown")
     group.add_argument(
         "--embeddings",
@@ -147,6 +144,14 @@ def add_text_training_arguments(parser: argparse.ArgumentParser, task: TextTask)
         metavar="FILE",
         help="text file of word vectors to start from (GloVe's format); its vectors set --embedding-size",
     )
+
+
+def add_text_training_arguments(parser: argparse.ArgumentParser, task: TextTask) -> None:
+    """Add the flags of a text train script and the common ones."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--hidden-size", type=positive_int, default=32, help="size of the hidden state")
+    group.add_argument("--embedding-size", type=positive_int, default=100, help="numbers in a word's vector")
+    add_vocabulary_arguments(group)
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=positive_int, default=task.epochs, help="passes over the training set")
     group.add_argument("--batch-size", type=positive_int, default=64, help=f"{task.item}s per step")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .ramp import between, check_recipe, ramp_share
+
 LOSSES = ("ibp", "crown-ibp", "crown", "sabr", "mtl-ibp")
 
 
@@ -58,10 +60,7 @@ class Recipe:
     adam_beta2: float = 0.999
 
     def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise ValueError(f"the loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
-        if not 0.0 <= self.clean < self.ramp <= 1.0:
-            raise ValueError("the ramp must end after the clean steps, and before the training does")
+        check_recipe(self, LOSSES)
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ class Moment:
 
 def moment_of(recipe: Recipe, progress: float) -> Moment:
     """The moment at a share ``progress`` of all steps."""
-    share = min(1.0, max(0.0, (progress - recipe.clean) / (recipe.ramp - recipe.clean)))
+    share = ramp_share(recipe, progress)
     grown = smoothed(share) if recipe.smooth else share
-    kappa, beta = (first + share * (last - first) for first, last in (recipe.kappa, recipe.beta))
+    kappa, beta = between(recipe.kappa, share), between(recipe.beta, share)
     return Moment(recipe.overshoot * recipe.eps * grown, kappa, beta, share)
 
 
