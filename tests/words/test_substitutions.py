@@ -239,6 +239,16 @@ def test_gradients_reach_weights_words_and_substitutes():
         assert all((gradient != 0).any() and gradient.isfinite().all() for gradient in gradients)
 
 
+def test_a_sentence_has_the_same_bounds_beside_any_other():
+    """Of one word that can be replaced more is known, also where another sentence has more of them."""
+    net, (x, vectors, valid) = made("lstm, both directions"), words()
+    valid[0, 1:] = False
+    together = substitution_margins(net, x, LABELS, Substitutes(vectors, valid), [1, None], method="crown")
+    apart = Substitutes(vectors[:1], valid[:1])
+    alone = substitution_margins(net, x[:1], LABELS[:1], apart, [1, None], method="crown")
+    assert torch.allclose(together[:1], alone, rtol=1e-9, atol=0.0)
+
+
 def test_margins_of_a_module_that_reads_word_numbers():
     """``certified_margin`` with word numbers as inputs, whose vectors the module looks up itself."""
     torch.manual_seed(0)
