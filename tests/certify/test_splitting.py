@@ -12,6 +12,7 @@ from utils.bounds.splits import CutPass, Cuts, Narrowed, Neurons, tune_parts
 from utils.certify import certified_margin, margin_problem
 from utils.certify.bab import decide
 from utils.certify.splitting import can_split, split_margins
+from utils.certify.splitting.margins import question_of
 from utils.certify.splitting.search import _Search
 from utils.clock import now
 from utils.graph.convolution import Convolution
@@ -215,7 +216,7 @@ def test_halves_cover_their_part():
     _, problem = question("relu", INF, 1)
     eps = torch.tensor([0.3], dtype=DTYPE)
     start = problem.margins(eps, DTYPE)[0]
-    search = _Search(problem, eps, start, torch.full_like(start, torch.inf), now() + 60.0)
+    search = _Search(question_of(problem, eps), start, torch.full_like(start, torch.inf), now() + 60.0)
     for _ in range(4):
         search._round(4)
     neurons, _ = values(problem, points(problem, eps))

@@ -33,8 +33,9 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+from utils.certify import verify  # noqa: E402
 from utils.certify.boxes import BoxSet, PartedPass  # noqa: E402
-from utils.certify.verify import Verifier, inside_float32  # noqa: E402
+from utils.certify.verify import Verifier, _CaseProblem, inside_float32  # noqa: E402
 from utils.network.onnx_export import export_onnx  # noqa: E402
 from utils.network.onnx_graph import OnnxNetwork, read_onnx  # noqa: E402
 
@@ -455,6 +456,60 @@ def test_tuning_proves_more_of_wide_boxes(tmp_path, monkeypatch, kind):
         found = verdict(network, read_vnnlib(tmp_path / "p.vnnlib"), split=False)
         assert found.result == expected
     assert verdict(network, read_vnnlib(tmp_path / "p.vnnlib"), seconds=0.0).result == "timeout"
+
+
+def relu_file(path, inputs: int, width: int, seed: int) -> OnnxNetwork:
+    """A relu network of two hidden layers and three outputs as an ONNX file."""
+    sizes, generator = (inputs, width, width, 3), torch.Generator().manual_seed(seed)
+    nodes, given, last = [], {}, "x"
+    for k, (start, end) in enumerate(itertools.pairwise(sizes)):
+        given |= {f"w{k}": torch.randn(end, start, generator=generator) * (2.0 / start) ** 0.5}
+        given |= {f"b{k}": 0.1 * torch.randn(end, generator=generator)}
+        nodes.append(helper.make_node("Gemm", [last, f"w{k}", f"b{k}"], [f"z{k}"], transB=1))
+        last = f"z{k}"
+        if k < 2:
+            nodes.append(helper.make_node("Relu", [last], [f"h{k}"]))
+            last = f"h{k}"
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, n)) for name, n in (("x", inputs), (last, 3))]
+    tensors = [numpy_helper.from_array(value.numpy(), name) for name, value in given.items()]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return read_onnx(path)
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_splitting_neurons_proves_what_one_bound_does_not(tmp_path, seed):
+    network, x, eps = relu_file(tmp_path / "net.onnx", 30, 12, seed), normal(1, 30, seed=1), 0.12
+    label = int(network.outputs(x).argmax())
+    write_robustness(tmp_path / "p.vnnlib", x.flatten() - eps, x.flatten() + eps, label, num_classes=3)
+    (case,) = read_vnnlib(tmp_path / "p.vnnlib").cases
+    problem = _CaseProblem(network, case, now() + 60.0)
+    assert float(problem.bound(case.lower[None], case.upper[None])[0]) < 0
+    assert problem.proved_by_splitting(case.lower[None], case.upper[None])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_no_proof_by_split_neurons_is_wrong(tmp_path, monkeypatch, broken):
+    """Limits around what a grid reaches, alone and with another; bounds that are too high prove too much."""
+    if broken:
+        own = verify.split_rows
+        monkeypatch.setattr("utils.certify.verify.split_rows", lambda *given: own(*given) + 0.05)
+    wrong, proved = 0, 0
+    for seed in range(2):
+        network = relu_file(tmp_path / "net.onnx", 3, 5, seed)
+        points = torch.cartesian_prod(*[torch.linspace(-0.5, 0.5, 21, dtype=torch.float64)] * 3)
+        outputs = network.outputs(points)
+        for shift in (-0.02, 0.005):
+            limits = float(outputs[:, 0].min()) + shift, float(outputs[:, 1].median())
+            text = "".join(f"(declare-const X_{k} Real)(declare-const Y_{k} Real)" for k in range(3))
+            text += "".join(f"(assert (>= X_{k} -0.5))(assert (<= X_{k} 0.5))" for k in range(3))
+            first, second = (f"(<= Y_{k} {decimal(limit)})" for k, limit in enumerate(limits))
+            prop = parse_vnnlib(text + f"(assert (or (and {first} {second}) {first}))")
+            (case,) = prop.cases
+            done = _CaseProblem(network, case, now() + 60.0).proved_by_splitting(case.lower[None], case.upper[None])
+            proved += done
+            wrong += done and any(prop.holds_for(x, y) for x, y in zip(points, outputs, strict=True))
+    assert proved and (wrong > 0) == broken
 
 
 def absolute_file(path):

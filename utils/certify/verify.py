@@ -1,4 +1,4 @@
-"""Verdicts on VNN-LIB properties: counter-examples by attack, proofs by bounds, tuned, and over boxes that are split.
+"""Verdicts on VNN-LIB properties: counter-examples by attack, proofs by bounds, tuned, and over parts of boxes.
 
 A property is "unsat", proved, if the boxes can be covered by boxes in each of which, for every conjunction of output
 constraints, one constraint's least violation ``rows @ Y - limits`` is bounded above 0 (by more than a slack for
@@ -14,15 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bounds.alpha import STEP_BOUNDS, tune_slopes
+from ..bounds.alpha import STEP_BOUNDS, SlopeTable, tune_slopes
 from ..bounds.curve import CURVED_STEP, VERDICT_STEPS, CurvedPass, tune_curves
 from ..bounds.passes import BoundPass
 from ..choices.method import ALPHA_STEPS
 from ..clock import Pace, now, share_of
+from ..graph.convolution import Convolution
 from ..graph.nonlinear import NonLinear
 from ..network.onnx_graph import OnnxNetwork
+from ..network.symbolic import as_graph
 from .boxes import PART_SECONDS, PART_WORK, BoxSet, PartedPass, check_clock, work_per_row
 from .problem import SLACK
+from .splitting import SplitQuestion, has_pieces, split_rows
 from .vnnlib import Case, Property
 
 DTYPE = torch.float64
@@ -32,6 +35,7 @@ FIRST_STEP, LAST_STEP = 0.5, 0.005  # step sizes, as shares of the box
 MAX_BATCH = 64
 # A box of few sides is soon cut small. One of many is bounded as tightly as can be, for this share of the time.
 TUNED_SIDES, TUNED_SHARE = 24, 0.5
+SPLIT_SHARE = 0.8  # of what is left after that, for splitting neurons; the rest is for splitting boxes
 TUNED_STEPS = (40, 80, 160)  # of tuning curved bounds
 TUNING_COST = 10.0  # bounds that the time must suffice for if tuning is to start
 NEWTON_STEPS, NEIGHBOURS = 20, 256  # of the search for inputs at which outputs are equal to a number
@@ -115,6 +119,8 @@ class Verifier:
                 proved = float(problem.bound(lower, upper)[0]) > 0
             if proved or (bounds.allows(TUNING_COST) and problem.proved_by_tuning(lower, upper, bounds)):
                 return Verdict("unsat")
+            if self.split and bounds.allows(TUNING_COST) and problem.proved_by_splitting(lower, upper):
+                return Verdict("unsat")
         scores = torch.zeros(1, dtype=DTYPE)
         batch = 1
         while len(lower):
@@ -173,6 +179,7 @@ class _CaseProblem:
         self.owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         self.conjunctions = len(sizes)
         self.part = max(1, int(PART_WORK / 3 / work_per_row(network.graph)))  # inputs that are attacked at once
+        self.slopes: SlopeTable | None = None  # of planes over the whole box, once they are tuned
         self.with_equalities = [k for k, part in enumerate(case.conjunctions) if _has_equality(*part)]
 
     def violations(self, x: Tensor) -> Tensor:
@@ -229,9 +236,12 @@ class _CaseProblem:
         aim = float((self.limits + room).max())
         functions = [node.curved for node in graph.nodes if isinstance(node, NonLinear)]
         if any(curved is None or not curved.smooth for curved in functions):  # where planes gain something, and soon
-            slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS, pace=Pace(deadline, STEP_BOUNDS * bounds.longest))
-            if bounds.allows() and bool(self._score(BoundPass(graph, boxes, slopes=slopes), room) > 0):
+            pace = Pace(deadline, STEP_BOUNDS * bounds.longest)
+            self.slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS, pace=pace)
+            if bounds.allows() and bool(self._score(BoundPass(graph, boxes, slopes=self.slopes), room) > 0):
                 return True
+        if has_pieces(graph) and any(isinstance(node, Convolution) for node in graph.nodes):
+            return False  # splitting neurons gains more than matrices of convolutions
         curves, pace = None, Pace(deadline, CURVED_STEP * bounds.longest)
         try:
             graph = graph.dense()
@@ -244,6 +254,27 @@ class _CaseProblem:
             if pace.allows(VERDICT_STEPS) and bool(self._score(CurvedPass(graph, boxes, curves), room) > 0):
                 return True
         return False
+
+    @torch.no_grad()
+    def proved_by_splitting(self, lower: Tensor, upper: Tensor) -> bool:
+        """Whether splitting neurons of one box proves its case in time: of every conjunction the likeliest row."""
+        graph, boxes = self.network.graph, self._boxes(lower, upper)
+        if not len(self.limits) or not has_pieces(graph):
+            return False
+        whole = PartedPass(graph, boxes, slopes=self.slopes)
+        known = whole.margin(self.rows[None])[0].nan_to_num(nan=-torch.inf)
+        enough = self.limits + self._room(0.5 * (lower + upper))[0]
+        likeliest = self.worst(known - enough)
+        chosen = torch.stack([(known - enough == likeliest[k]) & (self.owner == k) for k in range(self.conjunctions)])
+        chosen = chosen.long().argmax(dim=1)
+        ends = [self.network.frames(end) for end in (lower, upper)]
+
+        def set_of(parts: int, dtype: torch.dtype) -> BoxSet:
+            return BoxSet(*(end.to(dtype).expand(parts, -1, -1) for end in ends), self.deadline)
+
+        question = SplitQuestion(self.rows[chosen], whole, lambda dtype: as_graph(graph, dtype, ends[0].device), set_of)
+        found = split_rows(question, known[chosen], enough[chosen], share_of(self.deadline, SPLIT_SHARE))
+        return bool((found > enough[chosen]).all())
 
     @torch.no_grad()
     def attack(self, lower: Tensor, upper: Tensor, restarts: int, steps: int, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,7 @@
 """Branch and bound over the phases of piecewise-linear neurons."""
 
-from .search import can_split, split_margins
+from .margins import can_split, split_margins
+from .question import SplitQuestion, has_pieces
+from .search import split_rows
 
-__all__ = ["can_split", "split_margins"]
+__all__ = ["SplitQuestion", "can_split", "has_pieces", "split_margins", "split_rows"]

@@ -18,10 +18,9 @@ from ...bounds.alpha import SlopeTable, default_slopes, nonlinear_nodes, select
 from ...bounds.splits import CutPass, Cuts, Narrowed, Neurons, knot_of, raise_linear, tune_parts
 from ...clock import Pace, now
 from ...graph.graph import Graph
-from ..problem import MarginProblem
 from .parts import Parts
+from .question import TUNING, SplitQuestion
 
-TUNING = torch.float32  # precision in which parts are tuned; bounds that count are in the problem's own
 ROOT_STEPS, TUNING_STEPS = 40, 10  # gradient steps for the whole set and for new parts
 LAST_STEPS = 200  # for parts in which all is linear
 BETTER_SHARE = 0.1  # of the better half's lead in what a cut is worth
@@ -30,62 +29,52 @@ PART_BYTES = 2**27  # of coefficients of parts that are worked on at once
 OPEN_BYTES = 2**29  # of the slopes of parts that are kept; with more the search ends
 
 
-def can_split(problem: MarginProblem) -> bool:
-    """Whether the problem has neurons that can be split, and a set that the bounds of parts are made for."""
-    if problem.threat.norm == 0.0 or problem.threat.lengths is not None:
-        return False
-    graph = problem.by("alpha").graph(TUNING, slice(0, 1))
-    return not graph.recurrent and any(knot_of(node) is not None for node in graph.nodes)
-
-
 @torch.no_grad()
-def split_margins(problem: MarginProblem, eps: Tensor, margins: Tensor, enough: Tensor, deadline: float) -> Tensor:
-    """Margins of a problem's only sample at eps, raised until all are above ``enough`` or time is up.
+def split_rows(question: SplitQuestion, known: Tensor, enough: Tensor, deadline: float) -> Tensor:
+    """Lower bounds of a question's rows, raised until all are above ``enough`` or time is up.
 
     Args:
-        problem: of one sample; by method "alpha", with slopes tuned or none.
-        eps: (1,) or (1, T), in the precision of the bounds.
-        margins: lower bounds that are known, (n_specs,).
-        enough: what they need to exceed, (n_specs,).
+        question: the set and its rows.
+        known: lower bounds that are known, (n_rows,).
+        enough: what they need to exceed, (n_rows,).
         deadline: ``clock.now()`` at which the search ends.
 
     Returns:
-        Lower bounds, (n_specs,): a row's is the least of its parts'.
+        Lower bounds, (n_rows,): a row's is the least of its parts'.
     """
-    offsets = problem.question.offsets
-    offset = torch.zeros_like(margins) if offsets is None else offsets[0].to(margins)
-    return _Search(problem, eps, margins - offset, enough - offset, deadline).run() + offset
+    return _Search(question, known, enough, deadline).run()
 
 
 class _Search:
     """The parts of one sample's set that are open, and the best bounds of those that are done.
 
     Attributes:
-        known, done, enough: (n_specs,): bounds over the whole set, the least over the parts that are done, and what is
+        known, done, enough: (n_rows,): bounds over the whole set, the least over the parts that are done, and what is
             asked for.
         visited: parts that were bounded.
         in_vain: whether a part without neurons to split has a bound that is too low.
     """
 
-    def __init__(self, problem: MarginProblem, eps: Tensor, margins: Tensor, enough: Tensor, deadline: float):
-        self.problem, self.eps, self.enough, self.deadline = problem, eps, enough, deadline
-        self.known, self.done = margins, torch.full_like(margins, torch.inf)
+    def __init__(self, question: SplitQuestion, known: Tensor, enough: Tensor, deadline: float):
+        self.question, self.enough, self.deadline = question, enough, deadline
+        self.known, self.done = known, torch.full_like(known, torch.inf)
         self.visited, self.in_vain = 0, False
         self.last = (1, 0.0)  # parts of the last round, and its seconds
         self._prepare()
 
     def _prepare(self) -> None:
         """Intervals of all neurons over the whole set, and a part that is all of it for every open row."""
-        problem, dtype, one = self.problem, self.eps.dtype, torch.zeros(1, dtype=torch.long, device=self.eps.device)
-        whole = problem.bounds(self.eps, one, dtype)
-        whole.margin(problem.rows[one].to(dtype))
-        self.neurons = {kind: Neurons(problem.graph(kind, one)) for kind in (dtype, TUNING)}
+        question, device = self.question, self.known.device
+        dtype, whole, one = question.dtype, question.whole, torch.zeros(1, dtype=torch.long, device=device)
+        whole.margin(question.rows[None])
+        self.graphs = {kind: question.graph_of(kind) for kind in (dtype, TUNING)}
+        self.neurons = {kind: Neurons(graph) for kind, graph in self.graphs.items()}
         known = Narrowed({node.index: whole.interval(node) for node in self.neurons[dtype].nodes})
         self.whole = {kind: known.to(kind) for kind in (dtype, TUNING)}
         open_rows = (self.known <= self.enough).nonzero().squeeze(1)
         count = len(open_rows)
         slopes = _flat_below(select(default_slopes(whole), one.expand(count), TUNING), whole.graph)
-        like = torch.empty(0, dtype=TUNING, device=self.eps.device)
+        like = torch.empty(0, dtype=TUNING, device=device)
         self.open = Parts(open_rows, self.known[open_rows], Cuts.none(count, like), slopes)
         self.done[self.known > self.enough] = self.known[self.known > self.enough]
         widest = max(node.size for node in whole.graph.nodes)
@@ -186,7 +175,7 @@ class _Search:
 
     def _linear(self, parts: Parts) -> Parts:
         """Parts in which the network is linear, with better multipliers."""
-        dtype = self.eps.dtype
+        dtype = self.question.dtype
         parts = Parts(parts.row, parts.bound, parts.cuts.to(dtype), parts.slopes)
         narrow = self._pass(parts, dtype).narrowed()
 
@@ -199,13 +188,13 @@ class _Search:
 
     def _bounded(self, parts: Parts) -> Parts:
         """With bounds that hold."""
-        dtype, cuts, slopes = self.eps.dtype, parts.cuts, parts.slopes
+        dtype, cuts, slopes = self.question.dtype, parts.cuts, parts.slopes
         passed = self._pass(parts, dtype, cuts.to(dtype), select(slopes, slice(None), dtype))
         bound = passed.margin(self._rows(parts, dtype))
         return Parts(parts.row, torch.maximum(parts.bound, bound.squeeze(1)), cuts, slopes)
 
     def _rows(self, parts: Parts, dtype: torch.dtype) -> Tensor:
-        return self.problem.rows[0, parts.row, None].to(dtype)
+        return self.question.rows[parts.row, None].to(dtype)
 
     def _pass(
         self,
@@ -215,19 +204,15 @@ class _Search:
         slopes: SlopeTable | None = None,
         narrow: Narrowed | None = None,
     ) -> CutPass:
-        """Over the parts; sound in the problem's own precision."""
-        same = torch.zeros(len(parts), dtype=torch.long, device=self.eps.device)
-        perturbation = self.problem._perturbation(self.eps[same].to(dtype), same, dtype)
-        with torch.no_grad():  # the network learns nothing from tuning
-            graph = self.problem.graph(dtype, same)
+        """Over the parts; sound in the question's own precision."""
         return CutPass(
-            graph,
-            perturbation,
+            self.graphs[dtype],
+            self.question.set_of(len(parts), dtype),
             self.neurons[dtype],
             self.whole[dtype] if narrow is None else narrow,
             parts.cuts if cuts is None else cuts,
             parts.slopes if slopes is None else slopes,
-            sound=dtype == self.eps.dtype,
+            sound=dtype == self.question.dtype,
             fresh=narrow is None,
         )
 

@@ -1,0 +1,48 @@
+"""Margins of a problem's only sample by a search over parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...perturbation.sets import Perturbation
+from ..problem import MarginProblem
+from .question import TUNING, SplitQuestion, has_pieces
+from .search import split_rows
+
+
+def can_split(problem: MarginProblem) -> bool:
+    """Whether the problem has neurons that can be split, and a set that the bounds of parts are made for."""
+    if problem.threat.norm == 0.0 or problem.threat.lengths is not None:
+        return False
+    return has_pieces(problem.by("alpha").graph(TUNING, slice(0, 1)))
+
+
+@torch.no_grad()
+def split_margins(problem: MarginProblem, eps: Tensor, margins: Tensor, enough: Tensor, deadline: float) -> Tensor:
+    """Margins of a problem's only sample at eps, raised until all are above ``enough`` or time is up.
+
+    Args:
+        problem: of one sample; by method "alpha", with slopes tuned or none.
+        eps: (1,) or (1, T), in the precision of the bounds.
+        margins: lower bounds that are known, (n_specs,).
+        enough, deadline: as for ``split_rows``.
+
+    Returns:
+        Lower bounds, (n_specs,).
+    """
+    offsets = problem.question.offsets
+    offset = torch.zeros_like(margins) if offsets is None else offsets[0].to(margins)
+    return split_rows(question_of(problem, eps), margins - offset, enough - offset, deadline) + offset
+
+
+def question_of(problem: MarginProblem, eps: Tensor) -> SplitQuestion:
+    """All rows of a problem's only sample over its set at eps."""
+    dtype, one = eps.dtype, torch.zeros(1, dtype=torch.long, device=eps.device)
+
+    def set_of(parts: int, kind: torch.dtype) -> Perturbation:
+        same = one.expand(parts)
+        return problem._perturbation(eps[same].to(kind), same, kind)
+
+    whole = problem.bounds(eps, one, dtype)
+    return SplitQuestion(problem.rows[0].to(dtype), whole, lambda kind: problem.graph(kind, one), set_of)
