@@ -156,5 +156,6 @@ def _both_sides(
         eps, question = eps.repeat_interleave(2 * count, dim=0), question.row_by_row()
     problem = MarginProblem(question, how)
     least = tuned_margins(problem, eps, dtype) - problem.slack(dtype)
+    least = torch.where(least.isnan(), -torch.inf, least)  # of numbers that overflow nothing is known
     lower, minus_upper = least.reshape(-1, 2 * count).split(count, dim=1)
     return lower, -minus_upper
