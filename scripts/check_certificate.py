@@ -1388,7 +1388,7 @@ def read_model(header):
     require(model.get("architecture") in tuple(OPERATIONS), "the architecture is unknown")
     require(type(model.get("bidirectional")) is bool, "bidirectional is not true or false")
     activations = ("tanh", "relu") if model["architecture"] == "rnn" else (None,)
-    require(model.get("activation") in activations, "the activation is unknown")
+    require("activation" in model and model["activation"] in activations, "the activation is unknown")
     require(model.get("pooling") in ("last", "mean"), "the pooling is unknown")
     if "features" in model:
         found = model["features"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from utils.attack import attack_radius, carlini_wagner, clever, pgd
-from utils.certify import certified_margin, certified_radius, decide, save_certificates
+from utils.certify import certified_margin, certified_radius, decide, output_bounds, save_certificates
 from utils.models import SequenceClassifier
 from utils.network.trace import trace
 
@@ -181,3 +181,17 @@ def test_names_of_arguments():
             call(MODELS["classifier"], X, [0, 0], 0.1, nrom=2)
     with pytest.raises(ValueError, match="leave out lengths"):
         pgd(MODELS["classifier"], X, [0, 0], 0.1, lengths=[3, 3])
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_bounds_nothing(half):
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    x, labels = torch.linspace(-1.0, 1.0, 8).reshape(2, 4).to(half), torch.tensor([0, 2])
+    margins = certified_margin(model, x, labels, 0.1)
+    assert torch.equal(margins, certified_margin(model, x.float(), labels, 0.1))
+    for asked in (
+        lambda: certified_margin(model, x, labels, 0.1, dtype=half),
+        lambda: output_bounds(model, x, 0.1, dtype=half),
+    ):
+        with pytest.raises(ValueError, match="torch.float32 or torch.float64, not"):
+            asked()

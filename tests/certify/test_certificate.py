@@ -369,8 +369,13 @@ def test_damaged_files_end_in_one_line(name, copy, capsys):
     assert err.startswith(f"error: {path}: ") and err.count("\n") == 1
 
 
+def no_activation(path, header, arrays):
+    del header["model"]["activation"]
+    save(path, header, arrays)
+
+
 @pytest.mark.parametrize(
-    "damage", [cut, text, edit(model={}), set_array("std", np.zeros_like), set_array("h0", with_nan)]
+    "damage", [cut, text, edit(model={}), no_activation, set_array("std", np.zeros_like), set_array("h0", with_nan)]
 )
 def test_damaged_weights_end_in_one_line(damage, copy, capsys):
     damage(copy / "weights.npz", *read(copy / "weights.npz"))

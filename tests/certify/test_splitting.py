@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from utils.bounds.alpha import default_slopes, select
 from utils.bounds.passes import BoundPass
-from utils.bounds.splits import CutPass, Cuts, Narrowed, Neurons, tune_parts
+from utils.bounds.splits import CutPass, Cuts, Narrowed, Neurons, knot_of, tune_parts
 from utils.certify import certified_margin, margin_problem
 from utils.certify.bab import decide
 from utils.certify.splitting import can_split, split_margins
@@ -16,6 +16,7 @@ from utils.certify.splitting.margins import question_of
 from utils.certify.splitting.search import _Search
 from utils.clock import now
 from utils.graph.convolution import Convolution
+from utils.graph.pooling import Pick
 from utils.perturbation.lp_ball import INF
 
 DTYPE = torch.float64
@@ -200,6 +201,44 @@ def test_no_convolution_becomes_a_matrix_where_neurons_are_split(monkeypatch):
     x = torch.rand(2, 4)
     verdicts = {one.verdict for one in decide(model, x, model(x).argmax(dim=1), 0.05, norm=INF, time_limit=5.0)}
     assert verdicts == {"certified"}
+
+
+class Turned(nn.Module):
+    """Neurons that are read with another sign, in part, and cut elsewhere than at 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.last(torch.cat(((-h).clamp(min=0.3), torch.relu(-h[:, 2:4])), dim=1))
+
+
+@torch.no_grad()
+def test_neurons_are_found_through_what_moves_them():
+    torch.manual_seed(1)
+    model, x = Turned().requires_grad_(False), torch.rand(1, 4)
+    problem = margin_problem(model, x, model(x).argmax(dim=1), method="alpha", norm=INF)
+    bounds = cut_pass(problem, torch.tensor([0.5], dtype=DTYPE), Cuts.none(1, torch.empty(0, dtype=DTYPE)))
+    known = {}
+    for node in bounds.graph.nodes:
+        known[node.index] = x.double() if not node.parents else node.value(*(known[p.index] for p in node.parents))
+    all_neurons = torch.cat([known[node.index] for node in bounds.neurons.nodes], dim=1)
+    operands = [node.parents[0] for node in bounds.graph.nodes if knot_of(node) is not None]
+    assert len(operands) == 2 and all(operand not in bounds.neurons.nodes for operand in operands)
+    for operand in operands:
+        numbers, sign = bounds.neurons.read_by(operand)
+        torch.testing.assert_close(sign * all_neurons[:, numbers], known[operand.index])
+    picked = Pick(operands[1], torch.tensor([1, 0, 1]))
+    assert bounds.neurons.read_by(picked)[0].tolist() == bounds.neurons.read_by(operands[1])[0][[1, 0, 1]].tolist()
+    bounds.margin(problem.rows.to(DTYPE))
+    asked = question_of(problem, torch.tensor([0.5], dtype=DTYPE))
+    search = _Search(asked, *torch.zeros(2, problem.rows.shape[1]).double(), now())
+    numbers, points, losses = search._candidates(bounds)
+    low, high = (torch.cat([bounds.interval(node)[end] for node in bounds.neurons.nodes], dim=1) for end in (0, 1))
+    chosen = losses[0] > 0
+    assert chosen.any() and (low[0, numbers] < points)[chosen].all() and (high[0, numbers] > points)[chosen].all()
 
 
 def test_what_is_asked_for_too_much_is_never_reached():

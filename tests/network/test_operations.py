@@ -112,6 +112,16 @@ READ = {
     "of length one": lambda h: F.normalize(h, dim=-1),
     "cosine": lambda h: F.cosine_similarity(h, CONSTANT, dim=-1),
     "log of a softmax": lambda h: h.log_softmax(-1).tanh() + h.logsumexp(1, keepdim=True),
+    "masked sums of exponentials": lambda h: torch.cat(
+        [
+            h.masked_fill(torch.arange(N) == 0, -torch.inf).logsumexp(-1),
+            h.masked_fill(torch.arange(N) == 0, -1e9).logsumexp(-1),
+            h.masked_fill(torch.ones(T, N).triu(1) > 0, -torch.inf).logsumexp(-1).tanh(),
+            h.masked_fill(torch.arange(N) == 2, -torch.inf).log_softmax(-1)[..., 1],
+            h[..., :1].logsumexp(-1) + torch.norm(h, dim=(1, 2))[:, None],
+        ],
+        dim=1,
+    ),
     "variance": lambda h: torch.cat((h.var(1), h.std(-1, correction=0)), dim=1),
     "gelu by tanh": nn.GELU(approximate="tanh"),
     "distances": lambda h: torch.cdist(h, W.T),
@@ -186,6 +196,8 @@ def test_a_logarithm_of_what_may_be_negative_is_said():
         (lambda h: h.amax(0), "one axis of a sample"),
         (lambda h: h.max(), "not over all values"),
         (lambda h: h**0.7, "whole exponent"),
+        (lambda h: h[..., :1].std(-1), "variance of 1 values, divided by 0"),
+        (lambda h: h.masked_fill(torch.eye(T, N) > 0, -torch.inf)[:, :, :T].logsumexp(-1), "same place of all rows"),
         (lambda h: torch.einsum("btn,btn->bt", h, h), "both depend"),
     ],
 )
@@ -194,6 +206,14 @@ def test_what_is_not_read_is_said(function, words):
     module.function = function
     with pytest.raises(UnsupportedError, match=words):
         trace(module, torch.randn(2, T, N, dtype=torch.float64))
+
+
+def test_of_numbers_that_overflow_nothing_is_known():
+    module = Does(lambda h: (1e3 * h).logsumexp(-1) - (1e3 * h).logsumexp(-1).mean(1, keepdim=True))
+    x = torch.zeros(1, T, N, dtype=torch.float64)
+    for method in ("ibp", "crown"):
+        found = output_bounds(module, x, 5.0, method=method)
+        assert (found.lower == -torch.inf).all() and (found.upper == torch.inf).all()
 
 
 def test_attention_in_onnx_files(tmp_path):

@@ -100,3 +100,11 @@ def test_a_root_that_is_not_looked_at_where_it_touches_is_noticed(monkeypatch):
     monkeypatch.setattr(half_lines, "least", lambda points: points[0])
     with pytest.raises(AssertionError):
         check("sqrt(1)")
+
+
+def test_lines_above_roots_of_huge_numbers_touch_where_they_have_to():
+    l, u = torch.tensor([0.0, 1.0, 5e14]), torch.full((3,), 1e30)  # noqa: E741
+    for slopes in (None, (torch.zeros(3), torch.full((3,), 1e-13))):
+        (a,), c = ACTIVATIONS["sqrt(0)"].relax(l, u, slopes).upper
+        points = (l[:, None] + (u - l)[:, None] * torch.logspace(-15, 0, 300)).double()
+        assert (a[:, None].double() * points + c[:, None].double() >= points.sqrt()).all()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..choices.method import ALPHA_STEPS, CURVE_STEPS, TIME_LIMIT, Method
 from ..graph.graph import Graph
 from ..network.state import plain_state
+from ..question.arguments import check_precision
 from ..question.question import Question
 from ..question.threat import Frames, Threat
 from .bab import TUNING, best_margins
@@ -95,7 +96,8 @@ def certified_margin(
         time_limit: seconds that "bab" may take for a sample, from its start: planes, tuned slopes and "curve" count.
         chain: of "jacobian" and "shell": how gradients are bounded, "chord", "recurjac" or "interval".
         layers: likewise: the method, of one pass, by which the network's layers are bounded.
-        dtype: precision of the bounds; that of x if left out. They are tuned in float32.
+        dtype: precision of the bounds, float32 or float64; if left out that of x, of half precision float32. They are
+            tuned in float32.
 
     Returns:
         (batch, n_specs); a positive row cannot change sign inside the perturbation set (up to rounding; ``SLACK``).
@@ -121,7 +123,8 @@ def certified_margin(
         ).squeeze(-1)
     how = Method(method, relaxation, alpha_steps, curve_steps, time_limit, chain, layers)
     problem = MarginProblem(Question(model, x, labels, targets, threat, extra=extra), how)
-    dtype = dtype or problem.x.dtype
+    dtype = dtype or torch.promote_types(problem.x.dtype, torch.float32)
+    check_precision(dtype)
     return problem.question.arranged(margins_at(problem, problem.question.eps(eps, dtype), dtype))
 
 

@@ -90,7 +90,7 @@ def _problem(model, x: Tensor, rows: Tensor, threat: Threat, method: Method) -> 
     if rows.shape[0] not in (1, len(question.x)) or rows.shape[2] != question.rows.shape[2]:
         wanted = f"(batch or 1, n_rows, {question.rows.shape[2]})"
         raise ValueError(f"rows must be {wanted}, one number an output, not {tuple(rows.shape)}")
-    question.rows = rows.to(question.rows).expand(len(question.x), -1, -1)
+    question.rows = rows.to(question.rows.device, torch.float64).expand(len(question.x), -1, -1)
     return MarginProblem(question, method)
 
 

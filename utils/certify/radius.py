@@ -16,9 +16,10 @@ from torch import Tensor
 from ..bounds.alpha import STEP_BOUNDS
 from ..bounds.curve import CURVED_STEP, VERDICT_STEPS
 from ..clock import Pace, now, share_of
+from ..question.arguments import check_precision
 from .bab import ALPHA_SHARE, TUNED_SHARE, refine_radii
 from .counts import search_counts
-from .problem import SLACK, MarginProblem
+from .problem import MarginProblem
 from .results.progress import Progress, reported
 from .search import SPREAD, Bracket, MarginOf, foretold_radius, largest_certified
 from .sweep import direct_problem, sweep_radii
@@ -91,8 +92,7 @@ def search_radius(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     for precision in (dtype, search_dtype):
-        if precision not in SLACK:
-            raise ValueError(f"a radius is searched in torch.float32 or torch.float64, not {precision}")
+        check_precision(precision, "a radius is searched")
     search = _Searcher(tol, eps0, max_eps, dtype, search_dtype)
     by_rows = _count_rows if problem.threat.norm == 0.0 else _search_rows
     at_once = 1 if problem.method.branches else batch_size  # a time limit is that of one sample

@@ -61,6 +61,12 @@ def as_eps(value: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     return eps.expand(len(x)) if eps.dim() == 0 else eps
 
 
+def check_precision(dtype: torch.dtype, what: str = "bounds are computed") -> None:
+    """Raise ValueError for floats that are too short to bound anything, and for what are no floats."""
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{what} in torch.float32 or torch.float64, not {dtype}")
+
+
 def as_norm(value: Any) -> float:
     """0, 1, 2 or inf, from a number or from "2", "l2", "linf" ..."""
     if isinstance(value, str):

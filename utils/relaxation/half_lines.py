@@ -68,8 +68,8 @@ def relax_sqrt(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
     """Lines around sqrt(max(y, 0)): less a y least at an end or 0, and greatest there or at 1 / (4 a a)."""
     zero = torch.zeros_like(l).clamp(l, u)
     low, high = slopes or _sqrt_slopes(l, zero, u)
-    tiny = torch.finfo(l.dtype).tiny
-    touching = (0.5 / high.detach().clamp(min=tiny**0.25)) ** 2
+    # Of slopes so small that this overflows, it is the end that counts.
+    touching = (0.5 / high.detach().clamp(min=torch.finfo(l.dtype).tiny)) ** 2
     points = (l, zero, u, torch.minimum(torch.maximum(touching, zero), u))
     below = least([guarded(sqrt(y), low * y) for y in points[:3]])
     above = -least([guarded(-sqrt(y), -high * y) for y in points])

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ...graph.graph import Graph
 from ...graph.nodes import Node
+from ...graph.picks import Negative, Slice
+from ...graph.pooling import Pick
 from ..neurons import readers
 
 
@@ -31,6 +33,20 @@ class Neurons:
     def spans(self):
         """Each node with the numbers of its neurons, (node, first, end)."""
         return ((node, start, start + node.size) for node, start in zip(self.nodes, self.starts, strict=True))
+
+    def read_by(self, operand: Node) -> tuple[Tensor, float]:
+        """Numbers of the neurons that an operand's elements are, (size,), and 1.0, or -1.0 where they are minus these.
+
+        An operand is a node whose elements are neurons, or moves those of one (``Node.bounded_through``).
+        """
+        if isinstance(operand, (Negative, Slice, Pick)):
+            numbers, sign = self.read_by(operand.parents[0])
+            if isinstance(operand, Negative):
+                return numbers, -sign
+            places = operand.places if isinstance(operand, Pick) else slice(operand.start, operand.start + operand.size)
+            return numbers[places], sign
+        start = self.starts[self.nodes.index(operand)]
+        return torch.arange(start, start + operand.size), 1.0
 
 
 @dataclass

@@ -12,7 +12,7 @@ from ...graph.graph import Graph
 from ...network.outputs import SeveralOutputs
 from ...network.state import plain_state
 from ...perturbation.lp_ball import INF
-from ...question.arguments import as_tensor
+from ...question.arguments import as_tensor, check_precision
 from ...question.elements import box_of
 from ...question.question import OutputQuestion, Question
 from ...question.threat import Frames, Threat
@@ -83,6 +83,7 @@ def output_bounds(
     how = Method(method, relaxation, alpha_steps, curve_steps, chain=chain, layers=layers)
     if how.branches:
         raise ValueError("method bab decides signs of margins: take curve for bounds of outputs")
+    check_precision(dtype)
     if lower is not None or upper is not None:
         if x is not None or eps is not None or lower is None or upper is None or scales is not None:
             raise ValueError("give x and eps, or lower and upper")
@@ -156,5 +157,6 @@ def _both_sides(
         eps, question = eps.repeat_interleave(2 * count, dim=0), question.row_by_row()
     problem = MarginProblem(question, how)
     least = tuned_margins(problem, eps, dtype) - problem.slack(dtype)
+    least = torch.where(least.isnan(), -torch.inf, least)  # of numbers that overflow nothing is known
     lower, minus_upper = least.reshape(-1, 2 * count).split(count, dim=1)
     return lower, -minus_upper

@@ -146,16 +146,15 @@ class _Search:
 
     def _candidates(self, passed: CutPass) -> tuple[Tensor, Tensor, Tensor]:
         """Numbers and points of all neurons that may be cut, and what their planes cost each part, (parts, neurons)."""
-        first = {node.index: start for node, start, _ in passed.neurons.spans()}
         nothing = passed.cuts.point.new_zeros(1)
         numbers, points, losses = [nothing.long()], [nothing], [nothing.expand(len(passed.empty), 1)]
         for node, loss in passed.losses.items():
-            operand = node.parents[0]
-            start = first[operand.bounded_through.index] + getattr(operand, "start", 0)
-            numbers.append(torch.arange(start, start + node.size, device=loss.device))
-            points.append(torch.full((node.size,), knot_of(node), dtype=loss.dtype, device=loss.device))
+            operand, knot = node.parents[0], knot_of(node)
+            own, sign = passed.neurons.read_by(operand)
+            numbers.append(own.to(loss.device))
+            points.append(torch.full((node.size,), sign * knot, dtype=loss.dtype, device=loss.device))
             low, high = passed.interval(operand)
-            losses.append(torch.where((low < points[-1]) & (high > points[-1]), loss, 0.0))
+            losses.append(torch.where((low < knot) & (high > knot), loss, 0.0))
         return torch.cat(numbers), torch.cat(points), torch.cat(losses, dim=1)
 
     def _tuned(self, parts: Parts, steps: int) -> Parts:

@@ -132,15 +132,14 @@ def amax(builder, x, dim=None, keepdim=False):
     if not parts:
         raise UnsupportedError("nothing is left to take the greatest of")
     present = torch.stack([part.shift[0].flatten() != -torch.inf for part in parts])
-    nodes = tuple(gathered(builder, _finite(part)) for part in parts)
+    nodes = tuple(gathered(builder, zeroed(part, part.shift == -torch.inf)) for part in parts)
     made = builder.graph.add(Maximum(nodes, present)) if len(nodes) > 1 else nodes[0]
     result = builder.symbol(made, torch.arange(shape[0])).view(lambda part: part.reshape(shape))
     return result.view(lambda part: part.unsqueeze(axis)) if keepdim else result
 
 
-def _finite(x: Symbol) -> Symbol:
-    """With zeros in place of what a mask has made minus infinity, and is left out."""
-    out = x.shift == -torch.inf
+def zeroed(x: Symbol, out: Tensor) -> Symbol:
+    """With zeros at some places, such as those that a mask has made minus infinity, and that are left out."""
     return Symbol(x.ids.masked_fill(out, CONSTANT), x.scale.masked_fill(out, 0.0), x.shift.masked_fill(out, 0.0))
 
 

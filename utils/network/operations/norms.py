@@ -14,7 +14,7 @@ from ...graph.pooling import Maximum, Pick
 from ..symbolic import CONSTANT, DTYPE, SAMPLE, Builder, Symbol, UnsupportedError, constant, join
 from ..trace import OPERATIONS, as_symbol, operation
 from .attention import WITHIN, normalised
-from .functions import amax, named
+from .functions import amax, named, zeroed
 
 POSITIVE = ("relu", "sigmoid", "softplus", "exp", "abs", "log1p", "rsqrt", "reciprocal", "sqrt")
 constant_division = OPERATIONS["div"]
@@ -162,7 +162,7 @@ def vector_norm(builder, x, ord=2, dim=None, keepdim=False, dtype=None):
 
 
 @operation("norm", "linalg_norm")
-def norm(builder, x, p="fro", dim=None, keepdim=False, dtype=None, ord=None):
+def norm(builder, x, p="fro", dim=None, keepdim=False, out=None, dtype=None, ord=None):
     p = p if ord is None else ord
     if not isinstance(dim, int) and p not in ("fro", 2, None):
         raise UnsupportedError("norms of matrices are not supported")
@@ -251,6 +251,8 @@ def var(builder, x, dim=None, unbiased=True, keepdim=False, *, correction=None):
         raise UnsupportedError("a variance is supported over one axis of a sample")
     less = int(unbiased) if correction is None else correction
     size = x.shape[dim]
+    if size <= less:
+        raise UnsupportedError(f"a variance of {size} values, divided by {size - less}, is no number")
     last = x.view(lambda part: part.movedim(dim, -1))
     centred = builder.linear(last, torch.eye(size, dtype=DTYPE) - 1.0 / size)
     share = torch.full((1, size), 1.0 / (size - less), dtype=DTYPE)
@@ -265,16 +267,32 @@ def _std(builder, x, dim=None, unbiased=True, keepdim=False, *, correction=None)
 
 @operation("logsumexp")
 def logsumexp(builder, x, dim, keepdim=False):
-    """x_0 + log(sum_j exp(x_j - x_0)): of differences, whose bounds are tighter, and the sum is at least 1."""
+    """x_k + log(sum_j exp(x_j - x_k)), k a place: of differences, whose bounds are tighter, and the sum is at least 1.
+
+    Minus infinity, as masks make it, adds nothing.
+    """
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     if type(dim) is not int or dim % len(x.shape) == 0:
         raise UnsupportedError("a logsumexp is supported over one axis of a sample")
-    first = x.view(lambda part: part.narrow(dim, 0, 1))
-    rest = x.view(lambda part: part.narrow(dim, 1, part.shape[dim] - 1))
-    others = builder.activation(builder.add(rest, builder.negative(first)), "exp")
-    total = builder.add(builder.sum(others, (dim,), True), constant(1.0))
-    result = builder.add(first, log(builder, total))
+    size, place = x.shape[dim], _least_constant(x, dim)
+    result = x.view(lambda part: part.narrow(dim, place, 1))
+    if size > 1:
+        others = torch.tensor([k for k in range(size) if k != place])
+        rest = x.view(lambda part: part.index_select(dim, others))
+        out = rest.shift == -torch.inf
+        terms = builder.activation(builder.add(zeroed(rest, out), builder.negative(result)), "exp")
+        total = builder.add(builder.sum(zeroed(terms, out), (dim,), True), constant(1.0))
+        result = builder.add(result, log(builder, total))
     return result if keepdim else result.view(lambda part: part.squeeze(dim))
+
+
+def _least_constant(x: Symbol, dim: int) -> int:
+    """The place along an axis at which the fewest values are constants, such as a mask's, and none minus infinity."""
+    fixed, out = ((part.movedim(dim, 0).flatten(1)) for part in (x.ids == CONSTANT, x.shift == -torch.inf))
+    counts = torch.where(out.any(dim=1), out.shape[1] + 1, fixed.sum(dim=1))
+    if int(counts.min()) > out.shape[1]:
+        raise UnsupportedError("a mask leaves nothing in one and the same place of all rows")
+    return int(counts.argmin())
 
 
 def log_softmax_within(builder: Builder, x: Symbol) -> Symbol:
