@@ -115,6 +115,8 @@ def test_a_radius_above_an_attack_s_stops_the_script(folder, tmp_path, monkeypat
     [
         (("--N", 999), "--N 999 is more than the 40 test utterances of tones"),
         (("--hidden-size", 7), "train it by python gru/train_gru_speech_classifier.py --hidden-size 7"),
+        (("--level", 1e9), "--level must be from -300 to 300 for noise, not 1000000000.0"),
+        (("--threat", "features", "--level", -1), "--level must be from 0 to 300 for features, not -1.0"),
         (("--span", 8, 9), "no chunk lies between 8 and 9 seconds"),
     ],
 )

@@ -127,6 +127,8 @@ def test_a_training_is_saved_with_its_recipe_and_resumed(tmp_path, monkeypatch):
     [
         (("--train-level", -60), "--train-eps is for certified training"),
         (("--certified", "ibp"), "--certified needs --train-eps"),
+        (("--certified", "ibp", "--train-level", -8000), "decibels from -300 to 300, not -8000"),
+        (("--certified", "ibp", "--train-level", "nan"), "decibels from -300 to 300, not nan"),
         (("--certified", "ibp", "--train-level", -60, "--train-eps", 0.1), "give one of them"),
         (("--certified", "ibp", "--train-level", -60, "--p", 2), "leave out --clip and --p"),
     ],

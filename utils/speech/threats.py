@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..network.models import SequenceClassifier
 from ..network.speech import SpeechClassifier
+from ..training.certified.speech import LOUDEST
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class SpeechThreat:
     kind: str
     level: float
     span: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        least = 0.0 if self.kind == "features" else -LOUDEST
+        if not least <= self.level <= LOUDEST:
+            raise ValueError(f"--level must be from {least:g} to {LOUDEST:g} for {self.kind}, not {self.level}")
 
     def model(self, classifier: SpeechClassifier) -> nn.Module:
         """The network whose input moves."""

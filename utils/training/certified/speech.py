@@ -15,6 +15,7 @@ from .losses import Batch
 from .objective import Certified
 from .recipe import Moment, Recipe
 
+LOUDEST = 300.0  # dB of the peak, either way: about what numbers can tell apart
 HELD_BACK_SHARE = 9  # of so many training utterances one is held back, unless told otherwise
 
 
@@ -41,6 +42,8 @@ def speech_recipe(args: argparse.Namespace, utterances: int) -> Recipe | None:
     if args.train_level is not None:
         if args.train_eps is not None:
             raise ValueError("--train-level is --train-eps in decibels: give one of them")
+        if not abs(args.train_level) <= LOUDEST:
+            raise ValueError(f"--train-level must be decibels from -{LOUDEST:g} to {LOUDEST:g}, not {args.train_level}")
         args.train_eps = 10.0 ** (args.train_level / 20.0)
     if args.clip or args.p not in (None, torch.inf):
         raise ValueError("speech is trained for noise on every sample: leave out --clip and --p, or take --p inf")
