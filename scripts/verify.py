@@ -48,7 +48,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument(
         "--input-shape", type=positive_int, nargs="+", metavar="N", help="of the network, if the file leaves axes open"
     )
-    parser.add_argument("--no-split", action="store_true", help="split neither neurons nor the box of inputs: bound it as a whole")
+    parser.add_argument("--no-split", action="store_true", help="split neither neurons nor boxes")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of the attack's starts")
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--dry-run", action="store_true", help="read the files and write nothing")

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from utils.bounds.alpha import default_slopes, select
 from utils.bounds.passes import BoundPass
 from utils.bounds.splits import CutPass, Cuts, Narrowed, Neurons, knot_of, tune_parts
-from utils.certify import certified_margin, margin_problem
+from utils.certify import certified_margin, certified_radius, margin_problem
 from utils.certify.bab import decide
-from utils.certify.splitting import can_split, split_margins
+from utils.certify.splitting import can_split, search, split_margins
 from utils.certify.splitting.margins import question_of
 from utils.certify.splitting.search import _Search
 from utils.clock import now
@@ -234,8 +234,8 @@ def test_neurons_are_found_through_what_moves_them():
     assert bounds.neurons.read_by(picked)[0].tolist() == bounds.neurons.read_by(operands[1])[0][[1, 0, 1]].tolist()
     bounds.margin(problem.rows.to(DTYPE))
     asked = question_of(problem, torch.tensor([0.5], dtype=DTYPE))
-    search = _Search(asked, *torch.zeros(2, problem.rows.shape[1]).double(), now())
-    numbers, points, losses = search._candidates(bounds)
+    searched = _Search(asked, *torch.zeros(2, problem.rows.shape[1]).double(), now())
+    numbers, points, losses = searched._candidates(bounds)
     low, high = (torch.cat([bounds.interval(node)[end] for node in bounds.neurons.nodes], dim=1) for end in (0, 1))
     chosen = losses[0] > 0
     assert chosen.any() and (low[0, numbers] < points)[chosen].all() and (high[0, numbers] > points)[chosen].all()
@@ -251,18 +251,39 @@ def test_what_is_asked_for_too_much_is_never_reached():
         assert (found <= exact + 1e-9).all()
 
 
+def broken_at(problem, eps: float) -> bool:
+    """Whether a point of the set at eps is classified otherwise."""
+    _, margins = values(problem, points(problem, torch.tensor(eps), count=20_000))
+    return bool((margins < 0).any())
+
+
+def test_radii_grow_by_splitting_and_no_attack_is_inside(monkeypatch):
+    """Nearly to the exact radius; with bounds that are too high, attacks are inside."""
+    model, problem = question("relu", INF, 1)
+    x, label = problem.x[:, 0], problem.rows[:, 0].argmax(dim=1)
+    how = {"norm": INF, "dtype": DTYPE, "tol": 2e-2}
+    planes = certified_radius(model, x, label, method="alpha", **how)
+    monkeypatch.setattr("utils.certify.radius.curves_pay", lambda problem: False)
+    found = float(certified_radius(model, x, label, method="bab", time_limit=20.0, **how))
+    assert found > 1.01 * float(planes)
+    assert not broken_at(problem, found) and broken_at(problem, 1.1 * found)
+    own = search.split_rows
+    monkeypatch.setattr("utils.certify.splitting.margins.split_rows", lambda *given: own(*given) + 0.3)
+    assert broken_at(problem, float(certified_radius(model, x, label, method="bab", time_limit=20.0, **how)))
+
+
 def test_halves_cover_their_part():
     _, problem = question("relu", INF, 1)
     eps = torch.tensor([0.3], dtype=DTYPE)
     start = problem.margins(eps, DTYPE)[0]
-    search = _Search(question_of(problem, eps), start, torch.full_like(start, torch.inf), now() + 60.0)
+    searched = _Search(question_of(problem, eps), start, torch.full_like(start, torch.inf), now() + 60.0)
     for _ in range(4):
-        search._round(4)
+        searched._round(4)
     neurons, _ = values(problem, points(problem, eps))
-    cuts = search.open.cuts
-    for row in search.open.row.unique():
+    cuts = searched.open.cuts
+    for row in searched.open.row.unique():
         covered = torch.zeros(len(neurons), dtype=torch.bool)
-        for part in (search.open.row == row).nonzero().squeeze(1):
+        for part in (searched.open.row == row).nonzero().squeeze(1):
             mine = cuts.neuron[part] >= 0
             sides = cuts.side[part, mine] * (neurons[:, cuts.neuron[part, mine]] - cuts.point[part, mine])
             covered |= (sides >= 0).all(dim=1)
@@ -290,7 +311,7 @@ def test_bab_decides_what_tuned_planes_leave_open():
     labels, settled = model(x).argmax(dim=1), 0
     for eps in (0.15, 0.3, 0.5):
         alpha = (certified_margin(model, x, labels, eps, norm=INF, method="alpha") > 0).all(dim=1)
-        for known, decision in zip(alpha, decide(model, x, labels, eps, norm=INF, time_limit=5.0), strict=True):
+        for known, decision in zip(alpha, decide(model, x, labels, eps, norm=INF, time_limit=30.0), strict=True):
             assert not known or decision.verdict == "certified"
             settled += decision.verdict == "certified" and not bool(known)
             assert decision.verdict != "unknown"

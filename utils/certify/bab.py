@@ -116,7 +116,7 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
     By "bab", neurons of two linear pieces are split at last, in networks without cells (``splitting``).
     """
     splits = problem.method.branches and can_split(problem)
-    problem = problem.by("alpha") if splits and not _curves_pay(problem) else problem
+    problem = problem.by("alpha") if splits and not curves_pay(problem) else problem
     problem.slopes, dtype, bounds = None, eps.dtype, Pace(deadline)
     best = _margins_by_balls(problem, eps, deadline, enough)
     if float(best.min()) > enough:
@@ -138,7 +138,7 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
     return best
 
 
-def _curves_pay(problem: MarginProblem) -> bool:
+def curves_pay(problem: MarginProblem) -> bool:
     """Whether curved bounds come before neurons are split: where no convolution would become a matrix."""
     graph = problem.by("alpha").graph(TUNING, slice(0, 1))
     return not any(isinstance(node, Convolution) for node in graph.nodes)

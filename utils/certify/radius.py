@@ -17,11 +17,12 @@ from ..bounds.alpha import STEP_BOUNDS
 from ..bounds.curve import CURVED_STEP, VERDICT_STEPS
 from ..clock import Pace, now, share_of
 from ..question.arguments import check_precision
-from .bab import ALPHA_SHARE, TUNED_SHARE, refine_radii
+from .bab import ALPHA_SHARE, CURVE_SHARE, TUNED_SHARE, curves_pay, refine_radii
 from .counts import search_counts
 from .problem import MarginProblem
 from .results.progress import Progress, reported
 from .search import SPREAD, Bracket, MarginOf, foretold_radius, largest_certified
+from .splitting import can_split, raise_radius
 from .sweep import direct_problem, sweep_radii
 
 # Smallest first eps of a search, as a share of the radius at which the margin's linearisation vanishes.
@@ -210,12 +211,16 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
     if problem.method.tuned:
         start = found.low.clone()
         _tune_slopes(problem, rows, search, found, first, planes)
-    if problem.method.curved:
-        start, steps = found.low.clone(), Pace(deadline, CURVED_STEP * planes.longest)
+    splits = problem.method.branches and can_split(problem)
+    if problem.method.curved and not (splits and not curves_pay(problem)):
+        until = share_of(deadline, CURVE_SHARE) if splits else deadline
+        start, steps = found.low.clone(), Pace(until, CURVED_STEP * planes.longest)
         _tune_curves(problem, rows, search, found, first, steps)
-    if problem.method.branches:
-        start = found.low.clone()
-        refine_radii(problem, rows, found, search, steps)
+        if problem.method.branches:
+            start = found.low.clone()
+            refine_radii(problem, rows, found, search, steps)
+    if splits:
+        raise_radius(problem.part(rows), found, search.dtype, search.tol, search.max_eps, deadline)
     return RadiusResult(found.low, found.high, found.margin, found.evaluations, start)
 
 

@@ -2,6 +2,7 @@
 
 from .margins import can_split, split_margins
 from .question import SplitQuestion, has_pieces
+from .radii import raise_radius
 from .search import split_rows
 
-__all__ = ["SplitQuestion", "can_split", "has_pieces", "split_margins", "split_rows"]
+__all__ = ["SplitQuestion", "can_split", "has_pieces", "raise_radius", "split_margins", "split_rows"]
