@@ -40,13 +40,26 @@ MODELS = [
     ("gru_{}_64", 7, "2", 0.2, 15),
     ("rnn_{}_64_tanh", 7, "2", 0.2, 30),
 ]
-# Convolutional networks, by folder.
-NORMALISED = "--model small --width 32 --batch-norm --batch-size 256 --lr 2e-3 --clip"
-CNNS = {
-    "cnn_small_32_bn_ibp_inf_0.3_clip": f"{NORMALISED} --certified ibp --train-eps 0.3 --epochs 36 "
-    "--clean-share 0.03 --ramp-share 0.45",
-    "cnn_small_32_bn_sabr_inf_0.1_clip": f"{NORMALISED} --certified sabr --train-eps 0.1 --epochs 26 "
-    "--clean-share 0.04 --ramp-share 0.4",
+# Others by folder: script, checkpoint and flags. The 14 slices need what makes short trainings better.
+OTHERS = {
+    "rnn_14_128_relu_mean_ibp_inf_0.1": (
+        "vanilla_rnn/train_rnn_mnist_classifier.py",
+        "rnn",
+        "--time-step 14 --activation relu --hidden-size 128 --pooling mean --lr 3e-3 --epochs 15 "
+        "--certified ibp --p inf --train-eps 0.1 --overshoot 1 --hidden-scale 0.1 --hidden-shift 0.9 --input-rate 3 --adam-beta2 0.99",
+    ),
+    "cnn_small_32_bn_ibp_inf_0.3_clip": (
+        "cnn/train_cnn_mnist_classifier.py",
+        "cnn",
+        "--model small --width 32 --batch-norm --batch-size 256 --lr 2e-3 --epochs 36 --clip --certified ibp "
+        "--train-eps 0.3 --clean-share 0.03 --ramp-share 0.45",
+    ),
+    "cnn_large_16_bn_sabr_inf_0.1_clip": (
+        "cnn/train_cnn_mnist_classifier.py",
+        "cnn",
+        "--model large --width 16 --batch-norm --batch-size 256 --lr 2e-3 --epochs 24 --clip --certified sabr "
+        "--train-eps 0.1 --small-box 0.6 --clean-share 0.04 --ramp-share 0.4",
+    ),
 }
 
 
@@ -60,9 +73,9 @@ def commands(models_dir: Path) -> dict[str, list[str]]:
             script = f"{folder}/train_{checkpoint}_mnist_classifier.py"
             ball = f"--certified ibp --p {norm} --train-eps {eps:g}"
             found[name] = [script, *f"--time-step {frames} {flags} --epochs {epochs} {ball}".split()]
-    for name, flags in CNNS.items():
-        if not (models_dir / name / "cnn").exists():
-            found[name] = ["cnn/train_cnn_mnist_classifier.py", *flags.split()]
+    for name, (script, checkpoint, flags) in OTHERS.items():
+        if not (models_dir / name / checkpoint).exists():
+            found[name] = [script, *flags.split()]
     return found
 
 
