@@ -46,7 +46,8 @@ OTHERS = {
         "vanilla_rnn/train_rnn_mnist_classifier.py",
         "rnn",
         "--time-step 14 --activation relu --hidden-size 128 --pooling mean --lr 3e-3 --epochs 15 "
-        "--certified ibp --p inf --train-eps 0.1 --overshoot 1 --hidden-scale 0.1 --hidden-shift 0.9 --input-rate 3 --adam-beta2 0.99",
+        "--certified ibp --p inf --train-eps 0.1 --overshoot 1 "
+        "--hidden-scale 0.1 --hidden-shift 0.9 --input-rate 3 --adam-beta2 0.99",
     ),
     "cnn_small_32_bn_ibp_inf_0.3_clip": (
         "cnn/train_cnn_mnist_classifier.py",
