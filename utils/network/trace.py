@@ -1075,6 +1075,8 @@ class TracedModule:
         symbol, self.output_shape = output.symbol, output.shape[1:]
         if len(output.shape) == 0 or output.shape[0] != BATCH:
             raise UnsupportedError(f"the output must be (batch, ...), not of shape {tuple(output.shape)}")
+        if not self.outputs.scores:
+            symbol = SETTLE[0](builder, symbol)  # the values themselves are meant
         symbol, self.softmax = self.outputs.without_end(builder, symbol)
         return builder.finish(symbol.view(lambda part: part.reshape(BATCH, -1)))
 
