@@ -4,6 +4,7 @@
     python scripts/certify.py --model my_model.py:Net --weights w.pt --data x.npy --p 0 --clip 0 1   # counts changes
     python scripts/certify.py --model my_model.py:Net --weights w.pt --data x.npy --box lower.npy upper.npy
     python scripts/certify.py --model net.onnx --data x.npz:x --labels x.npz:y --p inf --clip 0 1 --eps 0.01
+    python scripts/certify.py --model net.py:Padded --weights w.pt --data x.npy --extra lengths.npy
     torchrun --nproc-per-node 2 scripts/certify.py ... --out-dir FOLDER     # shared among processes, --resume goes on
 
 Writes certified_bound.csv, run.json and figures to --out-dir, certified/ unless told otherwise.
@@ -34,31 +35,14 @@ def get_args() -> argparse.Namespace:
 if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
-import torch
 from torch import Tensor
 
-from utils.graph import Graph
-from utils.own.loading import load_array, load_model
+from utils.own.loading import load_array, load_own
 from utils.own.run import OwnRun
 from utils.runs.cli import apply_common_arguments
 from utils.runs.ranks import joined
 
 BATCH = 20
-
-
-def load_inputs(args: argparse.Namespace, like: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Inputs and classes; floats in the model's precision, whole numbers as words."""
-    x = load_array(args.data, "--data")[: args.N]
-    labels = None if args.labels is None else load_array(args.labels, "--labels").long()[: args.N]
-    if args.shape:
-        if x[0].numel() != torch.Size(args.shape).numel():
-            raise ValueError(f"--shape {args.shape} does not fit inputs of {x[0].numel()} values")
-        x = x.reshape(len(x), *args.shape)
-    if x.dim() < 2 or len(x) == 0:
-        raise ValueError(f"--data must hold (batch, ...), not {tuple(x.shape)}")
-    if labels is not None and len(labels) != len(x):
-        raise ValueError(f"--labels holds {len(labels)} classes, --data {len(x)} inputs")
-    return (x.to(like) if x.is_floating_point() else x.long()), labels
 
 
 def load_box(args: argparse.Namespace, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -75,21 +59,11 @@ def main() -> None:
     device = apply_common_arguments(args)
     args.batch_size = args.batch_size or BATCH
     with joined(device) as ranks:
-        model = load_model(args.model, args.weights)
-        like = torch.float64
-        if not isinstance(model, Graph):
-            model = model.to(device)
-            like = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        x, labels = load_inputs(args, like)
+        args.N = 1 if args.dry_run else args.N
+        model, x, labels, extra = load_own(args, args.model, device)
         scales = None if args.scales is None else load_array(args.scales, "--scales")
-        if isinstance(model, Graph) and x.dim() > 1:
-            frames = model.frames
-            x = x.to(like).reshape(len(x), len(frames), frames[0].size)
         args.N = len(x)  # a later run may have more
-        if args.dry_run:
-            x, labels = x[:1], None if labels is None else labels[:1]
-        labels = None if labels is None else labels.to(device)
-        run = OwnRun(args, model, x.to(device), labels, scales, load_box(args, x.to(device)))
+        run = OwnRun(args, model, x, labels, scales, load_box(args, x), extra)
         run.check()
         counts = run.counts
         print(f"{args.model}: {counts['drawn']} inputs of {args.data}, {counts['misclassified']} misclassified", end="")

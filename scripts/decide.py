@@ -4,6 +4,7 @@
     python scripts/decide.py --model lstm_4_32 --p inf --eps 0.02 --clip --targeted --resume
     python scripts/decide.py --model lstm_4_32 --p 0 --k 2                  # two pixels of every slice change
     python scripts/decide.py --dataset cifar10 --data-dir FOLDER --model cnn_small_16 --p inf --eps 0.001
+    python scripts/decide.py --model my_model.py:Net --weights w.pt --data x.npy --labels y.npy --p inf --eps 0.1
     torchrun --nproc-per-node 2 scripts/decide.py --model lstm_4_32 --p 2 --eps 0.2 --N 100
 
 Images are decided one after the other: an attack looks for a counter-example, then bounds that take longer and longer
@@ -28,8 +29,15 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.choices import TIME_LIMIT
-from utils.experiments.arguments import add_norm_arguments, check_arguments, valid_range
+from utils.experiments.arguments import (
+    add_clip_argument,
+    add_norm_arguments,
+    check_arguments,
+    settle_clip,
+    valid_range,
+)
 from utils.experiments.table_arguments import MODELS_DIR
+from utils.own.arguments import add_own_data, check_own_data
 from utils.runs.cli import (
     ROOT,
     ArgumentParser,
@@ -48,29 +56,32 @@ from utils.training.datasets import add_dataset_argument, load_images
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", required=True, help=f"folder in {MODELS_DIR.relative_to(ROOT)}, or the path of a checkpoint"
+        "--model",
+        required=True,
+        help=f"folder in {MODELS_DIR.relative_to(ROOT)}, or the path of a checkpoint, or a model of your own",
     )
     add_dataset_argument(parser)
     group = parser.add_argument_group("what is decided")
-    group.add_argument("--eps", type=positive_float, help="how far every frame may move, in pixel values in [0, 1]")
+    group.add_argument("--eps", type=positive_float, help="how far every frame may move, in the units of the input")
     add_norm_arguments(group)
-    group.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1]")
+    add_clip_argument(group)
     kind = group.add_mutually_exclusive_group()
     kind.add_argument("--targeted", action="store_true", help="against one random other class an image")
     kind.add_argument(
         "--untargeted", dest="targeted", action="store_false", help="against all other classes (this is the default)"
     )
     parser.set_defaults(targeted=False, together=None)
-    group.add_argument("--N", type=positive_int, default=20, help="test images drawn, the misclassified among them")
+    group.add_argument(
+        "--N", type=positive_int, default=20, help="test images drawn, or first inputs of --data, the misclassified too"
+    )
     group = parser.add_argument_group("how")
     group.add_argument(
         "--time-limit", type=positive_float, default=TIME_LIMIT, help="seconds an image, attack and tuning included"
     )
     group.add_argument("--resume", action="store_true", help="continue an interrupted run of the same arguments")
     group.add_argument("--overwrite", action="store_true", help="replace results of another run in the folder")
-    group.add_argument(
-        "--out-dir", type=Path, help="folder of the results (default: P_norm_verdicts beside the checkpoint)"
-    )
+    group.add_argument("--out-dir", type=Path, help="folder of the results (default: P_norm_verdicts beside the model)")
+    add_own_data(parser)
     add_common_arguments(parser)
     args = parser.parse_args()
     wanted = "--k, with --p 0" if args.p == 0.0 else "--eps"
@@ -91,7 +102,10 @@ from utils.attack.pgd import VERDICT, AttackProblem, AttackResult
 from utils.certify.bab import VERDICTS, decide
 from utils.experiments.table_run import make_record
 from utils.experiments.tables import Case, load_all_images, norm_text
-from utils.experiments.wording import describe_goal, describe_threat, unit_of
+from utils.experiments.wording import describe_goal, describe_threat, drawn_text, is_own, noun_of, unit_of
+from utils.graph import Graph
+from utils.own.case import own_case
+from utils.own.run import classes_of
 from utils.runs.ranks import Ranks, joined
 from utils.runs.results import Record, check_writable, digest, exclusive, read_record
 from utils.runs.rows import KeyedRow
@@ -138,6 +152,7 @@ def described(args: argparse.Namespace, num_frames: int) -> argparse.Namespace:
     """The flags as those of a bound script, for its checks and words. Raises ValueError if they contradict."""
     flags = {"per_frame": False, "frames": None, "ball": "frame", "save_certificate": False, "together": None}
     flags |= {"untargeted": not args.targeted, "target": None, "p": args.p, "clip": args.clip, "k": args.k}
+    flags |= {"data": args.data}
     flags["method"] = "alpha" if args.p == 0.0 else "bab"
     threat = argparse.Namespace(**flags, time_step=num_frames)
     check_arguments(threat)
@@ -146,7 +161,7 @@ def described(args: argparse.Namespace, num_frames: int) -> argparse.Namespace:
 
 def result_folder(case: Case, args: argparse.Namespace) -> Path:
     """--out-dir, or beside the checkpoint inf_norm_verdicts, inf_norm_verdicts_targeted_clip ..."""
-    words = [f"{args.p:g}_norm_verdicts", *["targeted"] * args.targeted, *["clip"] * args.clip]
+    words = [f"{args.p:g}_norm_verdicts", *["targeted"] * args.targeted, *["clip"] * bool(args.clip)]
     return args.out_dir or case.path.parent / "_".join(words)
 
 
@@ -156,10 +171,12 @@ class Run:
     def __init__(self, case: Case, args: argparse.Namespace):
         self.case, self.args = case, args
         self.threat: dict[str, Any] = {"norm": args.p, "clip": valid_range(args)}
-        self.replica = copy.deepcopy(case.model).cpu()  # files hold CPU tensors, so that they can be read anywhere
+        # Files hold CPU tensors, so that they can be read anywhere.
+        self.replica = case.model if isinstance(case.model, Graph) else copy.deepcopy(case.model).cpu()
         self.examples: dict[int, AttackResult] = {}  # found and not saved yet, by sample
-        exact = AttackProblem(case.model, case.x, case.labels).model(VERDICT)
-        predictions = exact(case.frames.to(VERDICT)).argmax(dim=1).tolist()
+        attacked = AttackProblem(case.model, case.x, case.labels, extra=case.extra)
+        self.frames = attacked.balls.x  # (n, T, values a frame), float64
+        predictions = classes_of(attacked.logits(self.frames)).tolist()
         targets = ["all"] * len(case) if case.targets is None else case.targets.tolist()
         facts = zip(case.index.tolist(), case.labels.tolist(), predictions, targets, strict=True)
         self.keys = [VerdictKey(*values, args.eps) for values in facts]
@@ -177,14 +194,15 @@ class Run:
         started = time.perf_counter()
         key, own = self.keys[sample], slice(sample, sample + 1)
         inputs, targets = (self.case.model, self.case.x[own], self.case.labels[own]), self.targets(sample)
-        verdict, margin, example = "falsified", math.nan, self.case.frames[sample]
+        verdict, margin, example = "falsified", math.nan, self.frames[sample]
+        extra = self.case.extra.part(own)
         if not key.misclassified:
             effort = {"time_limit": min(self.args.time_limit, most_seconds), "seed": self.args.seed}
-            (found,) = decide(*inputs, self.args.eps, targets=targets, **effort, **self.threat)
+            (found,) = decide(*inputs, self.args.eps, targets=targets, extra=extra, **effort, **self.threat)
             verdict, margin, example = found.verdict, float(found.margins.min()), found.counterexample
         if example is not None:
             example = example[None].to(VERDICT)
-            worst = AttackProblem(*inputs, targets=targets).worst_margin(example)
+            worst = AttackProblem(*inputs, targets=targets, extra=extra).worst_margin(example)
             self.examples[sample] = AttackResult(example.cpu(), worst.cpu())
             margin = worst.item()
         return [VerdictRow(**vars(key), verdict=verdict, margin=margin, seconds=time.perf_counter() - started)]
@@ -199,7 +217,8 @@ class Run:
                 x, labels = (values[sample : sample + 1].cpu() for values in (self.case.x, self.case.labels))
                 targets = self.targets(sample)
                 targets = None if targets is None else targets.cpu()
-                save_attack(path, self.examples.pop(sample), x, labels, targets=targets, **self.threat)
+                extra = self.case.extra.part(slice(sample, sample + 1)).to("cpu")
+                save_attack(path, self.examples.pop(sample), x, labels, targets=targets, extra=extra, **self.threat)
                 self.check_example(path)
 
     def check_example(self, path: Path) -> None:
@@ -214,9 +233,10 @@ class Run:
 def describe_run(args: argparse.Namespace, case: Case, source: str) -> Record:
     """What run.json says about the run."""
     threat = described(args, case.num_frames)
-    pixels = (255 * case.x).round().to(torch.uint8).cpu().numpy()
     record = make_record(args, [case], source, case.x.device)
-    record["data"]["drawn_sha256"] = digest([pixels.tobytes(), case.labels.cpu().numpy().tobytes()])
+    if not case.is_own:
+        pixels = (255 * case.x).round().to(torch.uint8).cpu().numpy()
+        record["data"]["drawn_sha256"] = digest([pixels.tobytes(), case.labels.cpu().numpy().tobytes()])
     return {"threat_model": describe_threat(threat), "goal": describe_goal(threat), "unit": unit_of(args)} | record
 
 
@@ -231,7 +251,11 @@ def summarize(rows: Sequence[VerdictRow]) -> Record:
 def result_lines(rows: Sequence[VerdictRow], args: argparse.Namespace) -> list[str]:
     """A table of all images, and the verdicts counted."""
     line = "{:>6}{:>7}{:>12}{:>8}  {:<11}{:>13}{:>10}  {}"
-    lines = [line.format("image", "label", "prediction", "target", "verdict", "worst margin", "seconds", "").rstrip()]
+    lines = [
+        line.format(
+            noun_of(args)[:-1], "label", "prediction", "target", "verdict", "worst margin", "seconds", ""
+        ).rstrip()
+    ]
     for row in rows:
         note = "misclassified without any perturbation" if row.misclassified else ""
         cells = (row.index, row.label, row.prediction, row.target, row.verdict)
@@ -241,34 +265,42 @@ def result_lines(rows: Sequence[VerdictRow], args: argparse.Namespace) -> list[s
 
 def summary_line(summary: Record, args: argparse.Namespace) -> str:
     own = f" ({summary['misclassified']} of them misclassified as they are)" if summary["misclassified"] else ""
-    size = f"eps {args.eps:g} (pixel values in [0, 1], a ball of this radius in {norm_text(args.p)} around every frame)"
+    unit, what = (unit_of(args), "inputs") if is_own(args) else ("pixel values in [0, 1]", "test images")
+    size = f"eps {args.eps:g} ({unit}, a ball of this radius in {norm_text(args.p)} around every frame)"
     if args.p == 0.0:
-        size = f"{args.k} changed values (of every frame, to anything in [0, 1])"
+        low, high = valid_range(args)
+        size = f"{args.k} changed values (of every frame, to anything in [{low:g}, {high:g}])"
     return (
         f"{summary['certified']} certified, {summary['falsified']} falsified{own}, {summary['unknown']} unknown of "
-        f"{summary['images']} test images at {size}; {summary['seconds_per_image']:.2g} s per image, limit "
+        f"{summary['images']} {what} at {size}; {summary['seconds_per_image']:.2g} s per image, limit "
         f"{args.time_limit:g} s"
     )
 
 
 def print_introduction(record: Record, case: Case, args: argparse.Namespace) -> None:
-    print(f"{case.name} on test images of {record['data']['source']}: {len(case)} drawn with seed {args.seed}")
+    print(f"{case.name} on {drawn_text(record['arguments'], record['data']['source'])}")
     print(f"perturbation: {record['threat_model']}")
     print(f"certified: {record['goal']}; eps is {args.eps:g} in {record['unit']}", flush=True)
 
 
 def main() -> None:
     args = get_args()
+    check_own_data(args, [args.model])
+    settle_clip(args)
     device = apply_common_arguments(args)
     with joined(device) as ranks:
-        data = load_images(args, train=False)
-        case = load_all_images(args.model, data, args, device, targeted=args.targeted)
-        record = describe_run(args, case, data.source)
+        if args.data:
+            case, source = own_case(args.model, args, device, args.targeted), args.data
+        else:
+            data = load_images(args, train=False)
+            case, source = load_all_images(args.model, data, args, device, targeted=args.targeted), data.source
+        record = describe_run(args, case, source)
         run = Run(case, args)
         print_introduction(record, case, args)
         if args.dry_run:
             (row,) = run.rows(0, DRY_SECONDS)
-            print(f"dry run: image {row.index} is {row.verdict} within {DRY_SECONDS:g} s, nothing written")
+            what = "input" if args.data else "image"
+            print(f"dry run: {what} {row.index} is {row.verdict} within {DRY_SECONDS:g} s, nothing written")
             return
         folder = result_folder(case, args)
         check_writable(folder)

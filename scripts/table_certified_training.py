@@ -5,6 +5,8 @@
     python scripts/table_certified_training.py --models lstm_7_64 --eps 0.01 --N 1000 --p inf
     python scripts/table_certified_training.py --cnn --p inf --clip    # convolutional models in place of recurrent ones
     python scripts/table_certified_training.py --dataset cifar10 --data-dir FOLDER --p inf --clip
+    python scripts/table_certified_training.py --models my_model.py:Net --weights w.pt --data x.npy --labels y.npy \
+        --p inf --eps 0.1 --out-dir FOLDER
 
 Every image goes through a cascade (utils/certify/cascade): it is misclassified as it is, verified by the cheapest bound
 that can, broken by an attack, or undecided in the end. The table says which stage settled how many, in what time.
@@ -25,7 +27,9 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.choices import BALLS
+from utils.experiments.arguments import add_clip_argument, settle_clip, valid_range
 from utils.experiments.table_arguments import RECURRENT, add_run_arguments, committed_models, models_dir
+from utils.own.arguments import add_own_data, check_own_data
 from utils.runs.cli import ArgumentParser, answer_early, positive_float, positive_int, run_main
 from utils.training.datasets import add_dataset_argument
 
@@ -50,7 +54,8 @@ def get_args() -> argparse.Namespace:
         "--cnn", action="store_true", help="convolutional models in place of recurrent ones, as with cifar10"
     )
     parser.add_argument("--ball", choices=tuple(BALLS), help="a ball around every frame, or one around all (with --p)")
-    parser.add_argument("--clip", action="store_true", help="perturbed pixels stay in [0, 1] (only for --p inf)")
+    add_clip_argument(parser)
+    add_own_data(parser)
     group = parser.add_argument_group("effort")
     group.add_argument("--steps", type=positive_int, default=40, help="steps of PGD")
     group.add_argument("--restarts", type=positive_int, default=1, help="random starts of PGD for each class")
@@ -73,6 +78,8 @@ def get_args() -> argparse.Namespace:
         parser.error("--ball needs --p: without, models have the ball that they were trained for")
     if args.own_eps and args.eps:
         parser.error("--own-eps contradicts --eps: leave out one of them")
+    if args.data and not args.eps:
+        parser.error("radii are in the units of your --data: give --eps")
     for name, most in QUICK.items() if args.quick else ():
         setattr(args, name, min(getattr(args, name), most))
     return args
@@ -87,13 +94,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from data.mnist import ImageData
-from utils.attack.pgd import VERDICT, AttackResult
+from utils.attack.pgd import AttackProblem, AttackResult
 from utils.certify import Effort, cascade
 from utils.certify.cascade import ATTACK_STAGES, CLEAN, STAGES
 from utils.experiments.plots import columns_of_panels, headline, images_text, norm_symbol, size_of_model, tidy
 from utils.experiments.table_run import Report, Table, run_table, stop_by_contradiction
-from utils.experiments.tables import Case, case_path, load_all_images, markdown_table, norm_text
+from utils.experiments.tables import OWN, Case, case_path, load_all_images, markdown_table, norm_text
+from utils.experiments.wording import clip_text, is_own, noun_of, short_unit, unit_of
 from utils.network.checkpoint import Config, load_checkpoint, model_name
+from utils.own.case import own_case
 from utils.runs.rows import KeyedRow
 from utils.runs.work import Job, batches
 
@@ -188,8 +197,10 @@ def default_models(args: argparse.Namespace) -> list[str]:
     return [*(name for name in ordinary if architecture_of(configs[name]) in trained.values()), *trained]
 
 
-def load(name: str, data: ImageData, args: argparse.Namespace, device: torch.device) -> Case:
-    """A model and all images drawn, sorted by their numbers."""
+def load(name: str, data: ImageData | None, args: argparse.Namespace, device: torch.device) -> Case:
+    """A model and all images drawn, sorted by their numbers; or one's own, and its inputs."""
+    if args.data:
+        return own_case(name, args, device)
     case = load_all_images(name, data, args, device)
     order = case.index.argsort()
     own = case.path.parent.name if recipe_of(case.config) else case.name
@@ -207,7 +218,7 @@ def threats_of(case: Case, cases: Sequence[Case], args: argparse.Namespace) -> l
 
 
 def base(case: Case) -> str:
-    return architecture_of(case.config)
+    return case.name if case.is_own else architecture_of(case.config)
 
 
 def eps_of(threat: tuple[float, str], case: Case, cases: Sequence[Case], args: argparse.Namespace) -> list[float]:
@@ -231,12 +242,12 @@ def plan(cases: list[Case], args: argparse.Namespace) -> Table:
 
 
 def folder_name(args: argparse.Namespace) -> str:
-    words = [NAME, *["cnn"] * args.cnn, *[args.dataset] * (args.dataset != "mnist"), *["clip"] * args.clip]
-    return "_".join(words)
+    words = [NAME, *["cnn"] * args.cnn, *[args.dataset] * (args.dataset != "mnist"), *["clip"] * bool(args.clip)]
+    return "_".join([*words, *["own"] * is_own(args)])
 
 
 def threat_words(key: CascadeKey, args: argparse.Namespace) -> dict[str, Any]:
-    return {"norm": key.norm, "ball": key.ball, "clip": (0.0, 1.0) if args.clip else None}
+    return {"norm": key.norm, "ball": key.ball, "clip": valid_range(args)}
 
 
 def measure(case: Case, key: CascadeKey, args: argparse.Namespace) -> list[CascadeRow]:
@@ -244,8 +255,8 @@ def measure(case: Case, key: CascadeKey, args: argparse.Namespace) -> list[Casca
     own = slice(key.first, key.first + key.images)
     effort = {name: getattr(args, name) for name in ("steps", "restarts", "seed", "patience", "time_limit")}
     effort["total_limit"] = args.total_limit * key.images / len(case)
-    inputs = (case.model, case.x[own], case.labels[own], key.eps)
-    result = cascade(*inputs, effort=Effort(**effort), **threat_words(key, args))
+    inputs, extra = (case.model, case.x[own], case.labels[own], key.eps), case.extra.part(own)
+    result = cascade(*inputs, effort=Effort(**effort), extra=extra, **threat_words(key, args))
     costs: dict[str, float] = dict.fromkeys((column(stage, "tried") for stage in (CLEAN, *STAGES)), 0)
     costs |= dict.fromkeys((column(stage, "seconds") for stage in (CLEAN, *STAGES)), 0.0)
     for cost in (cost for cost in result.costs if cost.tried):
@@ -264,11 +275,12 @@ def report(rows: list[CascadeRow], cases: list[Case], args: argparse.Namespace) 
     by_name = {case.name: case for case in cases}
     check_order(groups, by_name, args)
     summary = [summarize(group, by_name[group[0].model]) for group in groups.values()]
-    cut = "; perturbed pixels stay in [0, 1]" * args.clip
+    cut = f"; perturbed {clip_text(args)}" if args.clip else ""
+    what, unit = ("inputs", unit_of(args)) if is_own(args) else ("test images drawn", "pixel values in [0, 1]")
     lines = [
         "# Trained to be verified: clean, PGD and verified accuracy",
         "",
-        f"Shares of all test images drawn, in per cent, against all other classes; eps in pixel values in [0, 1]{cut}.",
+        f"Shares of all {what}, in per cent, against all other classes; eps in {unit}{cut}.",
         "PGD: not broken by the attack. Verified: no perturbation within eps changes the class, proved in float64.",
         f"PGD has {args.steps} steps and {args.restarts} random start(s) for each class; verified images need none.",
         "Undecided: neither verified nor broken. Seconds are the processor's, for all images.",
@@ -279,7 +291,9 @@ def report(rows: list[CascadeRow], cases: list[Case], args: argparse.Namespace) 
         lines += ["", f"## {norm_text(threat[0])}, {ball}", "", *accuracy_table(own)]
         lines += ["", "Settled by each stage, in per cent of all images (images that it tried, its seconds):", ""]
         lines += stage_table(own)
-    return Report(summary, [*lines, "", *effort_lines(args)], plot(summary, args))
+    lines += ["", *effort_lines(args)]
+    lines = [line.replace("image", "input") for line in lines] if is_own(args) else lines
+    return Report(summary, lines, plot(summary, args))
 
 
 def check_order(groups: dict[tuple, Group], cases: dict[str, Case], args: argparse.Namespace) -> None:
@@ -301,8 +315,10 @@ def stop(case: Case, key: CascadeKey, sample: int, verified_eps: float, args: ar
     """Find the attack on the image anew, and stop with it as the evidence."""
     own, threat = slice(sample, sample + 1), threat_words(key, args)
     effort = Effort(ATTACK_STAGES, steps=args.steps, restarts=args.restarts, seed=args.seed)
-    found = cascade(case.model, case.x[own], case.labels[own], key.eps, effort=effort, **threat)
-    attack = AttackResult(found.examples.get(0, case.frames[sample].to(VERDICT))[None], found.margins)
+    inputs, extra = (case.model, case.x[own], case.labels[own]), case.extra.part(own)
+    found = cascade(*inputs, key.eps, effort=effort, extra=extra, **threat)
+    unperturbed = AttackProblem(*inputs, extra=extra).balls.x[0]
+    attack = AttackResult(found.examples.get(0, unperturbed)[None], found.margins)
     facts = {"eps": key.eps, "verified at eps": verified_eps, "attack's margin": found.margins.item()}
     norm = threat.pop("norm")
     stop_by_contradiction(args.out_dir / folder_name(args), case, sample, norm, attack, False, facts, **threat)
@@ -329,7 +345,7 @@ def summarize(group: Group, case: Case) -> dict[str, Any]:
 def recipe_text(config: Config) -> str:
     recipe = recipe_of(config)
     if recipe is None:
-        return ORDINARY
+        return "–" if config["architecture"] == OWN else ORDINARY
     ball = ", one ball" * (recipe.get("ball", "frame") == "sequence") + ", cut boxes" * bool(recipe.get("clip"))
     return f"{recipe['loss']}, {norm_text(float(recipe['p']))} {float(recipe['train_eps']):g}{ball}"
 
@@ -396,14 +412,14 @@ def plot(summary: list[dict], args: argparse.Namespace) -> Figure:
     for axes, ((name, norm, ball), records) in zip(every.flat, panels.items(), strict=False):
         plot_panel(axes, records)
         axes.set_title(name + ", one ball" * (ball == "sequence"), fontsize=9)
-        axes.set_xlabel(rf"$\epsilon$ ({norm_symbol(norm)}, pixel values)", fontsize=9)
+        axes.set_xlabel(rf"$\epsilon$ ({norm_symbol(norm)}, {short_unit(args)})", fontsize=9)
     for axes in every[:, 0]:
-        axes.set_ylabel("share of images (%)", fontsize=9)
+        axes.set_ylabel(f"share of {noun_of(args)} (%)", fontsize=9)
     styles = {"clean": ":", "not broken by PGD": "--", "verified": "-"}
     handles = [Line2D([], [], color="black", linestyle=style, label=name) for name, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    shown = images_text([record["images"] for record in summary])
-    headline(figure, f"{shown}, all classes{'; pixels stay in [0, 1]' * args.clip}")
+    shown = images_text([record["images"] for record in summary], noun_of(args))
+    headline(figure, f"{shown}, all classes{f'; {clip_text(args)}' if args.clip else ''}")
     return figure
 
 
@@ -427,6 +443,10 @@ def plot_panel(axes: Axes, records: list[dict]) -> None:
 
 def main() -> None:
     args = get_args()
+    check_own_data(args, args.models or [])
+    settle_clip(args)
+    if args.data and not args.models:
+        raise ValueError("--data is what models of your own are asked about: name them by --models FILE.py:NAME")
     args.models = args.models or default_models(args)
     run_table(args, partial(plan, args=args), load)
 

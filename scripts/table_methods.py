@@ -3,6 +3,7 @@
     python scripts/table_methods.py                      # all committed models, 20 images, p = 2 and inf
     python scripts/table_methods.py --quick
     torchrun --nproc-per-node 2 scripts/table_methods.py --methods crown alpha --p inf --resume
+    python scripts/table_methods.py --models my_model.py:Net --weights w.pt --data x.npy --labels y.npy --out-dir FOLDER
 
 Methods are compared on the same images. A certified radius is a lower bound of the least distortion that changes the
 class, PGD's an upper bound: a radius above it is a contradiction, at which the script stops with exit code 3 and saves
@@ -28,6 +29,7 @@ from utils.choices import METHODS
 from utils.choices.method import TUNED_METHODS
 from utils.experiments.arguments import add_effort_arguments, fill_in, refuse_balls
 from utils.experiments.table_arguments import add_run_arguments, finish_run_arguments
+from utils.own.arguments import add_own_data, check_own_data
 from utils.runs.cli import ArgumentParser, answer_early, run_main
 
 # Each of these begins with what the one before it does, so it must not certify less, if there is time for that.
@@ -44,6 +46,7 @@ def get_args() -> argparse.Namespace:
         "--targeted", action="store_true", help="keep away from one random class an image, not from all others"
     )
     add_effort_arguments(parser)
+    add_own_data(parser)
     args = finish_run_arguments(parser.parse_args(), quick_images=2)
     args.methods = sorted(set(args.methods), key=CHEAPEST_FIRST.index)
     refuse_balls(args.methods, "--methods")
@@ -58,14 +61,18 @@ if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data.mnist import ImageData
 from utils.attack.pgd import AttackResult, RadiusAttackResult, attack_radius
 from utils.certify import certified_radius
 from utils.experiments.plots import columns_of_panels, headline, images_text, norm_symbol, size_of_model, stairs, tidy
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
-from utils.experiments.tables import Case, markdown_table, norm_text
+from utils.experiments.tables import Case, load_case, markdown_table, norm_text
+from utils.experiments.wording import is_own, noun_of, short_unit
+from utils.own.case import own_case
 from utils.runs.bound_rows import statistics
 from utils.runs.rows import KeyedRow
 
@@ -111,7 +118,18 @@ class MethodRow(MethodKey, KeyedRow):
 def plan(cases: list[Case], args: argparse.Namespace) -> Table:
     keys, find = partial(keys_of, args=args), partial(measure, args=args)
     jobs = batch_jobs(cases, args.p, args.batch_size, keys, find)
-    return Table(NAME, MethodRow, jobs, partial(report, args=args))
+    return Table(folder_name(args), MethodRow, jobs, partial(report, args=args))
+
+
+def folder_name(args: argparse.Namespace) -> str:
+    return f"{NAME}_own" if is_own(args) else NAME
+
+
+def load(name: str, data: ImageData | None, args: argparse.Namespace, device: torch.device) -> Case:
+    """A model and the images that it classifies correctly; or one's own, and such inputs."""
+    if is_own(args):
+        return own_case(name, args, device, targeted=args.targeted, only_right=True)
+    return load_case(name, data, args, device)
 
 
 def keys_of(case: Case, norm: float, sample: int, args: argparse.Namespace) -> list[MethodKey]:
@@ -124,7 +142,7 @@ def measure(case: Case, norm: float, batch: list[int], args: argparse.Namespace)
     """The rows of some images. Raises ContradictionError if a certified radius is above the attack's."""
     targets = case.targets[batch] if args.targeted else None
     inputs = (case.model, case.x[batch], case.labels[batch])
-    options = {"norm": norm, "targets": targets, "batch_size": len(batch)}
+    options = {"norm": norm, "targets": targets, "batch_size": len(batch), "extra": case.extra.part(batch)}
     effort = {name: getattr(args, name) for name in ("alpha_steps", "curve_steps", "time_limit")}
     attack, attack_seconds, _ = timed(partial(attack_radius, *inputs, **options))
     columns = {}
@@ -174,7 +192,7 @@ def check_attack(
         if not radius <= broken:
             own = AttackResult(attack.x[place : place + 1], attack.margin[place : place + 1])
             facts = {"method": method, "certified": radius, "pgd": broken}
-            folder = args.out_dir / NAME
+            folder = args.out_dir / folder_name(args)
             stop_by_contradiction(folder, case, batch[place], norm, own, targeted=args.targeted, facts=facts)
 
 
@@ -221,11 +239,13 @@ def report(rows: list[MethodRow], args: argparse.Namespace) -> Report:
         groups.setdefault((row.model, row.norm), {}).setdefault(row.method, []).append(row)
     summary = [summarize(group, method) for group in groups.values() for method in group]
     against = "one random other class an image" if args.targeted else "all other classes"
+    units = "pixel values in [0, 1], a ball around every slice."
+    units = "units of the data, a ball around every frame." if is_own(args) else units
     lines = [
         "# Methods: radius and time",
         "",
-        f"Certified radius by each method against {against}, on the images that are classified correctly; in pixel",
-        "values in [0, 1], a ball around every slice. PGD: the smallest perturbation that the attack found, an upper",
+        f"Certified radius by each method against {against}, on the images that are classified correctly; in",
+        f"{units} PGD: the smallest perturbation that the attack found, an upper",
         'bound. "Of means" is mean radius / mean attack radius, "mean of ratios" that of radius / attack radius of',
         f"every image. Seconds are those per image of a whole search, in batches of {args.batch_size}; a tuned",
         "method's hold those of the cheaper ones that it begins with.",
@@ -236,7 +256,8 @@ def report(rows: list[MethodRow], args: argparse.Namespace) -> Report:
         if len({record["model"] for record in own}) > 1:
             lines += ["", "Means over the models:", "", *method_table(own)]
     lines += ["", effort_line(args), "", *order_lines(rows, args)]
-    return Report(summary, lines, plot(groups, against))
+    lines = [line.replace("image", "input") for line in lines] if is_own(args) else lines
+    return Report(summary, lines, plot(groups, against, args))
 
 
 def summarize(group: Group, method: str) -> dict:
@@ -298,7 +319,7 @@ def order_lines(rows: list[MethodRow], args: argparse.Namespace) -> list[str]:
     return [head, "", *(f"- {words}" for words in found)]
 
 
-def plot(groups: dict[tuple[str, float], Group], against: str) -> Figure:
+def plot(groups: dict[tuple[str, float], Group], against: str, args: argparse.Namespace) -> Figure:
     """Certified share of the images over eps, with the attack's above: a panel for each model and norm."""
     norms = list(dict.fromkeys(norm for _, norm in groups))
     models = list(dict.fromkeys(model for model, _ in groups))
@@ -314,12 +335,12 @@ def plot(groups: dict[tuple[str, float], Group], against: str) -> Figure:
         axes.set_visible(True)
         plot_panel(axes, group)
         axes.set_title(model, fontsize=9)
-        axes.set_xlabel(rf"$\epsilon$ ({norm_symbol(norm)}, pixel values)", fontsize=9)
+        axes.set_xlabel(rf"$\epsilon$ ({norm_symbol(norm)}, {short_unit(args)})", fontsize=9)
     for axes in every[:, 0]:
-        axes.set_ylabel("share of images (%)", fontsize=9)
+        axes.set_ylabel(f"share of {noun_of(args)} (%)", fontsize=9)
     handles, names = every[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(columns + 1, 3), frameon=False, fontsize=9)
-    shown = images_text([len(rows) for group in groups.values() for rows in group.values()])
+    shown = images_text([len(rows) for group in groups.values() for rows in group.values()], noun_of(args))
     headline(
         figure, f"{shown} a model, against {against};", "every slice in a ball of its own; planes, tuned by alpha on"
     )
@@ -349,7 +370,8 @@ def plot_panel(axes: Axes, group: Group) -> None:
 
 def main() -> None:
     args = get_args()
-    run_table(args, partial(plan, args=args))
+    check_own_data(args, args.models)
+    run_table(args, partial(plan, args=args), load)
 
 
 if __name__ == "__main__":

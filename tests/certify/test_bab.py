@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from helpers import normal
 from test_alpha import network, sequences
 from torch import nn
 
@@ -38,6 +39,25 @@ def test_verdicts_agree_with_radii_and_attacks(cell, norm):
                 assert decision.counterexample is None
             if share < 1:
                 assert decision.verdict == "certified"
+
+
+def test_one_score_is_decided_as_two_of_which_one_is_0():
+    torch.manual_seed(4)
+    one = nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 1)).double().eval()
+    pair = nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 2)).double().eval()
+    pair[1], last = one[1], pair[3]
+    with torch.no_grad():
+        last.weight.copy_(torch.cat((torch.zeros(1, 6), one[3].weight)))
+        last.bias.copy_(torch.cat((torch.zeros(1), one[3].bias)))
+    x = normal(8, 3, 3, seed=4)
+    labels = (one(x)[:, 0] > 0).long()
+    labels[0] = 1 - labels[0]
+    how = {"norm": float("inf"), "time_limit": 0.5}
+    verdicts = [[found.verdict for found in decide(model, x, labels, 0.1, **how)] for model in (one, pair)]
+    assert verdicts[0] == verdicts[1] and {"certified", "falsified"} <= set(verdicts[0])
+    for found, label in zip(decide(one, x, labels, 0.1, **how), labels, strict=True):
+        if found.counterexample is not None:
+            assert bool(one(found.counterexample[None]) > 0) != bool(label)
 
 
 def test_a_misclassified_sample_is_its_own_counterexample():

@@ -11,7 +11,7 @@ from helpers import classifier, normal
 from torch import nn
 
 from utils.attack.pgd import AttackProblem, pgd
-from utils.certify import Effort, cascade, certified_margin, margin_problem
+from utils.certify import Effort, cascade, certified_margin, decide, margin_problem
 from utils.certify.cascade import CLEAN, DEFAULT_STAGES, OUTCOMES, STAGES, CascadeResult, run
 from utils.certify.problem import MarginProblem
 from utils.network.models import SequenceClassifier
@@ -189,6 +189,87 @@ def test_any_module_and_radii_of_samples_and_frames():
     by_frame = torch.tensor([0.0, 0.1, 0.0], dtype=DTYPE).expand(12, 3)
     result = cascade(network, x, labels, by_frame, norm=INF, effort=QUICK)
     check(result, network, x, labels, 0.1, norm=INF, frames=1)
+
+
+class TwoScores(nn.Module):
+    """0 and a score: a margin of these is the score, or minus it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        score = self.model(x)
+        return torch.cat((torch.zeros_like(score), score), dim=1)
+
+
+def test_one_score_is_two_of_which_one_is_0():
+    torch.manual_seed(4)
+    one = nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 1)).double().eval()
+    x = normal(30, 3, 3, seed=4)
+    labels = (one(x)[:, 0] > 0).long()
+    labels[::5] = 1 - labels[::5]
+    effort = replace(QUICK, stages=("ibp", "runner-up", "pgd", "crown", "alpha"))
+    for model in (one, nn.Sequential(one, nn.Sigmoid())):
+        result = cascade(model, x, labels, 0.1, norm=INF, effort=effort)
+        pairs = cascade(TwoScores(one), x, labels, 0.1, norm=INF, effort=effort)
+        assert result.outcomes == pairs.outcomes and {"wrong", "broken", "verified"} <= set(result.outcomes)
+        torch.testing.assert_close(result.margins, pairs.margins, rtol=1e-5, atol=1e-6)
+        check(result, TwoScores(one), x, labels, 0.1, norm=INF)
+
+
+class Masked(nn.Module):
+    """Sums over the steps that count, of which each sample has a number of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, x, lengths):
+        mask = torch.arange(x.shape[1]) < lengths[:, None]
+        return self.last(torch.tanh(self.first(x) * mask[..., None]).sum(dim=1))
+
+
+def test_samples_of_several_kinds():
+    """Each is settled as it is by itself, and the shares of the time are those of a call."""
+    torch.manual_seed(2)
+    model, x = Masked().double().eval(), normal(20, 3, 3, seed=6)
+    lengths = torch.tensor([3, 1, 2, 2, 3] * 4)
+    labels = model(x, lengths).argmax(dim=1)
+    labels[::6] = (labels[::6] + 1) % 3
+    effort = replace(QUICK, stages=("ibp", "runner-up", "pgd", "crown"), patience=None)
+    result = cascade(model, x, labels, 0.08, norm=INF, effort=effort, extra=lengths)
+    assert set(result.outcomes) >= {"wrong", "broken", "verified"}
+    assert [cost.stage for cost in result.costs] == [CLEAN, *effort.stages] and result.costs[0].tried == 20
+    for k in range(len(x)):
+        own = slice(k, k + 1)
+        alone = cascade(model, x[own], labels[own], 0.08, norm=INF, effort=effort, extra=lengths[own])
+        assert alone.outcomes == [result.outcomes[k]] and alone.settled_by == [result.settled_by[k]]
+        torch.testing.assert_close(alone.margins, result.margins[own], rtol=1e-5, atol=1e-6)
+        if k in result.examples:
+            score = model(result.examples[k][None], lengths[own])[0]
+            assert score.argmax() != labels[k] and float((result.examples[k] - x[k]).abs().max()) <= 0.08
+
+
+def test_a_class_in_every_step():
+    """A sample is wrong if any step is, broken if any can be, and verified if none."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    x = normal(16, 2, 3, seed=8)
+    labels = model(x).argmax(dim=2)
+    labels[0, 1], labels[1, 0] = (labels[0, 1] + 1) % 3, -100
+    effort = replace(QUICK, stages=("ibp", "runner-up", "pgd", "crown"), patience=None)
+    result = cascade(model, x, labels, 0.15, norm=INF, effort=effort)
+    assert result.outcomes[0] == "wrong" and result.outcomes.count("wrong") == 1
+    attacked = pgd(model, x, labels, 0.15, norm=INF, steps=40, restarts=4).margin < 0
+    bounded = certified_margin(model, x, labels, 0.15, norm=INF).amin(dim=(1, 2)) > 0
+    for outcome, broken, safe in zip(result.outcomes[1:], attacked[1:], bounded[1:], strict=True):
+        assert outcome == ("broken" if broken else "verified" if safe else "undecided")
+    assert bool(attacked[1:].any()) and bool(bounded.any())
+    verdicts = [found.verdict for found in decide(model, x[:4], labels[:4], 0.15, norm=INF, time_limit=0.3)]
+    assert verdicts[0] == "falsified"
+    for verdict, outcome in zip(verdicts[1:], result.outcomes[1:4], strict=True):
+        assert (verdict, outcome) not in (("certified", "broken"), ("falsified", "verified"))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,8 @@ from torch import nn
 from utils.attack import pgd
 from utils.certify import (
     band_radius,
-    cascade,
     certified_margin,
     certified_radius,
-    decide,
     local_lipschitz,
     output_bounds,
 )
@@ -181,8 +179,6 @@ def test_what_does_not_fit_is_said_in_one_line():
     with pytest.raises(ValueError, match="take curve"):
         output_bounds(module, x, 0.1, method="bab")
     ended = made(nn.Sequential(nn.Flatten(), nn.Linear(T * N, 3), nn.Softmax(dim=1)))
-    with pytest.raises(UnsupportedError, match="scores before it"):
-        output_bounds(ended, x, 0.1)
     assert certified_margin(ended, x, ended(x).argmax(1), 0.01).shape == (BATCH, 2)
 
 
@@ -227,6 +223,19 @@ def test_only_signs_leave_a_sigmoid_out():
 # --- classifiers of every step ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("end", [nn.Softmax(dim=-1), nn.LogSoftmax(dim=-1)], ids=["shares", "logarithms"])
+def test_shares_of_classes(end):
+    module, x = made(Part(Several(), lambda parts: end(2.0 * parts["steps"]))), inputs()
+    bounds = output_bounds(module, x, 0.1, norm=INF)
+    for k in range(BATCH):
+        least, most = extremes(lambda y: module(y).flatten(1), x[k : k + 1], 0.1, INF)
+        lower, upper = bounds.lower[k].flatten(), bounds.upper[k].flatten()
+        assert (lower <= least[0] + 1e-9).all() and (most[0] <= upper + 1e-9).all()
+        assert ((upper - lower) < 5 * (most - least)[0]).all()
+    if isinstance(end, nn.Softmax):
+        assert (bounds.lower >= 0).all() and (bounds.upper <= 1).all()
+
+
 @pytest.mark.parametrize("end", [nn.Identity(), nn.Softmax(dim=-1)], ids=["scores", "softmax"])
 def test_labels_of_every_step(end):
     whole = made(Part(Several(), lambda parts: parts["steps"]))
@@ -261,12 +270,9 @@ def test_one_score_of_every_step(shape):
     assert certified_radius(module, x, wrong)[0] == 0
 
 
-def test_what_asks_for_one_of_several_classes_says_so(tmp_path):
+def test_certificates_of_one_score_are_refused(tmp_path):
     module, x = made(OneScore(nn.Identity())), inputs()
     labels = (module(x) > 0).long()
-    for ask in (lambda: decide(module, x, labels, 0.1), lambda: cascade(module, x, labels, 0.1)):
-        with pytest.raises(ValueError, match="a score for each of several classes"):
-            ask()
     with pytest.raises(ValueError):
         save_certificates(tmp_path, module, x, labels, 0.1)
 

@@ -116,6 +116,14 @@ def test_training_for_a_time(tmp_path):
     assert "steps in 1 s; 5 images of mnist: clean" in done.out and "up to crown" in done.out
 
 
+def test_times_of_readings():
+    done = call("benchmarks/time_readings.py", "--steps", 2, "--hidden-size", 3, "--repetitions", 1)
+    assert done.code == 0, done.err
+    rows = [line.split() for line in done.out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["LSTM", "GRU", "RNN", "LSTM", "MLP"]
+    assert all(float(row[-3]) > float(row[-2]) > 0 for row in rows)  # the first takes longer than later ones
+
+
 def test_constructs_are_read_and_attacked():
     command = [sys.executable, str(ROOT / "benchmarks" / "read_constructs.py"), "--only", "RMSNorm written"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -99,6 +99,37 @@ def test_a_ball_of_one_point_has_its_margin(method):
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-9)
 
 
+class Shares(nn.Module):
+    """Single shares times single values: these are no means, as rows of shares times values are."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores, self.values, self.head = nn.Linear(T * N, 5), nn.Linear(T * N, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.flatten(1)
+        return self.head(self.scores(h).softmax(dim=-1) * self.values(h))
+
+
+def as_means(self, bounds, honest=MatMul._mean_interval):
+    """An interval that takes every softmax for rows of shares of the product's own inner size."""
+    parent = self.parents[0]
+    if isinstance(parent, Softmax):
+        parent.width, width = self.shape.inner, parent.width
+        try:
+            return honest(self, bounds)
+        finally:
+            parent.width = width
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_single_shares_are_no_means(method, monkeypatch):
+    net, eps = made(Shares), torch.full((BATCH, T), 0.2).double()
+    assert max(excess(net, inputs(seed), eps, INF, method) for seed in range(1, 4)) <= 0
+    monkeypatch.setattr(MatMul, "_mean_interval", as_means)  # as it was once
+    assert max(excess(net, inputs(seed), eps, INF, method) for seed in range(1, 4)) > 1e-3
+
+
 def remainder_forgotten(monkeypatch):
     honest = MatMul._expand
 

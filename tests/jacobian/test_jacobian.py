@@ -144,7 +144,7 @@ def no_reflection(triangle, point, whole=passes._reflected):
 
 SMALL = (0.01, 0.03, 0.1)  # balls in which bounds are near to what they bound
 BROKEN = {
-    "range of a derivative": ("tangled", 2.0, "utils.jacobian.adjoint.derivative_ranges", middles),
+    "range of a derivative": ("tangled", 2.0, "utils.graph.nonlinear.derivative_ranges", middles),
     "one side of the gradient": ("tanh", 2.0, "utils.perturbation.sets.Perturbation.frame_fall", one_sided),
     "sign of known entries": ("relu", INF, "utils.jacobian.passes.JacobianPass._box_fall", flipped),
     "sign of a negative": (

@@ -276,6 +276,57 @@ OTHERS = {
     ),
     "softmax": ([node("Flatten", "x", output="f"), node("Softmax", "f")], {}),
     "log softmax": ([node("Flatten", "x", output="f"), node("LogSoftmax", "f", axis=1)], {}),
+    "log softmax that is read": (
+        [node("Flatten", "x", output="f"), node("LogSoftmax", "f", output="s"), node("Relu", "s")],
+        {},
+    ),
+    "part of a softmax": (
+        [node("Flatten", "x", output="f"), node("Softmax", "f", output="s"), node("Gather", "s", "g", axis=1)],
+        {"g": i64(2, 5)},
+    ),
+    "softmax whose axis moves": (  # one row of scores, that later on is a column
+        [
+            node("MatMul", "w", "x", output="q"),
+            node("Transpose", "x", output="k", perm=[0, 2, 1]),
+            node("MatMul", "q", "k", output="s"),
+            node("Add", "s", "m", output="masked"),
+            node("Softmax", "masked", output="p"),
+            node("Reshape", "p", "shape", output="column"),
+            node("Mul", "column", "x"),
+        ],
+        {"w": normal(1, 1, FRAMES, seed=1), "m": torch.tensor([0.0, -math.inf, 0.5, 0.0]), "shape": i64(1, FRAMES, 1)},
+    ),
+    "quotient": (
+        [node("Exp", "x", output="e"), node("CastLike", "e", "x", output="d"), node("Div", "x", "d")],
+        {},
+    ),
+    "quotient of a constant": ([node("Exp", "x", output="e"), node("Div", "w", "e")], {"w": normal(SIZE, seed=1)}),
+    "instance norm": (
+        [node("InstanceNormalization", "x", "a", "b", epsilon=1e-2)],
+        {"a": normal(FRAMES, seed=1), "b": normal(FRAMES, seed=2)},
+    ),
+    "layer norm over two axes": (
+        [
+            helper.make_node("LayerNormalization", ["x", "a"], ["n", "mean", "deviation"], axis=1),
+            node("Add", "n", "mean", output="s"),
+            node("Mul", "s", "deviation"),
+        ],
+        {"a": normal(FRAMES, SIZE, seed=1)},
+    ),
+    "slopes of their own": ([node("PRelu", "x", "a")], {"a": normal(FRAMES, SIZE, seed=1)}),
+    "slopes of the last axis": ([node("PRelu", "x", "a")], {"a": normal(SIZE, seed=1)}),
+    "maximum over axes": (
+        [
+            node("ReduceMax", "x", output="a", axes=[1, 2]),
+            node("ReduceMin", "x", output="b", axes=[-1]),
+            node("Add", "a", "b"),
+        ],
+        {},
+    ),
+    "matrices from the back": (
+        [node("Flatten", "x", output="f", axis=-1), node("MatMul", "f", "w")],
+        {"w": normal(SIZE, 2, seed=1)},
+    ),
 }
 IMAGES = {
     "conv": (
@@ -303,6 +354,13 @@ IMAGES = {
         ],
         {},
     ),
+    "averages at uneven ends": (
+        [
+            node("AveragePool", "x", output="a", kernel_shape=[3, 2], strides=[2, 2], auto_pad="SAME_UPPER"),
+            node("AveragePool", "a", kernel_shape=[2, 2], strides=[2, 1], ceil_mode=1, pads=[1, 0, 0, 1]),
+        ],
+        {},
+    ),
     "average without padding": (
         [node("AveragePool", "x", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 1, 1, 1])],
         {},
@@ -324,7 +382,7 @@ def test_operators(name, tmp_path):
 
 def test_every_operator_is_tested():
     used = {kind.op_type for nodes, _ in (OTHERS | IMAGES).values() for kind in nodes} | {"RNN", "LSTM", "GRU", "Size"}
-    used |= set(ONNX)
+    used |= {*ONNX, "GroupNormalization", "RMSNormalization"}  # these are in test_onnx_backend
     assert set(OPERATORS) <= used | {"If", "Loop", "Scan", "ReverseSequence"}
 
 
@@ -668,6 +726,21 @@ def test_the_operators_that_onnxruntime_lacks_are_read_without_it(tmp_path):
         torch.testing.assert_close(network.outputs(x), other.outputs(x), rtol=1e-12, atol=1e-12)
 
 
+def test_a_batch_of_sequences_in_a_sample(tmp_path):
+    """Each with its own length and state."""
+    given = {"w": 0.5 * normal(2, 16, SIZE, seed=1), "r": 0.5 * normal(2, 16, HIDDEN, seed=2)}
+    given |= {"b": normal(2, 32, seed=3), "len": torch.tensor([4, 2, 3], dtype=torch.int32)}
+    given |= {"h": normal(2, 3, HIDDEN, seed=4), "c": normal(2, 3, HIDDEN, seed=5)}
+    inputs, options = ["x", "w", "r", "b", "len", "h", "c"], {"hidden_size": HIDDEN, "direction": "bidirectional"}
+    nodes = [
+        helper.make_node("LSTM", inputs, ["y", "last"], **options),
+        node("ReduceSum", "y", "axes", output="sums", keepdims=0),
+        node("Add", "sums", "last", output="z"),
+    ]
+    given["axes"] = torch.tensor([0])
+    check_same(read_onnx(write(tmp_path / "net.onnx", nodes, given, (FRAMES, 3, SIZE))))
+
+
 def test_onnxruntime_may_fail_while_it_runs(tmp_path):
     path = write(tmp_path / "net.onnx", [node("LSTM", "x", "w", "r", hidden_size=HIDDEN)], None, (FRAMES, 1, SIZE))
     model = onnx.load(str(path))
@@ -683,11 +756,6 @@ def test_onnxruntime_may_fail_while_it_runs(tmp_path):
 
 WORDS = {  # what a user reads, and the file that leads there
     "a maximum of perturbed values has no bound here": ([node("LpPool", "x", kernel_shape=[2])], {}, {}),
-    "divides by a standard deviation": (
-        [node("InstanceNormalization", "x", "s", "s")],
-        {"s": torch.ones(FRAMES)},
-        {},
-    ),
     "w holds NaN or infinite numbers": ([node("Add", "x", "w")], {"w": torch.tensor([1.0, math.nan, 2.0])}, {}),
     "v holds NaN or infinite": ([node("MatMul", "x", "v")], {"v": torch.tensor([[1.0], [math.inf], [2.0]])}, {}),
     "token numbers, perhaps: .* export the network from the embedded vectors on": (
@@ -704,11 +772,6 @@ WORDS = {  # what a user reads, and the file that leads there
         [node("Tanh", "x")],
         {},
         {"kind": TensorProto.FLOAT16, "out": (1, FRAMES, SIZE)},
-    ),
-    "the file fixes a batch of 2 sequences": (
-        [helper.make_node("RNN", ["x", "w", "r"], ["y"], hidden_size=2)],
-        {"w": normal(1, 2, 3, seed=1), "r": normal(1, 2, 2, seed=2)},
-        {"shape": (FRAMES, 2, 3)},
     ),
     "it divides by zero": ([node("Div", "x", "w")], {"w": torch.tensor([1.0, 0.0, 2.0])}, {}),
     "divides by a variance that is not above 0": (
@@ -799,12 +862,6 @@ def test_open_axes_are_never_taken_for_one(shape, tmp_path):
 REFUSED = {
     "operator Tan: it is not supported": [node("Tan", "x")],
     "operator LpPool": [node("LpPool", "x", kernel_shape=[2])],
-    "division by constants": [node("Div", "x", "x")],
-    "end of the network only": [
-        node("Flatten", "x", output="f"),
-        node("LogSoftmax", "f", output="s"),
-        node("Relu", "s"),
-    ],
     "rounded to FLOAT16": [node("Cast", "x", to=10, output="h"), node("Cast", "h", to=1)],
     "does not depend on the input": [node("Constant", value_float=1.0)],
 }

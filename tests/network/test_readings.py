@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import normal
 from torch import Tensor, nn
 
 from utils.certify import certified_margin
+from utils.graph import Graph
 from utils.network import reading as readings
 from utils.network.reading import read_module
 from utils.network.trace import TracedModule
@@ -89,7 +91,7 @@ def test_every_change_is_noticed(name, counted, monkeypatch):
 
 def test_the_test_catches_a_reading_that_is_kept_for_good(counted, monkeypatch):
     monkeypatch.setattr(readings.Reading, "fits", lambda self, state, tensors: True)
-    monkeypatch.setattr(TracedModule, "agrees", lambda self, *given: True)
+    monkeypatch.setattr(TracedModule, "_is_same", lambda self, *given: True)
     net, x = net_of()
     margin(net, x)
     CHANGES["a weight, in place"](net)
@@ -195,6 +197,32 @@ def test_changes_that_are_not_looked_at_are_caught(name, monkeypatch):
     assert not torch.equal(after, anew)
 
 
+class Named(nn.Module):
+    """Asks for a number by a name that no code holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return float(os.environ["_".join(("FACTOR", "OF", "X"))]) * self.last(x)
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_what_no_code_names_shows_at_the_sample_that_was_read(noticed, counted, monkeypatch):
+    monkeypatch.setenv("FACTOR_OF_X", "1.0")
+    net, x = Named().eval().requires_grad_(False), normal(2, 4, seed=9)
+    margin(net, x)
+    monkeypatch.setenv("FACTOR_OF_X", "3.0")
+    if not noticed:  # this test can fail
+        monkeypatch.setattr(TracedModule, "_is_same", lambda self, *given: True)
+    after = margin(net, x)
+    monkeypatch.undo()
+    monkeypatch.setenv("FACTOR_OF_X", "3.0")
+    readings._kept.clear()
+    assert torch.equal(after, margin(net, x)) == noticed
+
+
 def test_what_holds_itself_is_read_and_kept(counted):
     def again(x, times):
         return again(torch.relu(x), times - 1) if times else x
@@ -210,6 +238,19 @@ def test_what_holds_itself_is_read_and_kept(counted):
     margin(net, x)
     margin(net, x)
     assert len(counted) == 1
+
+
+def test_a_later_reading_makes_and_evaluates_no_graph(monkeypatch):
+    """It takes longer than all else that a later call does (benchmarks/time_readings.py)."""
+    net, x = net_of()
+    read_module(net, x)
+    monkeypatch.setattr(Graph, "evaluate", None)
+    monkeypatch.setattr(TracedModule, "_trace", None)
+    with torch.no_grad():
+        assert torch.equal(read_module(net, x + 1.0).frames, (x + 1.0)[:, None])
+        net.slope = 0.2
+        with pytest.raises(TypeError):
+            read_module(net, x)
 
 
 def test_shapes_and_precisions_have_readings_of_their_own(counted):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from mnist_files import ROOT
+from own_files import LENGTHS, SHIFT, write_files
 from test_bound_scripts import assert_one_line, call
 
 from utils.certify import certified_margin, certified_radius
@@ -15,49 +18,11 @@ from utils.own.loading import load_array, load_model
 from utils.runs.bound_rows import read_bound_rows
 
 SCRIPT = ROOT / "scripts" / "certify.py"
-MODEL = """
-import torch
-from torch import nn
-
-from scale import FACTOR
-
-
-class Net(nn.Module):
-    def __init__(self, classes=3):
-        super().__init__()
-        self.rnn, self.head = nn.GRU(3, 5, batch_first=True), nn.Linear(5, classes)
-
-    def forward(self, x):
-        return self.head(self.rnn(FACTOR * x)[0][:, -1])
-
-
-def one_score():
-    torch.manual_seed(1)
-    return nn.Sequential(Net(1), nn.Sigmoid())
-
-
-NUMBER = 3
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model, its weights and data; the flags that name them, the model and the inputs."""
-    folder = tmp_path_factory.mktemp("own")
-    (folder / "my_model.py").write_text(MODEL)
-    (folder / "scale.py").write_text("FACTOR = 1.5\n")
-    torch.manual_seed(0)
-    model = load_model(f"{folder / 'my_model.py'}:Net")
-    torch.save(model.state_dict(), folder / "w.pt")
-    x = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(np.float32)
-    labels = model(torch.from_numpy(x)).argmax(dim=1)
-    labels[3] = (labels[3] + 1) % 3  # misclassified
-    np.save(folder / "x.npy", x)
-    np.savez(folder / "both.npz", x=x, y=labels.numpy())
-    np.savetxt(folder / "y.csv", labels.numpy(), fmt="%d", header="label", comments="")
-    np.savetxt(folder / "flat.csv", x.reshape(5, -1), delimiter=",", header=",".join("abcdefghijkl"), comments="")
-    flags = ("--model", f"{folder / 'my_model.py'}:Net", "--weights", folder / "w.pt")
-    return folder, flags, model, torch.from_numpy(x), labels
+    return write_files(tmp_path_factory.mktemp("own"))
 
 
 def rows_of(folder):
@@ -161,3 +126,49 @@ def test_bad_input_is_one_line(place, tmp_path, flags, words):
     flags = [str(names.get(flag, flag)).replace("MODEL:", f"{names['MODEL']}:") for flag in flags]
     assert_one_line(call(SCRIPT, *flags, "--out-dir", tmp_path / "out"), words)
     assert not (tmp_path / "out" / "certified_bound.csv").exists()
+
+
+def padded(place):
+    """The flags of a model with further arguments, the model, and these."""
+    folder, flags, *_ = place
+    name = f"{folder / 'my_model.py'}:Padded"
+    extra = {"lengths": torch.tensor(LENGTHS), "shift": torch.tensor(SHIFT)}
+    flags = ("--model", name, *flags[2:], "--data", folder / "x.npy", "--extra", folder / "more.npz")
+    return flags, load_model(name, folder / "w.pt"), extra
+
+
+@pytest.mark.parametrize("how", [(), ("--eps", 0.1), ("--N", 3)])
+def test_further_arguments_of_the_forward(place, tmp_path, how):
+    """Lengths, one an input, and an array of as many rows as three inputs, that is all inputs'."""
+    x = place[3]
+    flags, model, extra = padded(place)
+    done = call(SCRIPT, *flags, *how, "--batch-size", 3, "--out-dir", tmp_path)
+    assert done.code == 0, done.err
+    count = 3 if "--N" in how else 5
+    labels = model(x, **extra).argmax(dim=1)
+    radius = torch.tensor([row.radius for row in rows_of(tmp_path)], dtype=torch.float64)
+    if how[:1] == ("--eps",):
+        margins = certified_margin(model, x, labels, 0.1, extra=extra, dtype=torch.float64).amin(dim=1)
+        assert radius.tolist() == [0.1 if margin > 0 else 0.0 for margin in margins] and len(set(radius.tolist())) == 2
+    else:
+        expected = certified_radius(model, x, labels, extra=extra)[:count]
+        torch.testing.assert_close(radius, expected, rtol=2e-3, atol=0.0)
+    np.savez(tmp_path / "other.npz", lengths=np.array(LENGTHS[::-1]), shift=np.array(SHIFT))
+    again = call(
+        SCRIPT, *flags[:-1], tmp_path / "other.npz", *how, "--batch-size", 3, "--out-dir", tmp_path, "--resume"
+    )
+    assert_one_line(again, "--extra was")
+
+
+def test_two_processes_find_what_one_does(place, tmp_path):
+    """Each batch is one process's; the rows are merged in their order."""
+    _, flags, *_ = place
+    flags = (*flags, "--data", place[0] / "x.npy", "--p", "inf", "--batch-size", 2, "--threads", 1)
+    assert call(SCRIPT, *flags, "--out-dir", tmp_path / "one").code == 0
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    command = [str(word) for word in (*torchrun, SCRIPT, *flags, "--out-dir", tmp_path / "two")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert [(row.index, row.radius) for row in one] == [(row.index, row.radius) for row in two] and len(one) == 5
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2

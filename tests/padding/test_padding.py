@@ -335,7 +335,7 @@ def test_a_reading_of_several_kinds_has_no_graph_of_its_own():
 
 
 @pytest.mark.parametrize("offsets", [False, True])
-@pytest.mark.parametrize("mode", ["mean", "sum"])
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
 def test_bags_of_words(mode, offsets):
     class Bag(nn.Module):
         def __init__(self):
@@ -358,6 +358,8 @@ def test_bags_of_words(mode, offsets):
         total = mask.sum() if mode == "mean" else 1.0
 
         def by_hand(vectors, mask=mask, total=total):
+            if mode == "max":
+                return net.head(vectors[:, mask[:, 0] > 0].amax(1).tanh())
             return net.head(((vectors * mask).sum(1) / total).tanh())
 
         vectors = net.embedding.weight[sentence][None]

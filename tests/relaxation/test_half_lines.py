@@ -87,7 +87,9 @@ def test_intervals_that_leave_the_domain_are_said(name):
 
 
 def test_a_wave_with_a_wrong_turn_and_one_moved_by_half_a_turn_are_noticed(monkeypatch):
-    monkeypatch.setitem(ACTIVATIONS, "sin", half_lines.wave(half_lines.SINE._replace(convex=(False,) * 6)))
+    monkeypatch.setitem(
+        ACTIVATIONS, "sin", half_lines.wave(half_lines.SINE._replace(convex=(False,) * 6), half_lines.COSINE)
+    )
     with pytest.raises(AssertionError):
         check("sin")
     monkeypatch.undo()

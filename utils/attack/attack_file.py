@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..network.models import SequenceClassifier
+from ..graph.graph import Graph
+from ..network.constants.extra import Extra
 from ..network.state import plain_state
 from ..question.threat import threat_of
 from .pgd import VERDICT, AttackProblem, AttackResult
@@ -30,19 +31,20 @@ def save_attack(
     x: Tensor,
     labels: Tensor,
     targets: Tensor | None = None,
+    extra: Any = None,
     **threat: Any,
 ) -> None:
     """Write perturbed inputs with all that a replay needs but the model; arguments as the attack had them."""
-    told = threat_of(**threat)
+    told, extra = threat_of(**threat), Extra.of(extra, len(x))
     content = {"perturbed": result.x, "x": x, "labels": labels, "norm": float(told.norm), "targets": targets}
-    torch.save(
-        content | {"frames": told.frames, "clip": told.clip, "ball": told.ball, "together": told.together}, Path(path)
-    )
+    content |= {"frames": told.frames, "clip": told.clip, "ball": told.ball, "together": told.together}
+    content |= {"extra": extra.given} if extra else {}
+    torch.save(content, Path(path))
 
 
 @plain_state()
 @torch.no_grad()
-def replay_attack(path: str | Path, model: SequenceClassifier) -> Replay:
+def replay_attack(path: str | Path, model: nn.Module | Graph) -> Replay:
     """Evaluate a saved attack on a model once more, in float64. Raises ValueError if the file holds no attack."""
     try:
         content = torch.load(path, weights_only=True)

@@ -78,6 +78,10 @@ class AttackProblem:
             logits = logits.index_copy(0, members, found)
         return logits
 
+    def logits(self, x: Tensor) -> Tensor:
+        """The outputs of all samples at inputs x, (batch, T, n), in the precision of x, (batch, outputs)."""
+        return self._logits(x, slice(None))
+
     def margins(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
         """All margins (m, ..., n_specs) of the chosen samples at inputs x, (m, ..., T, n), in the precision of x."""
         rows = self.rows[chosen].to(x.dtype)

@@ -267,19 +267,22 @@ def decide(
         if name in threat:
             raise ValueError(f"decide goes from one method to the next by itself: leave out {name}")
     asked = Question(model, x, labels, targets, threat_of(lengths=lengths, **threat), extra=extra)
-    asked.check_picks_one("decisions")
     eps, x = asked.eps(eps, torch.float64), as_inputs(x)
     # The set that bounds hold for must not be smaller than the attack's.
     outer = eps.to(dtype)
     outer = torch.where(outer < eps, torch.nextafter(outer, outer + 1.0), outer)
-    labels, targets = asked.rows[:, 0].argmax(dim=1), asked.rows.argmin(dim=2)
+    if asked.picks_one:
+        targets = asked.others
+    elif targets is not None:
+        targets = as_tensor(targets, "targets", "whole numbers")
     search, decisions, extra = ATTACKS[attack], [], Extra.of(extra, len(x))
     for n in range(len(x)):
         own = slice(n, n + 1)
         end = asked.x.shape[1] if asked.threat.lengths is None else int(asked.threat.lengths[n])
         mine = x[own] if asked.threat.lengths is None else x[own, :end]
         radii = [part[own] if part.dim() == 1 else part[own, :end] for part in (eps, outer)]
-        question = threat | {"targets": targets[own], "frames": asked.threat.frames[own, :end], "features": None}
+        aims = None if targets is None else targets[own]
+        question = threat | {"targets": aims, "frames": asked.threat.frames[own, :end], "features": None}
         question["scales"] = None if asked.threat.scales is None else asked.threat.scales[own, :end]
         if question.get("box") is not None:
             ends = [
@@ -290,10 +293,10 @@ def decide(
         question["together"] = None if asked.threat.together is None else asked.threat.together[:end]
         started = now()
         deadline = started + time_limit
-        found = search(model, mine, labels[own], radii[0], seed=seed, deadline=deadline, **question)
+        found = search(model, mine, asked.labels[own], radii[0], seed=seed, deadline=deadline, **question)
         last = "alpha" if asked.threat.norm == 0.0 else "bab"  # curved bounds know no set of p = 0
         how = {"method": last, "relaxation": relaxation, "time_limit": time_limit}
-        problem = margin_problem(model, mine, labels[own], **how, **question)
+        problem = margin_problem(model, mine, asked.labels[own], **how, **question)
         broken = float(found.margin) < 0
         if broken:
             verdict, margins = "falsified", problem.clean_margins(dtype)[0]

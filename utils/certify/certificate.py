@@ -26,6 +26,7 @@ from ..graph.nonlinear import Activation, NonLinear, Product
 from ..network.models import SequenceClassifier
 from ..network.speech import SpeechClassifier
 from ..network.state import plain_state
+from ..network.trace import TracedModule
 from ..relaxation.curves import Curves
 from ..runs.results import replacing
 from .bab import ROUND_STEPS, TUNING
@@ -181,7 +182,8 @@ def check_model(model: nn.Module) -> None:
     """Raise ValueError unless the checker has rules for the model."""
     speech = isinstance(model, SpeechClassifier)
     if not isinstance(model, SequenceClassifier) or not (model.is_bare or speech):
-        kind = type(model).__name__
+        read = isinstance(model, TracedModule)
+        kind = "another module" if read else type(model).__name__
         raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
     if speech and model.power != "bands":
         raise ValueError(f"certificates of waveforms bound energies as bands, not as {model.power}")

@@ -25,6 +25,7 @@ from ..choices.tables import BALLS, METHODS, RELAXATIONS
 from ..runs.cli import (
     ROOT,
     add_common_arguments,
+    finite,
     non_negative_int,
     norm_or_count,
     norm_value,
@@ -291,7 +292,32 @@ def check_norm(args: argparse.Namespace) -> None:
 
 def valid_range(args: argparse.Namespace) -> tuple[float, float] | None:
     """The range in which perturbed pixels stay: [0, 1] with --clip, and where they change to anything; else None."""
+    if isinstance(args.clip, (tuple, list)):
+        return tuple(args.clip)
     return (0.0, 1.0) if args.clip or args.p == 0.0 else None
+
+
+def add_clip_argument(group) -> None:
+    """Add --clip for pixels, or --clip LOW HIGH for a user's own data; ``settle_clip`` makes it what others have."""
+    group.add_argument(
+        "--clip",
+        type=finite,
+        nargs="*",
+        metavar="LOW HIGH",
+        help="perturbed pixels stay in [0, 1], values of your own --data in [LOW, HIGH]",
+    )
+
+
+def settle_clip(args: argparse.Namespace) -> None:
+    """True for --clip alone, False without, (LOW, HIGH) if given. Raises ValueError if they do not fit."""
+    given = args.clip
+    args.clip = given is not None if not given else tuple(given)
+    if given and (len(given) != 2 or not given[0] < given[1]):
+        raise ValueError(f"--clip takes LOW and HIGH, or nothing for [0, 1], not {' '.join(f'{v:g}' for v in given)}")
+    if given and not getattr(args, "data", None):
+        raise ValueError("--clip LOW HIGH is for your own --data: pixels lie in [0, 1], so --clip is enough")
+    if getattr(args, "p", None) == 0.0 and getattr(args, "data", None) and not given:
+        raise ValueError("--p 0 lets values of your --data change to anything in a range: give --clip LOW HIGH")
 
 
 def result_folder_name(args: argparse.Namespace) -> str:

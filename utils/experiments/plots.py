@@ -192,10 +192,10 @@ def columns_of_panels(count: int, most: int = 4) -> int:
     return min(range(min(count, most), max(1, min(count, most) - 2), -1), key=lambda n: -count % n, default=count)
 
 
-def images_text(counts: Sequence[int]) -> str:
+def images_text(counts: Sequence[int], noun: str = "images") -> str:
     """N of the panels of a figure: "97 to 99 images"."""
     low, high = min(counts), max(counts)
-    return f"{low} images" if low == high else f"{low} to {high} images"
+    return f"{low} {noun}" if low == high else f"{low} to {high} {noun}"
 
 
 def norm_symbol(norm: float | str) -> str:

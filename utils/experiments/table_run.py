@@ -24,12 +24,22 @@ from ..attack.attack_file import save_attack
 from ..attack.pgd import AttackResult
 from ..runs.cli import ContradictionError, apply_common_arguments, git_commit, json_value, utc_now, versions
 from ..runs.ranks import joined, world_size
-from ..runs.results import FREE_ARGUMENTS, Record, ResultFolder, check_writable, exclusive, read_record, replacing
+from ..runs.results import (
+    FREE_ARGUMENTS,
+    Record,
+    ResultFolder,
+    check_writable,
+    digest,
+    exclusive,
+    read_record,
+    replacing,
+)
 from ..runs.rows import KeyedRow
 from ..runs.work import Job, work_through
 from ..training.datasets import load_images
 from .plots import DPI
 from .tables import Case, load_case, script_name, write_csv, write_lines
+from .wording import drawn_text
 
 ROWS_NAME, SUMMARY_NAME, TABLE_NAME, FIGURE_NAME = "rows.csv", "summary.csv", "table.md", "figure.png"
 PATH_FLAGS = ("--data-dir", "--out-dir")
@@ -64,7 +74,8 @@ def run_table(args: argparse.Namespace, plan: Callable[[list[Case]], Table], loa
     """
     device = apply_common_arguments(args)
     with joined(device) as ranks:
-        data = load_images(args, train=False)
+        own = getattr(args, "data", None)  # where a user's inputs lie
+        data = None if own else load_images(args, train=False)
         cases = [load(name, data, args, device) for name in args.models]
         names = [case.name for case in cases]
         if len(set(names)) < len(names):
@@ -79,7 +90,7 @@ def run_table(args: argparse.Namespace, plan: Callable[[list[Case]], Table], loa
         with exclusive(folder, ranks):
             results = ResultFolder(
                 folder,
-                make_record(args, cases, data.source, device),
+                make_record(args, cases, own or data.source, device),
                 keys,
                 kind=table.kind,
                 csv_name=ROWS_NAME,
@@ -97,11 +108,14 @@ def run_table(args: argparse.Namespace, plan: Callable[[list[Case]], Table], loa
 def make_record(args: argparse.Namespace, cases: list[Case], source: str, device: torch.device) -> Record:
     """What run.json says about the run. Where data and output lie on this machine does not belong there."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    files = {case.name: case.path for case in cases}
+    files |= {f"{case.name}, {file.name}": file for case in cases for file in case.files}
+    own = {"drawn_sha256": digest(case.as_bytes() for case in cases)} if any(case.is_own for case in cases) else {}
     return {
         "command": command_line(),
         "arguments": {k: json_value(v) for k, v in sorted(vars(args).items()) if k not in FREE_ARGUMENTS},
-        "checkpoints": {case.name: hashlib.sha256(case.path.read_bytes()).hexdigest() for case in cases},
-        "data": {"source": source},
+        "checkpoints": {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()},
+        "data": {"source": source} | own,
         "device": str(device),
         "machine": kind,
         "processes": world_size(),
@@ -141,7 +155,7 @@ def origin(record: Record) -> list[str]:
         f"- command: `{record['command']}`",
         f"- made {record['finished'][:10]} at commit {(record['commit'] or 'unknown')[:10]}, torch "
         f"{record['versions']['torch']}, {record['machine']}{shared}",
-        f"- test images of {record['data']['source']}: {arguments['N']} drawn with seed {arguments['seed']}",
+        f"- {drawn_text(arguments, record['data']['source'])}",
     ]
 
 

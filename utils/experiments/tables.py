@@ -7,7 +7,7 @@ import copy
 import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,12 +17,15 @@ from torch import Tensor
 from data.mnist import ImageData
 
 from ..network.checkpoint import Classifier, Config, load_checkpoint, model_name
+from ..network.constants.extra import NOTHING, Extra
 from ..runs.bound_rows import statistics
 from ..runs.cli import ROOT, git_commit, versions
 from ..runs.results import replacing
 from .arguments import check_arguments
 from .samples import draw_index, draw_samples, form_of, random_targets
 from .table_arguments import models_dir
+
+OWN = "own"  # the architecture of a user's own model
 
 
 @dataclass
@@ -31,6 +34,9 @@ class Case:
 
     From ``load_all_images``, it has all images that were drawn, the misclassified as well. ``x`` is as the model takes
     it, (n, T, values a frame) or (n, channels, height, width).
+
+    Of a user's own model (``utils.own.case``), ``path`` is its file and ``files`` are others that it is made of; x is
+    any input, and ``extra`` what else the forward is given.
     """
 
     name: str
@@ -41,6 +47,8 @@ class Case:
     targets: Tensor | None
     index: Tensor
     path: Path
+    extra: Extra = NOTHING
+    files: tuple[Path, ...] = field(default=())
 
     @property
     def gated(self) -> bool:
@@ -52,9 +60,18 @@ class Case:
         return self.config.get("num_frames", 1)
 
     @property
+    def is_own(self) -> bool:
+        return self.config["architecture"] == OWN
+
+    @property
     def frames(self) -> Tensor:
-        """x as frames, (n, T, values a frame)."""
+        """x as frames, (n, T, values a frame), of floats."""
         return self.x if self.x.dim() == 3 else self.x.flatten(1)[:, None]
+
+    def as_bytes(self) -> bytes:
+        """All inputs, and what else the forward is given, by which a run knows them again."""
+        others = [repr(self.extra.key(n)).encode() for n in range(len(self)) if self.extra]
+        return b"".join([self.x.cpu().numpy().tobytes(), *others, self.labels.cpu().numpy().tobytes()])
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..relaxation import softmax
-from .nodes import Bounds, Chain, Interval, Node, apply_rows, sum_length
+from .nodes import Along, Bounds, Chain, Interval, Node, apply_rows, sum_length
 
 
 class Mixing(Node):
@@ -34,8 +34,10 @@ class Mixing(Node):
         """Which elements depend on what parents' elements depend on, (sources, size) each, of bool."""
         raise NotImplementedError
 
-    def hand_back(self, adjoint: Node, chain: Chain) -> None:
-        raise ValueError("gradients through attention are not bounded: take a method that follows values")
+    def tangent(self, along: Along) -> Node:
+        raise ValueError(
+            "gradients through products and softmax are not bounded from the input on: take direction backward"
+        )
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,8 @@ class MatMul(Mixing):
         return low.flatten(-3), high.flatten(-3)
 
     def _mean_interval(self, bounds: Bounds) -> Interval | None:
-        """Of a softmax times values, which is a mean of these."""
-        if not isinstance(self.parents[0], Softmax):
+        """Of a softmax times values, which is a mean of these; not of products of single shares and values."""
+        if not isinstance(self.parents[0], Softmax) or self.parents[0].width != self.shape.inner:
             return None
         scores = [self.left(end) for end in bounds.interval(self.parents[0].parents[0])]
         least, most = (
@@ -127,6 +129,9 @@ class MatMul(Mixing):
         return lower.flatten(-3), upper.flatten(-3)
 
     # --- planes ---
+
+    def hand_back(self, adjoint: Node, chain: Chain) -> None:
+        chain.product(self, adjoint)
 
     def expansion(self, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """C and D, (batch or 1, parent size), and the interval of E with room for rounding, (batch, size)."""
@@ -200,6 +205,9 @@ class Softmax(Mixing):
     def interval(self, bounds: Bounds) -> Interval:
         low, high = (self.rows_of(end) for end in bounds.interval(self.parents[0]))
         return tuple(end.flatten(-2) for end in softmax.softmax_range(low, high))
+
+    def hand_back(self, adjoint: Node, chain: Chain) -> None:
+        chain.softmax(self, adjoint)
 
     def planes(self, bounds: Bounds) -> tuple[Tensor, ...]:
         """Fields of the planes below and above, with room for rounding, and p at the middle, (batch, rows, width)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..relaxation.curves import CURVED, CurvedFunction
+from ..relaxation.derivatives import derivative_ranges
 from ..relaxation.lines import ACTIVATIONS, Relaxation
 from ..relaxation.planes import PRODUCTS, relax_product
 from .nodes import Along, Bounds, Chain, Interval, Node, apply_rows
@@ -39,6 +40,10 @@ class NonLinear(Node):
         Given slopes are a pair for the lower and the upper plane, each with a tensor an operand.
         """
         raise NotImplementedError
+
+    def derivative_ranges(self, *operands: Interval) -> tuple[Interval, ...]:
+        """Where the derivative in each operand lies over the box of their intervals."""
+        return derivative_ranges(self.name, *operands)
 
     def slope_ranges(self, *operands: Interval) -> tuple[Tensor, ...]:
         """How far the derivative in each operand varies over the box: the scale on which slopes differ."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..relaxation.lines import Plane, Relaxation
-from .nodes import Bounds, Chain, Interval, Node
+from .nodes import Along, Bounds, Chain, Interval, Node
 from .nonlinear import Activation, NonLinear
 
 
@@ -47,7 +47,10 @@ class Pick(Node):
         bounds.pass_to(parent, passed.index_add(-1, self.places, coefficients))
 
     def hand_back(self, adjoint: Node, chain: Chain) -> None:
-        raise ValueError("gradients through picked values are not bounded: take a method that follows values")
+        chain.placed(self.parents[0], adjoint, self.places)
+
+    def tangent(self, along: Along) -> Node:
+        return Pick(along.of(self.parents[0]), self.places)
 
     @property
     def bounded_through(self) -> Node:
@@ -113,5 +116,14 @@ class Maximum(NonLinear):
         zero = torch.zeros_like(operands[0][0])
         return ((zero, zero + 1.0),) * len(operands)
 
-    def hand_back(self, adjoint: Node, chain: Chain) -> None:
-        raise ValueError("gradients through a maximum are not bounded: take a method that follows values")
+    def derivative_ranges(self, *operands: Interval) -> tuple[Interval, ...]:
+        """Of the share that an operand has in the greatest: 1 if it is that everywhere, 0 if nowhere, else any."""
+        low, high = (self._stacked(ends) for ends in zip(*operands, strict=True))
+        number = torch.arange(len(operands), device=low.device)[:, None, None]
+        found = []
+        for k in range(len(operands)):
+            others = torch.where(number == k, -torch.inf, low).amax(dim=0)
+            rivals = torch.where(number == k, -torch.inf, high).amax(dim=0)
+            sure, never = low[k] > rivals, (high[k] < others) | ~self.present[k]
+            found.append((sure.to(low), (~never).to(low)))
+        return tuple(found)

@@ -18,11 +18,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..graph.convolution import MAX_MATRIX
 from ..graph.graph import Graph
+from ..graph.mixing import MatMul, Shape, Softmax
 from ..graph.nodes import Bounds, Constant, Frame, Interval, Linear, Node, WeightedSum
 from ..graph.nonlinear import NonLinear
 from ..graph.picks import Concat, Slice
-from ..relaxation.derivatives import derivative_ranges, factor_interval, relax_factor
+from ..graph.pooling import Pick
+from ..relaxation.derivatives import factor_interval, relax_factor
 from ..relaxation.joint import FACTORS, relax_jointly
 from ..relaxation.lines import Relaxation
 
@@ -38,7 +41,7 @@ class Ranges:
         key = (of, *(id(end) for interval in operands for end in interval))
         if key not in self._known:
             # The operands are kept, so that their ids stay their own.
-            self._known[key] = (derivative_ranges(of.name, *operands), operands)
+            self._known[key] = (of.derivative_ranges(*operands), operands)
         return self._known[key][0]
 
 
@@ -144,6 +147,57 @@ class Adjoint:
             if self.moving[parent.index]:
                 self.scaled(parent, self.graph.add(Derivative(adjoint, node, number, self.chain, self.ranges)))
 
+    def placed(self, parent: Node, adjoint: Node, places: Tensor) -> None:
+        """The adjoint of elements that were picked: each goes to its place, of which several may be one."""
+        if not self.moving[parent.index]:
+            return
+        order = places.argsort()
+        if torch.equal(places[order], torch.arange(parent.size, device=places.device)):
+            self.scaled(parent, self.graph.add(Pick(adjoint, order)))
+            return
+        if len(places) * parent.size > MAX_MATRIX:
+            raise ValueError(
+                "gradients through so many picked values are not bounded: take a method that follows values"
+            )
+        self.linear(parent, adjoint, torch.eye(parent.size).to(self._like)[places])
+
+    def product(self, node: MatMul, adjoint: Node) -> None:
+        """Of X Y they are a Y^T and X^T a: products again, in which the other factor is perturbed as well."""
+        (x, y), shape = node.parents, node.shape
+        count, rows, inner, columns = shape.count, shape.rows, shape.inner, shape.columns
+        if self.moving[x.index]:
+            turned = self._turned(y, count, inner, columns)
+            self.scaled(x, self.graph.add(MatMul(adjoint, turned, Shape(count, rows, columns, inner))))
+        if self.moving[y.index]:
+            turned = self._turned(x, count, rows, inner)
+            self.scaled(y, self.graph.add(MatMul(turned, adjoint, Shape(count, inner, rows, columns))))
+
+    def _turned(self, node: Node, count: int, rows: int, columns: int) -> Node:
+        """Matrices transposed."""
+        if rows == 1 or columns == 1:
+            return node
+        places = torch.arange(node.size, device=self._like.device).reshape(count, rows, columns).mT.flatten()
+        return self.graph.add(Pick(node, places))
+
+    def softmax(self, node: Softmax, adjoint: Node) -> None:
+        """p a - p sum(p a), for each row p."""
+        if not self.moving[node.parents[0].index]:
+            return
+        each = Shape(node.size, 1, 1, 1)
+        weighed = self.graph.add(MatMul(node, adjoint, each))
+        if node.size**2 > MAX_MATRIX:
+            raise ValueError("gradients through so large a softmax are not bounded: take a method that follows values")
+        ones = torch.ones(node.width, node.width).to(self._like)
+        sums = torch.block_diag(*[ones] * (node.size // node.width))
+        total = self.graph.add(Linear((weighed,), (sums,), sums.new_zeros(node.size)))
+        spread = self.graph.add(MatMul(node, total, each))
+        self.scaled(node.parents[0], self.graph.add(WeightedSum((weighed, spread), (1.0, -1.0))))
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the network's type."""
+        return next(node for node in self.network.nodes if isinstance(node, Linear)).bias.detach()
+
     def _give(self, parent: Node, *part) -> None:
         if self.moving[parent.index]:
             self._parts[parent.index].append(part)
@@ -175,9 +229,9 @@ class Adjoint:
 
     def _places(self, size: int, start: int, whole: int) -> Tensor:
         """The matrix, (whole, size), that puts a vector at a place in a longer one."""
-        like = next(node for node in self.network.nodes if isinstance(node, Linear)).bias
+        like = self._like
         where = ("places", size, start, whole, like.dtype, like.device)
-        return self.network.once(where, (), lambda: torch.eye(whole).to(like.detach())[:, start : start + size])
+        return self.network.once(where, (), lambda: torch.eye(whole).to(like)[:, start : start + size])
 
 
 def _tiles(slices: list[tuple[int, Node]], size: int) -> bool:

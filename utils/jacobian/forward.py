@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..bounds.passes import BoundPass, intersect
 from ..graph.graph import Graph
+from ..graph.mixing import Mixing
 from ..graph.nodes import Constant, Frame, Interval, Linear, Node, WeightedSum
 from ..graph.nonlinear import Activation, NonLinear
 from .adjoint import Derivative, Ranges, repeated
@@ -126,7 +127,8 @@ def _columns(values: BoundPass, rows: Tensor, start: Node, which: Tensor, chain:
 
 def known_operands(values: BoundPass, graph: Graph, times: int) -> dict[Node, Interval]:
     """Intervals of what non-linear nodes read, and of what that is a part of, for the graph ``repeated`` so often."""
-    operands = {operand for node in values.graph.nodes if isinstance(node, NonLinear) for operand in node.parents}
+    mixed = (NonLinear, Mixing)
+    operands = {operand for node in values.graph.nodes if isinstance(node, mixed) for operand in node.parents}
     operands |= {operand.bounded_through for operand in operands}
 
     return {

@@ -18,8 +18,10 @@ from torch import Tensor
 from ..bounds.eigenvalues import spectral_norm
 from ..bounds.passes import BoundPass
 from ..graph.graph import Graph
+from ..graph.mixing import MatMul
 from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum
 from ..graph.picks import Concat, Slice
+from ..graph.pooling import Pick
 from ..perturbation.lp_ball import INF, dual_norm
 from .adjoint import Derivative
 
@@ -117,6 +119,15 @@ class NormPass:
     @by_product.register
     def _(self, node: Slice) -> Tensor:
         return self(node.parents[0])
+
+    @by_product.register
+    def _(self, node: Pick) -> Tensor:
+        return self(node.parents[0]) * float(torch.bincount(node.places).max())
+
+    @by_product.register
+    def _(self, node: MatMul) -> Tensor:
+        like = next(one for one in self._graph.nodes if isinstance(one, Linear)).bias
+        return like.new_full((1,), torch.inf)  # intervals say more, where there are any
 
     @by_product.register
     def _(self, node: Derivative) -> Tensor:

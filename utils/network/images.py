@@ -83,14 +83,12 @@ def average_pool(
     count_include_pad: bool = True,
     divisor: int | None = None,
 ) -> Symbol:
-    """The sums of windows, as a convolution of every channel by itself, over as many values as torch divides by."""
+    """The sums of windows, as a convolution of every channel by itself, over as many values as torch divides by.
+
+    Padding is the same at both ends of an axis.
+    """
     rank, channels = len(kernel), x.shape[1]
     padding = tuple(pads[0::2])[::-1]
-    if tuple(pads[0::2]) != tuple(pads[1::2]):
-        if ceil_mode or not count_include_pad:
-            raise UnsupportedError("padding of this kind of average pooling must be the same at both ends")
-        weight = torch.full((channels, 1, *kernel), 1.0 / (divisor or math.prod(kernel)), dtype=DTYPE)
-        return convolve(builder, x, weight, None, stride, pads, [1] * rank, channels)
     function = (F.avg_pool1d, F.avg_pool2d)[rank - 1]
     options = {} if divisor is None else {"divisor_override": divisor}
     ones = torch.ones(1, 1, *x.shape[2:], dtype=DTYPE)
@@ -102,6 +100,32 @@ def average_pool(
     same = bool((shares == shares.flatten()[0]).all())
     weight = window.expand(channels, 1, *kernel) * (shares.flatten()[0] if same else 1.0)
     sums = convolve(builder, x, weight, None, stride, padded, [1] * rank, channels)
+    return sums if same else builder.scaled(sums, constant(shares))
+
+
+def average_of_windows(
+    builder: Builder,
+    x: Symbol,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    pads: Sequence[int],
+    dilation: Sequence[int],
+    places: Sequence[int],
+    count_include_pad: bool,
+) -> Symbol:
+    """The mean of windows at ``places``, a number an axis; values beyond the padding never count, it does if asked."""
+    rank, channels = len(kernel), x.shape[1]
+    reaches = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
+    padded = [max(0, width) for width in _grown(x.shape[2:], reaches, stride, pads, places)]
+    counted = F.pad(torch.ones(1, 1, *x.shape[2:], dtype=DTYPE), tuple(pads), value=float(count_include_pad))
+    counted = F.pad(counted, [max(0, width - known) for width, known in zip(padded, pads, strict=True)])
+    window, how = torch.ones(1, 1, *kernel, dtype=DTYPE), {"stride": tuple(stride), "dilation": tuple(dilation)}
+    shares = 1.0 / (F.conv1d, F.conv2d)[rank - 1](counted, window, **how)
+    if not bool(shares.isfinite().all()):
+        raise UnsupportedError("a window of the pooling lies outside the image")
+    same = bool((shares == shares.flatten()[0]).all())
+    weight = window.expand(channels, 1, *kernel) * (shares.flatten()[0] if same else 1.0)
+    sums = convolve(builder, x, weight, None, stride, padded, dilation, channels)
     return sums if same else builder.scaled(sums, constant(shares))
 
 

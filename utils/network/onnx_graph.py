@@ -9,10 +9,9 @@ import contextlib
 import math
 from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,13 +19,15 @@ from ..clock import now
 from ..graph.graph import Graph
 from ..runs.unpack import unpacked
 from .onnx_operators import CONTROL, OPERATORS, Value
-from .onnx_operators.refused import EMBEDDING, REASONS, UNSURE
+from .onnx_operators.evaluate import attribute, evaluated
+from .onnx_operators.refused import EMBEDDING, REASONS
+from .onnx_operators.table import MOVES
+from .operations.attention import settled
 from .symbolic import Builder, Symbol, UnsupportedError
 
 # Largest difference, relative to the largest output, between a graph and onnxruntime's float32.
 SAME = 1e-3
 OLDEST_OPSET = 7  # before, Add and others broadcast in another way
-AXIS_OPSET = 13  # before, a softmax was over all axes from the given one on
 
 
 def import_onnx():
@@ -306,22 +307,38 @@ class _Reader:
         if node.domain not in ("", "ai.onnx"):
             raise UnsupportedError(f"operators of {node.domain} are not supported")
         given = [self.values[name] if name else None for name in node.input]
-        options = {entry.name: self._attribute(entry) for entry in node.attribute}
+        options = {entry.name: attribute(self.onnx, entry) for entry in node.attribute}
         if len(options) < len(node.attribute):
             raise UnsupportedError("an attribute is given twice")
         self.node = node
         if not any(isinstance(value, Symbol) for value in given) and node.op_type not in CONTROL:
-            results = self._constants(node, given)
+            results = evaluated(self.onnx, node, given, self.opsets)
         elif node.op_type in OPERATORS:
             self._check_numbers(node, given)
-            results = OPERATORS[node.op_type](self, *given, **options)
+            results = self._handled(node.op_type, given, options)
         else:
             raise UnsupportedError(REASONS.get(node.op_type, "it is not supported"))
         if not isinstance(results, (tuple, list)):
             results = (results,)
+        if any(node.output[len(results) :]):
+            raise UnsupportedError(f"of its outputs, {' and '.join(node.output[len(results) :])} are not supported")
         for name, value in zip(node.output, results, strict=False):
             if name:
                 self._enter(name, value)
+
+    def _handled(self, kind: str, given: list[Value | None], options: dict):
+        """What an operator gives: a softmax that it reads is made a node, one that it only moves is not yet."""
+        if kind not in MOVES:
+            return OPERATORS[kind](self, *settled(self.builder, given), **options)
+        result = OPERATORS[kind](self, *given, **options)
+        first, *rest = result if isinstance(result, tuple) else (result,)
+        if not isinstance(first, Symbol) or not first.softmax:
+            return result
+        return replace(first, settle=lambda: self._moved(kind, settled(self.builder, given), options)), *rest
+
+    def _moved(self, kind: str, given: list[Value | None], options: dict) -> Symbol:
+        result = OPERATORS[kind](self, *given, **options)
+        return result[0] if isinstance(result, tuple) else result
 
     def _check_numbers(self, node, given: list[Value | None]) -> None:
         for name, value in zip(node.input, given, strict=True):
@@ -329,49 +346,10 @@ class _Reader:
                 continue
             if value.dtype in (torch.float16, torch.bfloat16):
                 raise UnsupportedError("it computes in 16 bits, whose rounding is not bounded: export it in float32")
-            if node.op_type not in ("Clip", *CONTROL) and not bool(value.isfinite().all()):
+            masks = node.op_type in ("Add", "Where")  # scores with minus infinity, which softmax leaves out
+            bad = ~value.isfinite() & ~(value == -torch.inf) if masks else ~value.isfinite()
+            if node.op_type not in ("Clip", *CONTROL) and bool(bad.any()):
                 raise UnsupportedError(f"{name} holds NaN or infinite numbers")
-
-    def _attribute(self, entry):
-        value = self.onnx.helper.get_attribute_value(entry)
-        if isinstance(value, bytes):
-            return value.decode()
-        if isinstance(value, list):
-            return [part.decode() if isinstance(part, bytes) else part for part in value]
-        return value
-
-    def _constants(self, node, given: list[Tensor | None]) -> list[Tensor]:
-        """What does not depend on the input is left to the reference implementation, in the file's own opset.
-
-        It has the newest softmax and batch normalisation only: older ones are put in terms of those.
-        """
-        opset, kind, shape = self.opsets[""], node.op_type, None
-        if kind in UNSURE:
-            raise UnsupportedError("it is not supported, of constants neither")
-        if kind in ("Softmax", "LogSoftmax", "Hardmax") and opset < AXIS_OPSET:
-            shape = given[0].shape
-            axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1) % len(shape)
-            given = [given[0].reshape(math.prod(shape[:axis]), -1)]
-            node = self.onnx.helper.make_node(kind, node.input, node.output, axis=1)
-        if kind == "BatchNormalization":
-            values = {entry.name: self._attribute(entry) for entry in node.attribute}
-            if values.get("training_mode", 0) or not values.get("spatial", 1) or len(node.output) > 1:
-                raise UnsupportedError("this kind of batch normalisation is not supported")
-            opset, epsilon = max(opset, 15), values.get("epsilon", 1e-5)
-            node = self.onnx.helper.make_node(kind, node.input, node.output, epsilon=epsilon)
-        helper = self.onnx.helper
-        fed = {name: value.numpy() for name, value in zip(node.input, given, strict=True) if name}
-        inputs = [
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-            for name, value in fed.items()
-        ]
-        outputs = [helper.make_empty_tensor_value_info(name) for name in node.output if name]
-        imports = [helper.make_opsetid(domain, version) for domain, version in (self.opsets | {"": opset}).items()]
-        graph = helper.make_graph([node], "constants", inputs, outputs)
-        evaluator = self.onnx.reference.ReferenceEvaluator(helper.make_model(graph, opset_imports=imports))
-        found = dict(zip((value.name for value in outputs), evaluator.run(None, fed), strict=True))
-        results = [torch.from_numpy(np.array(found[name])) if name else None for name in node.output]
-        return results if shape is None else [results[0].reshape(shape)]
 
 
 def _input_shape(path: Path, value, shape: Sequence[int] | None, num_inputs: int | None) -> tuple[int, ...]:
@@ -393,7 +371,7 @@ def _input_shape(path: Path, value, shape: Sequence[int] | None, num_inputs: int
         if num_inputs % known:
             raise ValueError(f"{path} takes an input of shape ({shown}), which {num_inputs} values do not fill")
         axes[open_axes.pop()] = num_inputs // known
-    if open_axes or not axes:
+    if open_axes or not value.type.tensor_type.HasField("shape"):
         example = tuple(size or 10 for size in axes)
         raise ValueError(f"{path} takes an input of shape ({shown}), of open size: name its shape, such as {example}")
     return tuple(axes)

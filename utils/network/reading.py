@@ -3,8 +3,8 @@
 What was read of a module is kept between calls as long as nothing of it has changed: for the same module with the same
 submodules, attributes and code (``utils.network.kept``), and parameters and buffers that are equal bit by bit,
 since they can be written to without any trace. It is not kept where gradients in the module's tensors may be asked for,
-of modules that change in their own forward, or use objects that nobody looks into. And at the first sample of a new
-input the graph must still compute what the module does.
+of modules that change in their own forward, or use objects that nobody looks into. And at the first sample that was
+read the module must still give what it gave then, which the graph was found to compute.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from ..experiments.arguments import (
 )
 from ..runs.cli import finite, non_negative_int, positive_float, positive_int
 
+ONNX_ENDS = (".onnx", ".onnx.gz")
+
 
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     """Where model and data lie."""
@@ -28,16 +30,51 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.py:NAME",
         help="a module, what gives one without arguments, or FILE.onnx",
     )
-    group.add_argument("--weights", type=Path, help="its state dict (torch, safetensors)")
+    _add_files(group, required=True)
+    group.add_argument("--N", type=positive_int, help="only the first N inputs (default: all)")
+
+
+def add_own_data(parser: argparse.ArgumentParser) -> None:
+    """For scripts about models of the project that take one's own, and the inputs that it is asked about, as well."""
+    group = parser.add_argument_group("your own model and data (the model as FILE.py:NAME or FILE.onnx)")
+    _add_files(group, required=False)
+
+
+def _add_files(group, required: bool) -> None:
+    group.add_argument("--weights", type=Path, help="the model's state dict (torch, safetensors)")
     group.add_argument(
         "--data",
-        required=True,
+        required=required,
         metavar="FILE",
         help="inputs, (batch, ...): npy, npz, csv or torch; FILE:KEY of several",
     )
     group.add_argument("--labels", metavar="FILE", help="classes, (batch,) (default: what the model says)")
     group.add_argument("--shape", type=positive_int, nargs="+", help="of one input, such as T N, if data is flat")
-    group.add_argument("--N", type=positive_int, help="only the first N inputs (default: all)")
+    group.add_argument(
+        "--extra",
+        metavar="FILE",
+        help="what the forward is given after the input, and is exact, such as lengths: an array, or several by their "
+        "names; those of as many rows as the data have one an input",
+    )
+
+
+def check_own_data(args: argparse.Namespace, models: list[str]) -> None:
+    """Raise ValueError if flags of one's own model and data do not belong to the models that are named."""
+    own = [name for name in models if is_own(name)]
+    given = [name for name in ("weights", "labels", "shape", "extra") if getattr(args, name)]
+    if args.data is None:
+        if own:
+            raise ValueError(f"{own[0]} is a model of your own: say by --data what it is asked about")
+        if given:
+            raise ValueError(f"--{given[0]} belongs to a model of your own: give --data")
+    elif args.weights is not None and len(models) > 1:
+        raise ValueError("--weights are those of one model: name no other")
+
+
+def is_own(model: str) -> bool:
+    """Whether a model is named as a Python file's or an ONNX file."""
+    file, colon, _ = model.rpartition(":")
+    return model.endswith(ONNX_ENDS) or (bool(colon) and file.endswith(".py"))
 
 
 def add_question(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,8 @@ from ..choices.method import TUNED_METHODS, Method
 from ..experiments.arguments import method_of
 from ..experiments.mnist import report
 from ..graph.graph import Graph
+from ..network.constants.extra import NOTHING, Extra
+from ..network.constants.groups import groups_of
 from ..network.models import SequenceClassifier
 from ..network.modules import usable_model
 from ..network.reading import graph_of, output_shape, read_network
@@ -49,14 +51,15 @@ class OwnRun:
         labels: Tensor | None,
         scales: Tensor | None,
         box: tuple[Tensor, Tensor] | None = None,
+        extra: Extra = NOTHING,
     ):
         self.args, self.model, self.box = args, model, box
         clip = None if args.clip is None else tuple(args.clip)
         told = {"features": args.features, "scales": scales, "together": args.together}
         self.threat = Threat(args.p, args.ball, args.frames, clip, **told)
         self.method: Method = method_of(args)
-        scores = scores_of(model, x)
-        predicted = (scores[:, 0] > 0).long() if scores.shape[1] == 1 else scores.argmax(dim=1)
+        scores = scores_of(model, x, extra)
+        predicted = classes_of(scores)
         labels = predicted if labels is None else labels.to(predicted)
         if labels.shape != predicted.shape:
             raise ValueError(f"labels must be ({len(x)},), one an input, not {tuple(labels.shape)}")
@@ -65,7 +68,7 @@ class OwnRun:
         kept = (~aimed & (labels == predicted)).nonzero().squeeze(-1)
         self.counts = {"drawn": len(x), "left_out": int(aimed.sum()), "kept": len(kept)}
         self.counts["misclassified"] = len(x) - self.counts["left_out"] - len(kept)
-        self.x, self.labels, self.scales = x[kept], labels[kept], scales
+        self.x, self.labels, self.scales, self.extra = x[kept], labels[kept], scales, extra.part(kept.cpu())
         if scales is not None and scales.shape[:1] == x.shape[:1] and scales.dim() == x.dim():
             self.scales = scales[kept]
         if box is not None:
@@ -91,7 +94,8 @@ class OwnRun:
             scales = scales[chosen]
         box = self.box and tuple(end[chosen] if end.shape == self.x.shape else end for end in self.box)
         own = replace(own, scales=scales, box=box)
-        return MarginProblem(Question(self.model, self.x[chosen], self.labels[chosen], goal, own), self.method)
+        inputs = (self.model, self.x[chosen], self.labels[chosen])
+        return MarginProblem(Question(*inputs, goal, own, extra=self.extra.part(chosen.cpu())), self.method)
 
     def columns_of(self, problem: MarginProblem) -> dict[str, Tensor]:
         args = self.args
@@ -102,8 +106,11 @@ class OwnRun:
             columns = {"radius": found.radius, "failed_eps": found.failed, "start_radius": found.start}
             return columns | {"margin": found.margin, "evaluations": found.evaluations}
         eps = problem.question.eps(args.eps, dtype)
-        margin = (tuned_margins(problem, eps, dtype) - problem.slack(dtype)).amin(dim=1)
-        holds = (margin > 0) & (eps >= problem.resolution(dtype))
+        margin, resolution = torch.empty_like(eps), torch.empty_like(eps)
+        for members, own in problem.groups():
+            margin[members] = (tuned_margins(own, eps[members], dtype) - own.slack(dtype)).amin(dim=1)
+            resolution[members] = own.resolution(dtype)
+        holds = (margin > 0) & (eps >= resolution)
         columns = {"radius": torch.where(holds, eps, 0.0), "failed_eps": torch.where(holds, torch.inf, eps)}
         columns |= {"margin": margin, "evaluations": torch.ones_like(self.labels[: len(eps)])}
         return columns | {"start_radius": torch.full_like(margin, torch.nan)}
@@ -147,7 +154,7 @@ class OwnRun:
         }
 
     def as_bytes(self) -> list[bytes]:
-        return [sample.cpu().numpy().tobytes() for sample in self.x]
+        return bytes_of(self.x, self.extra)
 
     def write(self, folder: Path, record: Record, ranks: Ranks) -> list[Row]:
         """Find the rows, batch by batch, write and report them; the first process gets all."""
@@ -173,16 +180,32 @@ class OwnRun:
             return results.rows
 
 
+def bytes_of(x: Tensor, extra: Extra) -> list[bytes]:
+    """Every input, with what else the forward is given for it, by which a run knows it again."""
+    samples = [sample.cpu().numpy().tobytes() for sample in x]
+    return [own + repr(extra.key(n)).encode() for n, own in enumerate(samples)] if extra else samples
+
+
 @torch.no_grad()
-def scores_of(model: nn.Module | Graph, x: Tensor) -> Tensor:
+def scores_of(model: nn.Module | Graph, x: Tensor, extra: Extra = NOTHING) -> Tensor:
     """The scores that are compared, (batch, classes) or (batch, 1), in float64."""
-    network, frames = read_network(model, x)
-    if len(output_shape(network)) > 1:
+    network, frames = read_network(model, x, extra=extra)
+    shape = output_shape(network)
+    if len(shape) > 1:
         raise ValueError(
-            f"the model has outputs {tuple(output_shape(network))} an input: certify.py takes scores of classes, "
+            f"the model has outputs {tuple(shape)} an input: the scripts take scores of classes, "
             "certified_radius and output_bounds take any"
         )
-    return graph_of(network, frames.shape[1], DTYPE, "plane").evaluate(frames.to(DTYPE))
+    scores = frames.new_zeros(len(frames), shape.numel(), dtype=DTYPE)
+    for members, own in groups_of(network, len(frames)):
+        members = members.to(frames.device)
+        scores[members] = graph_of(own, frames.shape[1], DTYPE, "plane").evaluate(frames[members].to(DTYPE))
+    return scores
+
+
+def classes_of(scores: Tensor) -> Tensor:
+    """What a model says, (batch,), by scores of classes or by one."""
+    return (scores[:, 0] > 0).long() if scores.shape[1] == 1 else scores.argmax(dim=1)
 
 
 def targets_of(args: argparse.Namespace, scores: Tensor, labels: Tensor) -> Tensor | None:
@@ -191,7 +214,7 @@ def targets_of(args: argparse.Namespace, scores: Tensor, labels: Tensor) -> Tens
         return None
     classes = scores.shape[1]
     if classes == 1:
-        raise ValueError("the model has one score, and so no targets: leave out --target")
+        raise ValueError("the model has one score, and so no targets: leave out --target or --targeted")
     if isinstance(args.target, int):
         if args.target >= classes:
             raise ValueError(f"--target {args.target} is no class: there are 0 to {classes - 1}")

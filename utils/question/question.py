@@ -27,10 +27,12 @@ class Question:
         rows: the spec matrix C, (batch, n_specs, outputs).
         offsets: what is added to the margins, (batch, n_specs), or None.
         threat: to this batch.
+        labels: (batch,), or (batch, T) of outputs of every step.
         picks_one: whether one of several classes has to win, and not one in every step, or a score to keep its sign.
     """
 
     offsets: Tensor | None = None
+    labels: Tensor | None = None
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class Question:
         threat = threat or Threat()
         x = as_inputs(x)
         self.model, self.x = read_network(model, x, outputs, extra)
-        self.labels = labels = as_classes(labels, "labels", f"({len(self.x)},) of integers")
+        labels = as_classes(labels, "labels", f"({len(self.x)},) of integers")
         if targets is not None:
             targets = as_classes(targets, "targets", "(batch,) or (batch, n_specs) of integers, or one")
             targets = targets.expand(len(self.x)) if targets.dim() == 0 else targets
@@ -56,6 +58,7 @@ class Question:
             )
         shape = output_shape(self.model)
         self.rows = output_rows(labels, shape, targets).to(self.x.device)
+        self.labels = labels.to(self.x.device)
         self.threat = threat.to(self.x, x.shape[1:])
         self.picks_one = labels.dim() == 1 and shape.numel() > 1
 
@@ -71,6 +74,11 @@ class Question:
         """Raise ValueError unless one of several classes has to win; ``what`` asks for it."""
         if not self.picks_one:
             raise ValueError(f"{what} are for models with a score for each of several classes, and one label a sample")
+
+    @property
+    def others(self) -> Tensor | None:
+        """The classes that are compared with the label, (batch, n_specs), as targets; None of scores apart."""
+        return self.rows.argmin(dim=2) if self.picks_one else None
 
     def arranged(self, margins: Tensor) -> Tensor:
         """Margins (batch, n_specs) as (batch, T, n_specs) where there is a label a step; inf of steps without one."""
@@ -92,6 +100,7 @@ class Question:
         if isinstance(self.model, SeveralReadings):
             part.model = self.model.part(samples)
         part.x, part.rows, part.threat = self.x[samples], self.rows[samples], self.threat.part(samples)
+        part.labels = None if self.labels is None else self.labels[samples]
         part.offsets = None if self.offsets is None else self.offsets[samples]
         return part
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .lines import GUARD_ULPS, Plane, Relaxation, guarded, pieces_of
+from .lines import ACTIVATIONS, GUARD_ULPS, Plane, Relaxation, guarded, pieces_of
 
 Interval = tuple[Tensor, Tensor]
 
@@ -130,8 +130,18 @@ def derivative_ranges(name: str, *operands: Interval) -> tuple[Interval, ...]:
         return DERIVATIVES[name](*operands)
     pieces = pieces_of(name)
     if pieces is None:
+        slopes = _slopes_of(name)
+        if slopes is not None:
+            return (slopes(*operands[0]),)
         raise ValueError(f"no range of the derivative of {name!r} is known: add one to utils.relaxation.DERIVATIVES")
     return (pieces_range(pieces, *operands[0]),)
+
+
+def _slopes_of(name: str) -> Callable[[Tensor, Tensor], Interval] | None:
+    try:
+        return ACTIVATIONS[name].slopes
+    except KeyError:
+        return None
 
 
 # --- a factor of known range times a bounded value --------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .lines import ACTIVATIONS, MAKERS, Activation, Plane, Relaxation, guarded, least
-from .shapes import GUARD_ULPS, Shape, activation_of, range_of, relax_shape
+from .shapes import GUARD_ULPS, Shape, activation_of, range_of, relax_shape, slopes_of
 
 
 def _continued(function: Callable, derivative: Callable, convex: bool, floor: float) -> Activation:
@@ -43,8 +43,8 @@ def half_line(name: str, function: Callable, derivative: Callable, convex: bool)
             raise ValueError(f"{name} needs a least value of its operand of at least 0, not {floor}")
         if floor > 0:
             return _continued(function, derivative, convex, floor)
-        relax, image = (functools.partial(inside, of) for of in (relax_shape, range_of))
-        return Activation(function, relax, None, image)
+        relax, image, slopes = (functools.partial(inside, of) for of in (relax_shape, range_of, slopes_of))
+        return Activation(function, relax, None, image, slopes)
 
     return make
 
@@ -102,8 +102,13 @@ def sqrt_activation(known: float = 0.0) -> Activation:
         unit = GUARD_ULPS * torch.finfo(l.dtype).eps
         return sqrt(l) * (1.0 - unit), sqrt(u) * (1.0 + unit)
 
+    def steepness(l: Tensor, u: Tensor, slopes=None) -> tuple[Tensor, Tensor]:  # noqa: E741
+        unit = GUARD_ULPS * torch.finfo(l.dtype).eps
+        return (0.5 - unit) / sqrt(u), torch.where(l > 0, (0.5 + unit) / sqrt(l), torch.inf)
+
     function = sqrt if known else torch.sqrt
-    return Activation(function, functools.partial(inside, relax_sqrt), None, functools.partial(inside, ends))
+    relax, image, slopes = (functools.partial(inside, of) for of in (relax_sqrt, ends, steepness))
+    return Activation(function, relax, None, image, slopes)
 
 
 # --- sin and cos ------------------------------------------------------------------------------------------------------
@@ -133,13 +138,16 @@ def relax_wave(shape: Shape, l: Tensor, u: Tensor, slopes=None) -> Relaxation:  
     return Relaxation(*planes)
 
 
-def wave(shape: Shape) -> Activation:
-    def image(l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-        flat = torch.zeros_like(l)
-        lower, upper = relax_wave(shape, l, u, (flat, flat))
-        return lower.intercept, upper.intercept
+def wave_range(shape: Shape, l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    flat = torch.zeros_like(l)
+    lower, upper = relax_wave(shape, l, u, (flat, flat))
+    return lower.intercept, upper.intercept
 
-    return Activation(shape.function, functools.partial(relax_wave, shape), 1.0, image)
+
+def wave(shape: Shape, slope: Shape) -> Activation:
+    """Of sin or cos, and its derivative."""
+    relax, image = (functools.partial(function, shape) for function in (relax_wave, wave_range))
+    return Activation(shape.function, relax, 1.0, image, functools.partial(wave_range, slope))
 
 
 MAKERS |= {
@@ -147,4 +155,5 @@ MAKERS |= {
     "reciprocal": half_line("1 / y", torch.reciprocal, lambda y: -1.0 / (y * y), convex=True),
     "sqrt": sqrt_activation,
 }
-ACTIVATIONS |= {"sin": wave(SINE), "cos": wave(COSINE)}
+MINUS_SINE = SINE.negative()
+ACTIVATIONS |= {"sin": wave(SINE, COSINE), "cos": wave(COSINE, MINUS_SINE)}

@@ -250,12 +250,14 @@ class Activation(NamedTuple):
     """An activation, its relaxation, and its greatest absolute derivative (None: not known).
 
     ``image`` gives bounds of its values over intervals, from their ends; None if it grows: then these are at the ends.
+    ``slopes`` likewise gives bounds of its derivative; None if ``derivatives.DERIVATIVES`` has them, or nothing has.
     """
 
     function: Callable[[Tensor], Tensor]
     relax: Callable[..., Relaxation]
     steepest: float | None = None
     image: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    slopes: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 MAKERS: dict[str, Callable[..., Activation]] = {}  # of other families, by name; called with the numbers behind it

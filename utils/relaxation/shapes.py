@@ -25,6 +25,7 @@ from .lines import ACTIVATIONS, MAKERS, Activation, Plane, Relaxation
 
 # Functions here are computed in several steps, each rounded; and a derivative that is rounded may end a bracket early.
 GUARD_ULPS = 8.0
+SLOPE_ULPS = 64.0  # of derivatives: in some, terms of about 1 cancel
 HALVINGS = {torch.float64: 56, torch.float32: 30}
 BESIDE = 1e-6  # of a turn
 ROUNDS, TRIED = 3, 7  # of the search for the default slopes, and slopes tried in each
@@ -69,6 +70,20 @@ def range_of(shape: Shape, l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:  # no
     """Bounds of the function over [l, u]: its lines of slope 0."""
     flat = torch.zeros_like(l)
     return intercept_below(shape, l, u, flat), -intercept_below(shape.negative(), l, u, flat)
+
+
+def slopes_of(shape: Shape, l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """Bounds of the derivative over [l, u]: it is monotone between turns, and may jump at one that is touched."""
+    points = [l, u]
+    for turn in shape.turns:
+        at = torch.full_like(l, turn)
+        touched = (l <= at) & (u >= at)
+        beside = (torch.nextafter(at, at - 1.0), at, torch.nextafter(at, at + 1.0))
+        points += [torch.where(touched, point, l) for point in beside]
+    found = torch.stack([shape.derivative(point) for point in points])
+    room = SLOPE_ULPS * torch.finfo(l.dtype).eps
+    low, high = found.amin(dim=0), found.amax(dim=0)
+    return low - room * (1.0 + low.abs()), high + room * (1.0 + high.abs())
 
 
 def line_below(shape: Shape, l: Tensor, u: Tensor, slope: Tensor | None) -> Plane:  # noqa: E741
@@ -230,8 +245,8 @@ SHAPE_FAMILIES = {"elu": elu_shape, "power": power_shape, "softshrink": softshri
 
 
 def activation_of(shape: Shape) -> Activation:
-    relax, image = (functools.partial(function, shape) for function in (relax_shape, range_of))
-    return Activation(shape.function, relax, shape.steepest, image)
+    relax, image, slopes = (functools.partial(function, shape) for function in (relax_shape, range_of, slopes_of))
+    return Activation(shape.function, relax, shape.steepest, image, slopes)
 
 
 ACTIVATIONS |= {name: activation_of(shape) for name, shape in SHAPES.items()}

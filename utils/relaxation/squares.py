@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lines import ACTIVATIONS, Activation, Plane, Relaxation, guarded, least
+from .lines import ACTIVATIONS, GUARD_ULPS, Activation, Plane, Relaxation, guarded, least
 
 
 def relax_square(l: Tensor, u: Tensor, slopes=None) -> Relaxation:  # noqa: E741
@@ -75,4 +75,11 @@ def _chord(left: Tensor, right: Tensor, at_left: Tensor, at_right: Tensor) -> Te
     return torch.where(width > 0, slope.clamp(0.0, 1.0), derivative)
 
 
-ACTIVATIONS |= {"log1p": Activation(log1p, relax_log1p)}
+def log1p_slopes(l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """Bounds of the derivative, 0 below 0 and then 1 / (1 + y)."""
+    unit = GUARD_ULPS * torch.finfo(l.dtype).eps
+    low, high = ((1.0 + side * unit) / (1.0 + y.clamp(min=0.0)) for side, y in ((-1.0, u), (1.0, l)))
+    return torch.where(l <= 0, 0.0, low), torch.where(u < 0, 0.0, high)
+
+
+ACTIVATIONS |= {"log1p": Activation(log1p, relax_log1p, slopes=log1p_slopes)}

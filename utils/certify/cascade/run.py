@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ...attack.pgd import pgd
 from ...choices.method import Method
 from ...clock import Pace, now, share_of
 from ...graph.graph import Graph
+from ...network.constants.extra import Extra
 from ...network.state import plain_state
 from ...question.arguments import as_inputs
 from ...question.question import Question
@@ -34,6 +36,7 @@ QUICK_STEPS = 10  # of the attack against the runner-up: it finds nine of ten th
 # Samples that a stage takes before it looks whether it should give up.
 AT_ONCE = {CLEAN: 1000, "ibp": 1000, "runner-up": 1000, "pgd": 100, "crown-ibp": 200, "crown": 50}
 PATH_BYTES = 2**29  # of the values and gradients of an attack's paths at once
+LEAST_LIMIT = 1e-9  # seconds for what is dear, where none are left
 AT_ONCE |= {"alpha": 10, "curve": 1, "bab": 1}
 
 
@@ -48,12 +51,16 @@ def cascade(
     effort: Effort | None = None,
     relaxation: str = "plane",
     progress: bool = False,
+    extra: Any = None,
     **threat: Any,
 ) -> CascadeResult:
     """Settle every sample at eps, against all other classes, by the cheapest stage that can.
 
+    Samples that a module computes in ways of their own, as their masks or lengths differ, are settled kind by kind,
+    each kind in its share of the time limit.
+
     Args:
-        model, x, labels, eps, relaxation: as for ``utils.certify.certified_margin``.
+        model, x, labels, eps, relaxation, extra: as for ``utils.certify.certified_margin``.
         effort: the stages and their limits.
         progress: show a bar of settled samples, on a terminal.
         threat: norm, frames, clip and ball.
@@ -66,13 +73,25 @@ def cascade(
     if told.lengths is not None:
         raise ValueError("a cascade takes sequences of one length: leave out lengths, and cut x")
     limits = {name: getattr(effort, name) for name in ("alpha_steps", "curve_steps", "time_limit")}
-    problem = MarginProblem(Question(model, x, labels, None, told), Method(relaxation=relaxation, **limits))
-    problem.question.check_picks_one("cascades")
+    x = as_inputs(x)
+    extra = Extra.of(extra, len(x))
+    problem = MarginProblem(
+        Question(model, x, labels, None, told, extra=extra), Method(relaxation=relaxation, **limits)
+    )
     problem.threat.check_even("cascades")
-    run = _Cascade(problem, model, as_inputs(x), eps, effort, threat)
+    eps = problem.question.eps(eps, DTYPE)
+    whole, left = CascadeResult.open(len(problem.x)), effort.total_limit
     with tqdm(total=len(problem.x), unit="sample", disable=None if progress else True) as bar:
-        run.settle_all(bar)
-    return run.result
+        open_samples = len(problem.x)
+        for members, own in problem.groups():
+            share = replace(effort, total_limit=max(left * len(members) / open_samples, LEAST_LIMIT))
+            inputs = x[members.to(x.device)], eps[members], extra.part(members.cpu())
+            run = _Cascade(own, model, *inputs, share, threat)
+            run.settle_all(bar)
+            whole.include(run.result, members.tolist())
+            left -= sum(cost.seconds for cost in run.result.costs if cost.stage in TUNED_STAGES)
+            open_samples -= len(members)
+    return whole
 
 
 class _Cascade:
@@ -88,16 +107,16 @@ class _Cascade:
         problem: MarginProblem,
         model: nn.Module | Graph,
         x: Tensor,
-        eps: float | Tensor,
+        eps: Tensor,
+        extra: Extra,
         effort: Effort,
         threat: dict[str, Any],
     ):
-        self.problem, self.model, self.x, self.effort = problem, model, x, effort
+        self.problem, self.model, self.x, self.eps, self.extra, self.effort = problem, model, x, eps, extra, effort
         self.threat = threat | {"frames": problem.threat.frames}
-        self.eps = problem.question.eps(eps, DTYPE)
         rows = problem.rows
-        self.labels, self.others = rows[:, 0].argmax(dim=1), rows.argmin(dim=2)
-        self.runner_up = self.others[:, 0].clone()
+        self.labels, self.others = problem.question.labels, problem.question.others
+        self.runner_up = None if self.others is None else self.others[:, 0].clone()
         self.promise = torch.full((len(rows),), -torch.inf, dtype=DTYPE, device=self.eps.device)
         self.result = CascadeResult.open(len(rows))
         self.deadline = math.inf
@@ -152,7 +171,8 @@ class _Cascade:
     def _misclassified(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         margins = self.problem.clean_margins(DTYPE, chosen)
         worst, place = margins.min(dim=1)
-        self.runner_up[chosen] = self.others[chosen].gather(1, place[:, None]).squeeze(1)
+        if self.runner_up is not None:
+            self.runner_up[chosen] = self.others[chosen].gather(1, place[:, None]).squeeze(1)
         wrong = ~(worst > 0)
         self._record("wrong", CLEAN, chosen[wrong], worst[wrong])
         return worst, wrong
@@ -160,10 +180,10 @@ class _Cascade:
     def _attacked(self, stage: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
         quick = stage == "runner-up"
         how = {"steps": QUICK_STEPS if quick else self.effort.steps, "restarts": self.effort.restarts}
-        how |= {"targets": self.runner_up[chosen]} if quick else {}
-        threat = self.threat | {"frames": self.threat["frames"][chosen]}
+        how |= {"targets": self.runner_up[chosen]} if quick and self.runner_up is not None else {}
+        threat = self.threat | {"frames": self.threat["frames"][chosen], "extra": self.extra.part(chosen.cpu())}
         inputs = (self.model, self.x[chosen], self.labels[chosen], self.eps[chosen])
-        paths = how["restarts"] + 1 if quick else (how["restarts"] + 1) * self.others.shape[1]
+        paths = how["restarts"] + 1 if quick else (how["restarts"] + 1) * self.problem.rows.shape[1]
         size = min(len(chosen), max(1, PATH_BYTES // (paths * self._path_bytes())))
         found = pgd(*inputs, seed=self.effort.seed, batch_size=size, **how, **threat)
         broken = found.margin < 0

@@ -98,6 +98,18 @@ class CascadeResult:
         margins = torch.full((batch,), -torch.inf, dtype=torch.float64)
         return cls(["undecided"] * batch, [""] * batch, margins)
 
+    def include(self, part: CascadeResult, samples: Sequence[int]) -> None:
+        """Take over what was found of some samples, of which nothing was known; costs of a stage add up."""
+        self.margins[list(samples)] = part.margins
+        for number, sample in enumerate(samples):
+            self.outcomes[sample], self.settled_by[sample] = part.outcomes[number], part.settled_by[number]
+        self.examples |= {samples[number]: example for number, example in part.examples.items()}
+        if not self.costs:
+            self.costs = [StageCost(cost.stage) for cost in part.costs]
+        for total, own in zip(self.costs, part.costs, strict=True):
+            for name in ("tried", "settled", "seconds", "processor_seconds"):
+                setattr(total, name, getattr(total, name) + getattr(own, name))
+
     @property
     def undecided(self) -> Tensor:
         """The numbers of samples without an outcome."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,24 +18,42 @@ class Extra:
     Attributes:
         values: by their places.
         named: by their names.
-        batch: number of samples. Tensors with so many rows have one a sample; all else is shared.
+        batch: number of samples.
+        each: places and names of those that have a row for each sample; all others are shared.
     """
 
     values: tuple = ()
     named: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 0
+    each: frozenset[int | str] = frozenset()
 
     @classmethod
     def of(cls, extra: Any, batch: int) -> Extra:
-        """From what a user gives: a tensor or an array, a tuple of arguments, or a dict of arguments by name."""
+        """From what a user gives: a tensor or an array, a tuple of arguments, or a dict of arguments by name.
+
+        Tensors with as many rows as the batch have one a sample.
+        """
         if isinstance(extra, Extra):
             return extra
         if extra is None:
             return NOTHING
-        if isinstance(extra, Mapping):
-            return cls((), {str(name): _as_tensor(value) for name, value in extra.items()}, batch)
-        values = extra if isinstance(extra, tuple) else (extra,)
-        return cls(tuple(_as_tensor(value) for value in values), {}, batch)
+        named = isinstance(extra, Mapping)
+        values = () if named else extra if isinstance(extra, tuple) else (extra,)
+        values = tuple(map(_as_tensor, values))
+        names = {str(name): _as_tensor(value) for name, value in extra.items()} if named else {}
+        every = (*enumerate(values), *names.items())
+        rows = {key for key, value in every if isinstance(value, Tensor) and value.dim() and len(value) == batch}
+        return cls(values, names, batch, frozenset(rows))
+
+    def _mapped(self, function: Callable[[int | str, Any], Any]) -> Extra:
+        """The same of other values, a function of each and its place or name."""
+        values = tuple(function(place, value) for place, value in enumerate(self.values))
+        return replace(self, values=values, named={name: function(name, value) for name, value in self.named.items()})
+
+    @property
+    def given(self) -> tuple | dict:
+        """As a user gives it."""
+        return dict(self.named) if self.named else self.values
 
     def __bool__(self) -> bool:
         return bool(self.values or self.named)
@@ -44,17 +62,17 @@ class Extra:
         """The arguments of some samples."""
         if not self:
             return self
-        count = len(torch.arange(self.batch)[samples])
 
-        def chosen(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != self.batch:
+        def chosen(key: int | str, value: Any) -> Any:
+            if key not in self.each:
                 return value
-            own = samples.to(value.device) if isinstance(samples, Tensor) else samples
-            return value[own]
+            return value[samples.to(value.device) if isinstance(samples, Tensor) else samples]
 
-        return Extra(
-            tuple(map(chosen, self.values)), {name: chosen(value) for name, value in self.named.items()}, count
-        )
+        return replace(self._mapped(chosen), batch=len(torch.arange(self.batch)[samples]))
+
+    def to(self, device: torch.device | str) -> Extra:
+        """The same on a device."""
+        return self._mapped(lambda key, value: value.to(device) if isinstance(value, Tensor) else value)
 
     def call(self, module: Callable[..., Any], x: Tensor) -> Any:
         """The module's result."""

@@ -16,19 +16,8 @@ from torch import Tensor, nn
 
 from .keeping import FOREIGN
 
-PLAIN = (
-    int,
-    float,
-    complex,
-    bool,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
+PLAIN = {int, float, complex, bool, str, bytes, type(None)}
+PLAIN |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
 BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType)
 WITHOUT_EFFECT = {"__dict__", "__weakref__", "__doc__", "__annotations__", "__annotate__", "_abc_impl"}
 NOT_CALLED = {"__init__", "__repr__", "extra_repr"}  # by a forward, of a module that exists

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import replace
 
 import torch
 
 from ..operations import attention, functions, norms
 from ..symbolic import Symbol, UnsupportedError, check_scores, constant
-from .table import OPERATORS, operator, symbol, whole_numbers
+from ..trace import OPERATIONS
+from .table import AXIS_OPSET, OPERATORS, fixed_number, of_one_sample, operator, symbol, whole_numbers
 
 
 @operator("Add", "Sum")
@@ -34,7 +37,7 @@ def _multiply(reader, x, y):
 @operator("Div")
 def _divide(reader, x, y):
     if isinstance(y, Symbol):
-        raise UnsupportedError("only a division by constants is supported")
+        return norms.divide(reader.builder, symbol(x), y)
     if not bool((y != 0).all()):
         raise UnsupportedError("it divides by zero")
     return reader.builder.scaled(x, constant(1.0 / y.double()))
@@ -82,16 +85,20 @@ def _selu(reader, x, alpha=functions.SELU_ALPHA, gamma=functions.SELU_SCALE):
 
 @operator("PRelu")
 def _prelu(reader, x, slope):
-    if isinstance(slope, Symbol) or (slope.numel() > 1 and slope.numel() != slope.shape[0]):
-        raise UnsupportedError("PRelu is supported with a constant slope for every channel")
-    return functions.prelu(reader.builder, x, slope)
+    """relu(x) - slope * relu(-x); as one function of x where all values, or all of a channel, have one slope."""
+    if isinstance(slope, Symbol) or not isinstance(x, Symbol):
+        raise UnsupportedError("PRelu is supported with constant slopes")
+    slopes = slope.expand(x.shape)
+    by_channel = slopes.movedim(1, 0).flatten(1) if slopes.dim() > 1 else slopes.reshape(1, -1)
+    if bool((by_channel == by_channel[:, :1]).all()):
+        return functions.prelu(reader.builder, x, by_channel[:, 0])
+    below = reader.builder.activation(reader.builder.negative(x), "relu")
+    return reader.builder.add(reader.builder.activation(x, "relu"), reader.builder.scaled(below, constant(-slopes)))
 
 
 @operator("Gelu")
 def _gelu(reader, x, approximate="none"):
-    if approximate not in ("none", b"none"):
-        raise UnsupportedError("Gelu is supported as it is, not approximated by tanh")
-    return reader.builder.activation(x, "gelu")
+    return OPERATIONS["gelu"](reader.builder, x, approximate)
 
 
 @operator("Pow")
@@ -116,24 +123,25 @@ def _minimum(reader, first, *others):
 
 
 @operator("ReduceMax")
-def _reduce_max(reader, x, axes=None, keepdims=1):
-    axes = whole_numbers(axes) if axes is not None else []
-    if len(axes) != 1:
-        raise UnsupportedError("a maximum is supported over one axis")
-    return functions.amax(reader.builder, x, axes[0], bool(keepdims))
+def _reduce_max(reader, x, axes_input=None, axes=None, keepdims=1, noop_with_empty_axes=0):
+    axes = whole_numbers(axes_input) if axes_input is not None else axes or []
+    if not axes and noop_with_empty_axes:
+        return x
+    chosen = sorted({axis % len(x.shape) for axis in axes}) if axes else list(range(len(x.shape)))
+    kept = [1 if axis in chosen else size for axis, size in enumerate(x.shape)]
+    rows = x.view(lambda part: part.movedim(chosen, list(range(-len(chosen), 0))).flatten(-len(chosen))[None])
+    greatest = functions.amax(reader.builder, rows, -1)
+    return greatest.view(lambda part: part.reshape(kept) if keepdims else part[0])
 
 
 @operator("ReduceMin")
-def _reduce_min(reader, x, axes=None, keepdims=1):
-    return reader.builder.negative(_reduce_max(reader, reader.builder.negative(x), axes, keepdims))
+def _reduce_min(reader, x, *given, **how):
+    return reader.builder.negative(_reduce_max(reader, reader.builder.negative(x), *given, **how))
 
 
 @operator("GlobalMaxPool")
 def _global_max_pool(reader, x):
-    flat = x.view(lambda part: part.flatten(2))
-    return functions.amax(reader.builder, flat, 2, True).view(
-        lambda part: part.reshape(*x.shape[:2], *[1] * (len(x.shape) - 2))
-    )
+    return _reduce_max(reader, x, axes=range(2, len(x.shape)))
 
 
 SHAPES = {"Mish": "mish", "HardSwish": "hardswish", "Softsign": "softsign", "Erf": "erf", "Exp": "exp", "Abs": "abs"}
@@ -152,7 +160,7 @@ def _leaky_relu(reader, x, alpha=0.01):
 def _clip(reader, x, lowest=None, highest=None, min=None, max=None):
     ends = [(lowest, min, -math.inf), (highest, max, math.inf)]
     low, high = (
-        float(given if given is not None else other if other is not None else end) for given, other, end in ends
+        fixed_number(given if given is not None else other if other is not None else end) for given, other, end in ends
     )
     if math.isnan(low) or math.isnan(high):
         raise UnsupportedError("an end of its range is NaN")
@@ -167,16 +175,27 @@ def _hard_sigmoid(reader, x, alpha=0.2, beta=0.5):
     return reader.builder.activation(y, "hardtanh(0,1)")
 
 
-def _final_softmax(reader, x, axis=None, name="softmax"):
-    check_scores(x)
-    axis = (-1 if reader.opsets[""] >= 13 else 1) if axis is None else axis
-    if name == "softmax" and x.shape.numel() != x.shape[axis] and reader.opsets[""] >= 13:
-        share = attention.softmax(reader.builder, x.view(lambda part: part.movedim(axis, -1)))
-        return share.view(lambda part: part.movedim(-1, axis))
-    if x.shape.numel() != x.shape[axis]:
-        raise UnsupportedError("a softmax is supported at the end of the network only, over all its outputs")
-    return Symbol(x.ids, x.scale, x.shift, name)
+def _softmax(name: str):
+    def handler(reader, x, axis=None):
+        """Left out where it is the end of the network, over all its outputs: a node as soon as something reads it."""
+        check_scores(x)
+        newest = reader.opsets[""] >= AXIS_OPSET
+        axis = (-1 if newest else 1) if axis is None else axis
+        if newest:
+            made = functools.partial(of_one_sample, attention.WITHIN[name], reader.builder, x, axis=axis)
+        else:  # over all axes from the given one on
+            first = math.prod(x.shape[: axis % len(x.shape)])
+            rows = x.view(lambda part: part.reshape(first, -1))
+            made = functools.partial(_in_rows, reader, name, rows, x.shape)
+        whole = x.shape.numel() == (x.shape[axis] if newest else rows.shape[1])
+        return replace(x, softmax=name, settle=made) if whole else made()
+
+    return handler
 
 
-OPERATORS["Softmax"] = _final_softmax
-OPERATORS["LogSoftmax"] = lambda reader, x, axis=None: _final_softmax(reader, x, axis, "log_softmax")
+def _in_rows(reader, name: str, rows: Symbol, shape: torch.Size) -> Symbol:
+    made = of_one_sample(attention.WITHIN[name], reader.builder, rows)
+    return made.view(lambda part: part.reshape(shape))
+
+
+OPERATORS["Softmax"], OPERATORS["LogSoftmax"] = _softmax("softmax"), _softmax("log_softmax")

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from ...graph.convolution import MAX_MATRIX
 from .. import images
-from ..operations import attention
+from ..operations import attention, norms
 from ..symbolic import Symbol, UnsupportedError, constant, join
 from .table import Value, operator, symbol
+
+CHANNEL_OPSET = 21  # before, GroupNormalization had a scale and a bias for each group
 
 
 def check_weights(*values: Value | None) -> None:
@@ -20,9 +22,10 @@ def check_weights(*values: Value | None) -> None:
 
 @operator("MatMul")
 def _matmul(reader, x, y):
-    x, y = (attention.settled(reader.builder, value) for value in (x, y))
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.double() @ y.double()
     if isinstance(x, Symbol) and isinstance(y, Symbol):
-        return attention.product(reader.builder, x, y)
+        return _perturbed_product(reader, x, y)
     if isinstance(x, Symbol):
         if y.dim() < 3:
             weight = y[None] if y.dim() == 1 else y.mT
@@ -35,6 +38,17 @@ def _matmul(reader, x, y):
     product = _matrix_product(reader, matrix, y.view(lambda part: part[:, None] if column else part))
     product = product.view(lambda part: part.squeeze(-1) if column else part)
     return product.view(lambda part: part.squeeze(-1 if column else -2) if x.dim() == 1 else part)
+
+
+def _perturbed_product(reader, x: Symbol, y: Symbol) -> Symbol:
+    """Of two tensors that both depend on the input, by an axis of one sample before all others."""
+    row, column = len(x.shape) == 1, len(y.shape) == 1
+    x, y = x.view(lambda part: part[None] if row else part), y.view(lambda part: part[:, None] if column else part)
+    rank = max(len(x.shape), len(y.shape))
+    x, y = (one.view(lambda part: part[(None,) * (1 + rank - part.dim())]) for one in (x, y))
+    product = attention.product(reader.builder, x, y).view(lambda part: part[0])
+    product = product.view(lambda part: part.squeeze(-1) if column else part)
+    return product.view(lambda part: part.squeeze(-1 if column else -2) if row else part)
 
 
 def _matrix_product(reader, weight: Tensor, x: Symbol) -> Symbol:
@@ -116,14 +130,26 @@ def _conv_matrix(shape: torch.Size, weight: Tensor, padding, strides, dilations,
 
 
 @operator("AveragePool")
-def _average_pool(reader, x, kernel_shape, auto_pad="NOTSET", pads=None, strides=None, **attributes):
-    rank, strides = len(kernel_shape), strides or [1] * len(kernel_shape)
-    padding = _conv_padding(x, kernel_shape, strides, [1] * rank, pads, auto_pad)
-    dilated = any(size != 1 for size in attributes.get("dilations", ()))
-    include = bool(attributes.get("count_include_pad", 0)) or not any(padding)
-    if rank not in (1, 2) or dilated or attributes.get("ceil_mode", 0):
-        raise UnsupportedError("this kind of average pooling is not supported")
-    return images.average_pool(reader.builder, x, kernel_shape, strides, padding, False, include)
+def _average_pool(
+    reader,
+    x,
+    kernel_shape,
+    auto_pad="NOTSET",
+    dilations=None,
+    pads=None,
+    strides=None,
+    ceil_mode=0,
+    count_include_pad=0,
+):
+    rank = len(kernel_shape)
+    if rank not in (1, 2):
+        raise UnsupportedError(f"average pooling over {rank} axes is not supported")
+    strides, dilations = strides or [1] * rank, dilations or [1] * rank
+    padding = _conv_padding(x, kernel_shape, strides, dilations, pads, auto_pad)
+    places = _window_places(x, kernel_shape, strides, dilations, padding, ceil_mode)
+    return images.average_of_windows(
+        reader.builder, x, kernel_shape, strides, padding, dilations, places, bool(count_include_pad)
+    )
 
 
 @operator("MaxPool")
@@ -132,19 +158,25 @@ def _max_pool(
 ):
     rank = len(kernel_shape)
     if rank not in (1, 2) or len(reader.node.output) > 1:
-        raise UnsupportedError("this kind of max pooling is not supported")
+        raise UnsupportedError("max pooling is supported over one or two axes, without the places of the greatest")
     strides, dilations = strides or [1] * rank, dilations or [1] * rank
     padding = _conv_padding(x, kernel_shape, strides, dilations, pads, auto_pad)
-    places = []
+    places = _window_places(x, kernel_shape, strides, dilations, padding, ceil_mode)
+    return images.max_pool(reader.builder, x, kernel_shape, strides, padding, dilations, places)
+
+
+def _window_places(x: Symbol, kernel, strides, dilations, padding: list[int], ceil_mode: int) -> list[int]:
+    """How many windows there are along each axis."""
+    rank, places = len(kernel), []
     for axis in range(rank):
         first = 2 * (rank - 1 - axis)
         begin, end = padding[first : first + 2]
-        room = x.shape[2 + axis] + begin + end - (kernel_shape[axis] - 1) * dilations[axis] - 1
+        room = x.shape[2 + axis] + begin + end - (kernel[axis] - 1) * dilations[axis] - 1
         count = (-(-room // strides[axis]) if ceil_mode else room // strides[axis]) + 1
         if ceil_mode and (count - 1) * strides[axis] >= x.shape[2 + axis] + begin:
             count -= 1  # no window begins in the padding at the end
         places.append(count)
-    return images.max_pool(reader.builder, x, kernel_shape, strides, padding, dilations, places)
+    return places
 
 
 @operator("GlobalAveragePool")
@@ -154,10 +186,55 @@ def _global_average_pool(reader, x):
 
 @operator("LayerNormalization")
 def _layer_norm(reader, x, scale, bias=None, axis=-1, epsilon=1e-5, stash_type=1):
-    check_weights(scale, bias)
-    if axis % len(x.shape) != len(x.shape) - 1:
-        raise UnsupportedError("it is supported over the last axis")
-    return attention.layer_norm(reader.builder, x, x.shape[-1:], scale, bias, epsilon)
+    x, axis = symbol(x), axis % len(x.shape)
+    result = _weighted(reader, _normalised(reader, x, x.shape[:axis].numel(), epsilon), scale, bias)
+    if len(reader.node.output) == 1:
+        return result
+    shape = [1 if place >= axis else size for place, size in enumerate(x.shape)]
+    rows = x.view(lambda part: part.reshape(1, x.shape[:axis].numel(), -1))
+    inverse = reader.builder.activation(norms.var(reader.builder, rows, 2, False), f"rsqrt({float(epsilon)!r})")
+    mean = reader.builder.mean(rows, (2,))
+    return result, *(part.view(lambda values: values.reshape(shape)) for part in (mean, inverse))
+
+
+@operator("RMSNormalization")
+def _rms_norm(reader, x, scale, axis=-1, epsilon=1e-5, stash_type=1):
+    rows = x.shape[: axis % len(x.shape)].numel()
+    return _weighted(reader, _normalised(reader, x, rows, epsilon, centre=False), scale, None)
+
+
+@operator("InstanceNormalization")
+def _instance_norm(reader, x, scale, bias, epsilon=1e-5):
+    return _weighted(reader, _normalised(reader, x, x.shape[:2].numel(), epsilon), *_by_channel(x, scale, bias))
+
+
+@operator("GroupNormalization")
+def _group_norm(reader, x, scale, bias, num_groups, epsilon=1e-5, stash_type=1):
+    if len(scale.shape) != 1 or isinstance(scale, Symbol) or isinstance(bias, Symbol):
+        raise UnsupportedError("GroupNormalization is supported with a constant scale and bias")
+    if reader.opsets[""] < CHANNEL_OPSET:
+        scale, bias = (value.repeat_interleave(x.shape[1] // num_groups) for value in (scale, bias))
+    rows = x.shape[0] * num_groups
+    return _weighted(reader, _normalised(reader, x, rows, epsilon), *_by_channel(x, scale, bias))
+
+
+def _normalised(reader, x: Value, rows: int, epsilon: float, centre: bool = True) -> Symbol:
+    """Each of so many equal parts of x, one after the other, by its own mean and deviation."""
+    x = symbol(x)
+    parts = x.view(lambda part: part.reshape(1, rows, -1))
+    made = attention.normalised(reader.builder, parts, epsilon, centre)
+    return made.view(lambda part: part.reshape(x.shape))
+
+
+def _by_channel(x: Value, *values: Value) -> list[Value]:
+    """Values of the channels, the second axis of x, as they broadcast to x."""
+    shape = (-1, *[1] * (len(x.shape) - 2))
+    return [v.view(lambda part: part.reshape(shape)) if isinstance(v, Symbol) else v.reshape(shape) for v in values]
+
+
+def _weighted(reader, x: Symbol, scale: Value, bias: Value | None) -> Symbol:
+    x = reader.builder.multiply(x, symbol(scale))
+    return x if bias is None else reader.builder.add(x, symbol(bias))
 
 
 @operator("BatchNormalization")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..symbolic import UnsupportedError, constant, join
+from ..symbolic import Symbol, UnsupportedError, constant, join
 from .layers import check_weights
-from .table import OPERATORS, Handler, symbol
+from .table import OPERATORS, Handler, Value, symbol
 
 # Blocks of ONNX's gates, (i, o, f, c) and (z, r, h), in torch's order, (i, f, g, o) and (r, z, n).
 GATE_ORDER = {"RNN": (0,), "LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2)}
@@ -23,11 +23,21 @@ def _recurrent(kind: str) -> Handler:
         size = r.shape[-1]
         nonlinearity = _check_recurrent(kind, attributes, len(backwards), peepholes)
         cell = "gru, reset first" if kind == "GRU" and not attributes.get("linear_before_reset", 0) else kind.lower()
+        x = symbol(x)
+        batch, batch_axis = x.shape[0 if layout else 1], 0 if layout else 1
+        if batch != 1:
+            rows = [[_row(part, k, batch_axis) for part in (x, h0, c0)] for k in range(batch)]
+            own = [None if lengths is None else lengths[k : k + 1] for k in range(batch)]
+            made = [
+                handler(reader, x, w, r, b, length, h0, c0, peepholes, **attributes)
+                for (x, h0, c0), length in zip(rows, own, strict=True)
+            ]
+            axes = (0 if layout else 2, batch_axis, batch_axis)  # of the steps, and of the last states
+            parts = zip(axes, zip(*made, strict=True), strict=False)
+            return [join(lambda rows, axis=axis: torch.cat(rows, dim=axis), list(part)) for axis, part in parts]
         if layout:
             x = x.view(lambda part: part.transpose(0, 1))
-        steps, batch = x.shape[:2]
-        if batch != 1:
-            raise UnsupportedError(f"the file fixes a batch of {batch} sequences: export it with a batch of one")
+        steps = x.shape[0]
         count = steps if lengths is None else _common_length(lengths, steps)
         zeros = constant(torch.zeros(len(backwards), batch, size))
         given = (h0, c0) if kind == "LSTM" else (h0,)
@@ -57,6 +67,11 @@ def _recurrent(kind: str) -> Handler:
         return [y, *last]
 
     return handler
+
+
+def _row(value: Value | None, k: int, axis: int) -> Symbol | None:
+    """One sequence of a batch."""
+    return None if value is None else symbol(value).view(lambda part: part.narrow(axis, k, 1))
 
 
 for _kind in GATE_ORDER:

@@ -5,10 +5,8 @@ from __future__ import annotations
 # Of constants: no two implementations agree on them.
 UNSURE = {"LRN", "Resize"}
 MAXIMUM = "a maximum of perturbed values has no bound here: pool by the mean or the last state"
-NORMALISED = "it divides by a standard deviation of perturbed values, which has no bound here"
 REASONS = (
     dict.fromkeys(("LpPool", "TopK"), MAXIMUM)
-    | dict.fromkeys(("InstanceNormalization", "GroupNormalization"), NORMALISED)
     | dict.fromkeys(("ArgMax", "ArgMin", "Hardmax"), "it gives the place of a maximum: export the scores themselves")
     | dict.fromkeys(("Attention", "MultiHeadAttention"), "attention multiplies perturbed values with each other")
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..symbolic import Symbol, UnsupportedError, join
 from .refused import EMBEDDING
-from .table import OPERATORS, Handler, operator, symbol, whole_numbers
+from .table import OPERATORS, Handler, fixed_number, operator, symbol, whole_numbers
 
 
 @operator("Identity")
@@ -34,6 +34,13 @@ def _cast(reader, x, to, **attributes):
     return x
 
 
+@operator("CastLike")
+def _cast_like(reader, x, like, **attributes):
+    if isinstance(like, Tensor) and like.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedError(f"numbers are rounded to {like.dtype}")
+    return x
+
+
 @operator("Shape")
 def _shape(reader, x, start=0, end=None):
     return torch.tensor(tuple(x.shape)[start:end], dtype=torch.int64)
@@ -54,7 +61,7 @@ def _reshape(reader, x, shape, allowzero=0):
 
 @operator("Flatten")
 def _flatten(reader, x, axis=1):
-    first = math.prod(x.shape[: axis % (len(x.shape) + 1)])
+    first = math.prod(x.shape[:axis])
     return x.view(lambda part: part.reshape(first, -1))
 
 
@@ -163,7 +170,7 @@ def _pad(reader, x, pads_input=None, value=None, axes=None, pads=None, mode="con
     if mode != "constant" or axes is not None:
         raise UnsupportedError("only padding of all axes by a constant is supported")
     pads = whole_numbers(pads_input) if pads_input is not None else pads
-    filled = float(value) if value is not None else attributes.get("value", 0.0)
+    filled = fixed_number(value) if value is not None else attributes.get("value", 0.0)
     widths = [
         width
         for pair in reversed(list(zip(pads[: len(pads) // 2], pads[len(pads) // 2 :], strict=True)))

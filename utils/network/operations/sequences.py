@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..symbolic import Symbol, UnsupportedError, constant, join
 from ..trace import LOOKUPS, OPERATIONS, Handler, Reading, Tokens, Traced, looked_up, operation, plain_words
+from .functions import amax
 
 UNLIKE = "packed sequences are read where the lengths of all samples that are read together are the same"
 
@@ -81,9 +82,7 @@ def _bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Traced:
-    """nn.EmbeddingBag, sum or mean, of words (batch, T), or of all words in a row and where each bag begins."""
-    if mode not in ("sum", "mean"):
-        raise UnsupportedError(f"bags are read with mode sum or mean, not {mode!r}")
+    """nn.EmbeddingBag of words (batch, T), or of all words in a row and where each bag begins."""
     vectors, words = looked_up(reading, tokens, weight, max_norm), plain_words(tokens)
     shares = torch.ones(words.shape, dtype=torch.float64)
     if padding_idx is not None:
@@ -96,11 +95,20 @@ def _bag(
     own = torch.stack([shares[bag] for bag in bags]) if len({len(shares[bag]) for bag in bags}) == 1 else None
     if own is None or not bool((own == own[:1]).all()):
         raise UnsupportedError("bags are read where there is one a sample")
+    chosen = join(torch.stack, [vectors.view(lambda part, bag=bag: part[bag]) for bag in bags])
+    if mode == "max":
+        return Traced.of(reading.builder, _greatest(reading, chosen, own[0] > 0), weight)
     total = own.sum(dim=1, keepdim=True) if mode == "mean" else torch.ones(len(own), 1)
     factors = torch.where(total > 0, own / total.clamp(min=1e-300), 0.0).unsqueeze(-1)
-    chosen = join(torch.stack, [vectors.view(lambda part, bag=bag: part[bag]) for bag in bags])
     made = reading.builder.sum(reading.builder.scaled(chosen, constant(factors)), (1,))
     return Traced.of(reading.builder, made, weight)
+
+
+def _greatest(reading: Reading, chosen: Symbol, counted: Tensor) -> Symbol:
+    """Of the words that count, (batch, words, n); zeros if none does."""
+    if not bool(counted.any()):
+        return constant(torch.zeros(chosen.shape[0], chosen.shape[2]))
+    return amax(reading.builder, chosen.view(lambda part: part[:, counted]), 1)
 
 
 def _bags(words: Tensor, offsets: list[int] | None, include_last: bool) -> list[tuple]:

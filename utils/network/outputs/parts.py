@@ -65,15 +65,8 @@ class Outputs:
         return output
 
     def without_end(self, builder: Builder, symbol: Symbol) -> tuple[Symbol, str]:
-        """Scores without the softmax or sigmoid that they end with, and its name.
-
-        Raises UnsupportedError where the values themselves are meant and would need a bound of a softmax.
-        """
+        """Scores without the softmax or sigmoid that they end with, and its name; values are as they are."""
         if symbol.softmax:
-            if not self.scores:
-                raise UnsupportedError(
-                    f"a {symbol.softmax} has no bound here: let the forward return the scores before it"
-                )
             return symbol, symbol.softmax
         before = _before_sigmoid(builder, symbol) if self.scores and self.signs else None
         return (symbol, "") if before is None else (before, "sigmoid")
