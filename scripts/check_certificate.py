@@ -547,7 +547,8 @@ class MelBank:
         d'Q d <= lambda(Q) |d|^2,        d'Q d <= lambda(W^-1 Q W^-1) sum_j (w_j d_j)^2,
         (wave_k . d)^2 <= (|wave_k| . |d|)^2,
 
-    W = diag(w) for any w > 0: of the Hann window that the waves have in them the second is good.
+    W = diag(w) for any w > 0: of the Hann window that the waves have in them the second is good. Energies of several
+    bands, a >= 0 of each, have  sum_m a_m d'Q_m d <= max_k (a'mel)_k sum_k (wave_k . d)^2,  which is bounded alike.
     """
 
     def __init__(self, wave, mel, floor):
@@ -557,17 +558,32 @@ class MelBank:
         self.terms = 4 * sum(wave.shape) + len(mel) + 64  # more than rounding there is on any way through
         self.largest = np.array([_largest_form(wave, row) for row in self.mel])
         self.largest_unwindowed = np.array([_largest_form(wave / self.window, row) for row in self.mel])
+        ones = np.ones(len(wave))
+        self.whole, self.whole_unwindowed = _largest_form(wave, ones), _largest_form(wave / self.window, ones)
 
     def kappa(self, frames, norm, ball):
         """A number above d'Q d of each band, over what the window's frames can do."""
         if norm != np.inf:
-            squares = [frame.eps**2 for frame in frames]
-            radius = sum(squares) if ball == "frame" else max(squares)
-            return self.largest * radius * (1 + gamma(8)) + TINY
-        sides = np.concatenate([frame.sides if frame.perturbed else np.zeros(frame.size) for frame in frames])
+            return self.largest * _squared_radius(frames, ball) * (1 + gamma(8)) + TINY
+        sides = _sides(frames)
         together = self.largest_unwindowed * ((self.window * sides) ** 2).sum()
         single = (self.size @ sides) ** 2 @ self.mel.T
         return np.minimum(together, single) * (1 + gamma(self.terms)) + TINY
+
+    def most(self, frames, norm, ball):
+        """A number above sum_k (wave_k . d)^2, likewise."""
+        if norm != np.inf:
+            return self.whole * _squared_radius(frames, ball) * (1 + gamma(8)) + TINY
+        return self.whole_unwindowed * ((self.window * _sides(frames)) ** 2).sum() * (1 + gamma(self.terms)) + TINY
+
+
+def _squared_radius(frames, ball):
+    squares = [frame.eps**2 for frame in frames]
+    return sum(squares) if ball == "frame" else max(squares)
+
+
+def _sides(frames):
+    return np.concatenate([frame.sides if frame.perturbed else np.zeros(frame.size) for frame in frames])
 
 
 def _largest_form(rows, weights):
@@ -588,6 +604,7 @@ class Energies(Node):
         self.energy, self.energy_size = bank.mel @ waves**2, bank.mel @ sizes**2
         self.slopes = (2.0 * waves * bank.mel) @ bank.wave
         self.kappa = bank.kappa(frames, norm, ball) if self.perturbed else np.zeros(self.size)
+        self.mel, self.most = bank.mel, bank.most(frames, norm, ball) if self.perturbed else 0.0
         reach = (2.0 * sizes * bank.mel) @ bank.size @ np.concatenate([frame.magnitude for frame in frames])
         self.room = gamma(bank.terms) * (reach + self.energy_size + self.kappa) + TINY
 
@@ -600,9 +617,11 @@ class Energies(Node):
         return np.maximum(low, 0.0), (high + most) ** 2 * (1 + 16 * U) + TINY
 
     def backward(self, rows):
-        """E >= slopes . v - E(c), and <= that + kappa."""
+        """E >= slopes . v - E(c), and <= that + kappa; of many bands together they leave that by less."""
         parts = np.split(rows @ self.slopes, [self.parents[0].size], axis=1)
-        constant = np.minimum(rows, 0.0) @ self.kappa - rows @ self.energy
+        negative = np.minimum(rows, 0.0)
+        together = (negative @ self.mel).min(axis=1) * (1 + gamma(len(self.mel) + 8)) * self.most
+        constant = np.maximum(negative @ self.kappa, together) - rows @ self.energy
         return list(zip(self.parents, parts, strict=True)), constant, np.abs(rows) @ self.room
 
 

@@ -165,6 +165,45 @@ def test_the_check_of_planes_catches_broken_ones(monkeypatch, broken):
     assert caught == 2
 
 
+SETS = (Threat(INF), Threat(2.0), Threat(2.0, "sequence"), Threat(1.0))
+SIGNS = torch.tensor([[-1.0, -1.0, -1.0], [-1.0, -0.7, -0.5], [-1.0, 0.5, -1.0], [1.0, 1.0, 1.0], [0.0, -1.0, 0.0]])
+
+
+def check_rows(threat) -> float:
+    """Rows of energies at points where their quadratic parts are greatest; what is lost together, of that apart."""
+    model, x = small(), waves()
+    graph = unroll(model, CHUNKS)
+    node = next(node for node in graph.nodes if isinstance(node, BandPower))
+    eps = torch.full((2, CHUNKS), 0.3).double()
+    bounds = BoundPass(graph, threat.around(x, eps), "ibp")
+    energy, kappa, slopes = node.expansion(bounds)
+    rows = SIGNS.double()[None]
+    lost = node._lost(rows.clamp(max=0.0), kappa, bounds)
+    whole = torch.cat([node.mel, (-SIGNS).clamp(min=0.0).double() @ node.mel])
+    twin = BandPower(node.parents, node.wave, whole[whole.sum(dim=1) > 0], node.window)
+    for point in extremes(twin, x, eps, threat):
+        line = energy + (slopes @ (point - x)[:, :2].flatten(1)[..., None]).squeeze(-1)
+        check_below(
+            (rows * line[:, None]).sum(dim=-1) + lost,
+            (rows * node.value(point[:, 0], point[:, 1])[:, None]).sum(dim=-1),
+        )
+    return float((lost[:, 0] / (rows[:, 0].clamp(max=0.0) * kappa).sum(dim=-1)).min())
+
+
+@pytest.mark.parametrize("threat", SETS, ids=str)
+def test_what_bands_lose_together_is_less_and_holds(threat):
+    assert check_rows(threat) < 0.9
+
+
+@pytest.mark.parametrize("share", [0.45, 0.0])
+def test_the_check_of_rows_catches_less(monkeypatch, share):
+    whole = BandPower._whole
+    monkeypatch.setattr(BandPower, "_whole", lambda self, bounds: share * whole(self, bounds))
+    for threat in SETS[:3]:
+        with pytest.raises(AssertionError):
+            check_rows(threat)
+
+
 def test_eigenvalues_are_bounded_and_nearly_met():
     features = MelFeatures(hop=200, bands=20).double()
     both = torch.cat((features.mel, features.mel), dim=1)
