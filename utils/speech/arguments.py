@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..choices.method import TIME_LIMIT
 from ..runs.cli import ROOT, add_common_arguments, non_negative_float, positive_float, positive_int
 from ..training.certified.arguments import add_certified_arguments
 
@@ -79,6 +80,12 @@ def add_speech_bound_arguments(parser: argparse.ArgumentParser, architecture: st
         help="energies as quadratic forms, or square by square",
     )
     group.add_argument("--method", choices=SPEECH_METHODS, default="crown", help="how margins are bounded")
+    group.add_argument(
+        "--time-limit",
+        type=positive_float,
+        default=TIME_LIMIT,
+        help="seconds an utterance in which alpha and curve tune their bounds, curve after all that alpha does",
+    )
     group.add_argument(
         "--search", action="store_true", help="also find the loudest noise that is certified, and that breaks"
     )
