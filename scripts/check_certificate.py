@@ -322,6 +322,10 @@ class Node:
         """(low, high) by interval arithmetic from ``ends`` (``whole`` or ``apart``) of nodes before it."""
         raise NotImplementedError
 
+    def squares(self, rows):
+        """(frame, what its move costs each row at most) of terms that a backward step leaves to be added up."""
+        return []
+
     def find_points(self):
         """If it reads one word, and rounding has not grown too much: all its values, each in a small interval.
 
@@ -605,6 +609,7 @@ class Energies(Node):
         self.slopes = (2.0 * waves * bank.mel) @ bank.wave
         self.kappa = bank.kappa(frames, norm, ball) if self.perturbed else np.zeros(self.size)
         self.mel, self.most = bank.mel, bank.most(frames, norm, ball) if self.perturbed else 0.0
+        self.shares = ball != "frame" and norm != np.inf
         reach = (2.0 * sizes * bank.mel) @ bank.size @ np.concatenate([frame.magnitude for frame in frames])
         self.room = gamma(bank.terms) * (reach + self.energy_size + self.kappa) + TINY
 
@@ -619,10 +624,20 @@ class Energies(Node):
     def backward(self, rows):
         """E >= slopes . v - E(c), and <= that + kappa; of many bands together they leave that by less."""
         parts = np.split(rows @ self.slopes, [self.parents[0].size], axis=1)
-        negative = np.minimum(rows, 0.0)
-        together = (negative @ self.mel).min(axis=1) * (1 + gamma(len(self.mel) + 8)) * self.most
-        constant = np.maximum(negative @ self.kappa, together) - rows @ self.energy
+        constant = (0.0 if self.shares else -self._lost(rows)) - rows @ self.energy
         return list(zip(self.parents, parts, strict=True)), constant, np.abs(rows) @ self.room
+
+    def _lost(self, rows):
+        negative = -np.minimum(rows, 0.0)
+        together = (negative @ self.mel).max(axis=1) * (1 + gamma(len(self.mel) + 8)) * self.most
+        return np.minimum(negative @ self.kappa, together)
+
+    def squares(self, rows):
+        """(frame, what it costs): sum |a_m| d'Q_m d <= lost |d|^2 / radius^2, and |d|^2 is the sum of both frames'."""
+        if not self.shares:
+            return []
+        lost = self._lost(rows)
+        return [(frame, lost) for frame in self.parents if frame.perturbed]
 
 
 class Logarithm(Relaxed):
@@ -783,7 +798,7 @@ class Network:
         Coefficients are rounded when they are handed to a parent. What that changes is at most their error times the
         parent's magnitude, and goes to the slack.
         """
-        result, pending, met, losses = Sum(len(rows)), {node.index: rows}, {}, {}
+        result, pending, met, losses, moves = Sum(len(rows)), {node.index: rows}, {}, {}, {}
         for index in range(node.index, -1, -1):
             if index not in pending:
                 continue
@@ -797,12 +812,16 @@ class Network:
                 if isinstance(current, Relaxed):
                     for operand, weights in current.losses(coefficients):
                         losses[operand] = losses.get(operand, 0.0) + weights
+                for frame, squares in current.squares(coefficients):
+                    moves[frame] = moves.get(frame, 0.0) + squares
                 for parent, passed in handed:
                     if parent.index in pending:
                         passed = pending[parent.index] + passed
                         error = error + gamma(0) * (np.abs(passed) @ parent.magnitude)
                     pending[parent.index] = passed
                 result.add(constant, error)
+        if moves:  # squares of moves that share a budget: all of it may be at the dearest frame
+            result.add(-np.max(list(moves.values()), axis=0) * (1 + gamma(len(self.nodes))), 0.0)
         return result, self.inputs.meet(met, result), losses
 
     def joint_loss(self, losses, lines=None, share=OWN_SHARE):

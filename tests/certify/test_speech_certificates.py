@@ -133,6 +133,9 @@ def check_energies():
         for bound, other in ((line, true), (true, line + node.kappa), (low, true), (true, high)):
             assert (bound <= other + 1e-12).all()
         handed, constant, error = node.backward(ROWS)
+        if node.shares:
+            assert all(frame.perturbed for frame, _ in node.squares(ROWS))
+            constant = constant - node.squares(ROWS)[0][1]
         below = (center + moves) @ np.concatenate([part for _, part in handed], axis=1).T + constant - error
         assert (below <= true @ ROWS.T + 1e-12).all()
         assert constant[0] + ROWS[0] @ node.energy > 0.95 * ROWS[0] @ node.kappa  # less than each by itself

@@ -11,10 +11,10 @@ from test_bound_scripts import assert_one_line, call
 
 from data.speech import as_chunks, made_up_tones, read_wav
 from utils.network import load_checkpoint
+from utils.network.speech.threats import SpeechThreat
 from utils.runs.results import read_record
 from utils.runs.rows import read_rows
 from utils.speech.bound import UtteranceRow
-from utils.speech.threats import SpeechThreat
 
 TRAIN, BOUND = "gru/train_gru_speech_classifier.py", "gru/bound_gru_speech.py"
 SIZE = ("--hidden-size", 6, "--sample", "--threads", 1)

@@ -36,9 +36,9 @@ from ..relaxation.curves import Curves, curved_relaxation
 from ..relaxation.lines import Relaxation
 from .balls import squares_in_ball
 from .box_quadratic import line_and_squares_over_box, squares_over_box
-from .narrow import Narrow
 from .passes import BoundPass, intersect
 from .quadratic import Guesses, largest_eigenvalue, line_and_squares
+from .waves import Narrow
 
 STEP_SIZES = (0.02, 0.2)  # of slopes in units of their range, and of log curvatures; measured
 WARM_UP = 3

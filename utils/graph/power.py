@@ -153,7 +153,9 @@ class BandPower(Node):
             if not bounds.is_exact(frame):
                 bounds.pass_to(frame, part)
         _, negative = bounds.signed_parts(coefficients)
-        return apply_rows(coefficients, energy) + self._lost(negative, kappa, bounds)
+        constant = bounds.lose(self.parents, -self._lost(negative, kappa, bounds))
+        known = apply_rows(coefficients, energy)
+        return known if constant is None else known + constant
 
     def _lost(self, negative: Tensor, kappa: Tensor, bounds: Bounds) -> Tensor:
         """Lower bounds, (batch, rows), of sum_m a_m d'Q_m d for a <= 0, (batch or 1, rows, bands)."""

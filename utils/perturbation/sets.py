@@ -51,6 +51,11 @@ class InputSet:
         return self.norm == 2.0
 
     @property
+    def shares_squares(self) -> bool:
+        """Whether the squares of all frames' moves add up to those of a budget: see ``BoundPass.lose``."""
+        return False
+
+    @property
     def in_ball(self) -> bool:
         """Whether frames lie in l_2 balls that say something: there is ``ball_radius`` then."""
         return self.is_round
@@ -207,6 +212,10 @@ class Perturbation(InputSet):
     @property
     def is_round(self) -> bool:
         return self.norm == 2.0 and self.stretch is None
+
+    @property
+    def shares_squares(self) -> bool:
+        return self.norm <= 2.0 and self._ball is BALLS["sequence"]
 
     def ball_radius(self, frame: int) -> Tensor:
         """Radius of an l_2 ball around the frame's centre that holds all of it, (batch,); see ``in_ball``."""

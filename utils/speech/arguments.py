@@ -39,7 +39,18 @@ def add_speech_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="add white noise of a random level, in dB of its deviation below the peak, such as -60 -25",
     )
     group.add_argument(
-        "--train-level", type=float, metavar="DB", help="--train-eps in dB of the peak: -60 is 0.001 (--certified)"
+        "--train-threat",
+        choices=tuple(THREATS),
+        default="noise",
+        help="what --certified trains for, as --threat of the bound scripts",
+    )
+    group.add_argument(
+        "--train-level",
+        type=float,
+        help="--train-eps as --level of the bound scripts: dB of the peak (-60 is 0.001), of signal to noise, or nats",
+    )
+    group.add_argument(
+        "--train-span", type=float, nargs=2, metavar=("FROM", "TO"), help="only chunks in this span of seconds move"
     )
     group.add_argument(
         "--save-dir", type=Path, default=ROOT / "models" / "speech_classifier", help="folder of the model folders"

@@ -27,6 +27,7 @@ from ..certify.problem import MarginProblem, margin_problem
 from ..experiments.arguments import result_folder
 from ..network.checkpoint import CheckpointError, Config, load_checkpoint, missing
 from ..network.speech import SpeechClassifier
+from ..network.speech.threats import SpeechThreat
 from ..runs.cli import ContradictionError, apply_common_arguments, checkpoint_facts, run_facts, utc_now
 from ..runs.ranks import Ranks, joined
 from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive, read_record, replacing
@@ -35,7 +36,6 @@ from ..runs.work import Job, explained, find_rows
 from ..training.tasks import speech_model_name
 from .arguments import THREATS
 from .figure import FIGURE, plot_spectrograms
-from .threats import SpeechThreat
 
 UNITS = {"noise": "dB of the peak", "snr": "dB of signal to noise", "features": "nats"}
 WAVES = "falsified"  # folder of counter-examples

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..network.models import SequenceClassifier
-from ..network.speech import SpeechClassifier
+from ..models import SequenceClassifier
+from .features import SpeechClassifier
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,28 @@ class SpeechThreat:
         """Keyword arguments of ``certified_margin`` and of attacks. Raises ValueError if the span holds nothing."""
         settings: dict[str, object] = {"norm": 2.0, "ball": "sequence"} if self.kind == "snr" else {"norm": math.inf}
         if self.span is not None:
-            step = classifier.features.hop / classifier.features.rate
-            starts = torch.arange(frames) * step
-            settings["frames"] = (starts + step > self.span[0]) & (starts < self.span[1])
-            if not bool(settings["frames"].any()):
-                raise ValueError(f"no chunk lies between {self.span[0]:g} and {self.span[1]:g} seconds")
+            settings["frames"] = self.moved(frames, classifier.features.hop / classifier.features.rate)
         return settings
 
-    def eps(self, x: Tensor, level: float | None = None) -> Tensor:
-        """Radii of chunks (batch, C, hop), (batch,)."""
-        level = self.level if level is None else level
+    def moved(self, frames: int, step: float) -> Tensor:
+        """Which frames, ``step`` seconds apart, meet the span, (frames,) of bool. Raises ValueError if none does."""
+        starts = torch.arange(frames) * step
+        found = (starts + step > self.span[0]) & (starts < self.span[1])
+        if not bool(found.any()):
+            raise ValueError(f"no chunk lies between {self.span[0]:g} and {self.span[1]:g} seconds")
+        return found
+
+    @property
+    def share(self) -> float:
+        """The level as a share of the peak (noise) or of the utterance's l_2 norm (snr), or in nats (features)."""
         if self.kind == "features":
-            return torch.full((len(x),), level, dtype=x.dtype)
-        if self.kind == "noise":
-            return torch.full((len(x),), 10.0 ** (level / 20.0), dtype=x.dtype)
-        return x.flatten(1).norm(dim=1) * 10.0 ** (-level / 20.0)
+            return self.level
+        return 10.0 ** ((-self.level if self.kind == "snr" else self.level) / 20.0)
+
+    def eps(self, x: Tensor) -> Tensor:
+        """Radii of chunks (batch, C, hop), (batch,)."""
+        sizes = x.flatten(1).norm(dim=1) if self.kind == "snr" else torch.ones_like(x[:, 0, 0])
+        return sizes * self.share
 
     def level_of(self, eps: Tensor, x: Tensor) -> Tensor:
         """Inverse of ``eps``: dB of the peak, dB of signal to noise, or nats, (batch,)."""

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..graph.nodes import Frame
-from ..graph.power import BandPower
-from ..perturbation.balls import FRAME
+from ...graph.nodes import Frame
+from ...graph.power import BandPower
+from ...perturbation.balls import FRAME
 
 if TYPE_CHECKING:
-    from .passes import BoundPass
+    from ..passes import BoundPass
 
 SHARE = 0.5  # of a frame's size that the directions may be, to be worth it
 
