@@ -59,6 +59,16 @@ def test_verdicts_are_those_of_the_library_and_resumed(folder, tmp_path):
     assert [row.name for row in rows_of(results.parent)] == [row.name for row in rows]
 
 
+@pytest.mark.parametrize("method", ["alpha", "curve"])
+def test_tuned_methods_keep_a_time_limit_and_are_no_worse_than_planes(folder, tmp_path, method):
+    flags = ("--level", -50, "--N", 4, "--no-attack")
+    for name, own in (("plain", ()), ("tuned", ("--method", method, "--time-limit", 0.5))):
+        done = bound(folder, "--out-dir", tmp_path / name, *flags, *own)
+        assert done.code == 0, done.err
+    pairs = zip(rows_of(tmp_path / "plain"), rows_of(tmp_path / "tuned"), strict=True)
+    assert all(tuned.margin >= plain.margin - 1e-9 and tuned.seconds < 1.5 for plain, tuned in pairs)
+
+
 def test_loud_noise_is_falsified_and_can_be_heard(folder, tmp_path):
     done = bound(folder, "--out-dir", tmp_path, "--level", -6, "--method", "ibp", "--attack-steps", 20)
     assert done.code == 0, done.err
@@ -114,6 +124,7 @@ def test_a_radius_above_an_attack_s_stops_the_script(folder, tmp_path, monkeypat
     "flags, message",
     [
         (("--N", 999), "--N 999 is more than the 40 test utterances of tones"),
+        (("--search", "--method", "curve"), "--search has no time limit: leave out --method curve"),
         (("--hidden-size", 7), "train it by python gru/train_gru_speech_classifier.py --hidden-size 7"),
         (("--span", 8, 9), "no chunk lies between 8 and 9 seconds"),
     ],
