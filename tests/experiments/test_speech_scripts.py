@@ -59,7 +59,7 @@ def test_verdicts_are_those_of_the_library_and_resumed(folder, tmp_path):
     assert [row.name for row in rows_of(results.parent)] == [row.name for row in rows]
 
 
-@pytest.mark.parametrize("method", ["alpha", "curve"])
+@pytest.mark.parametrize("method", ["alpha", "curve", "bab"])
 def test_tuned_methods_keep_a_time_limit_and_are_no_worse_than_planes(folder, tmp_path, method):
     flags = ("--level", -50, "--N", 4, "--no-attack")
     for name, own in (("plain", ()), ("tuned", ("--method", method, "--time-limit", 0.5))):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..choices.method import TIME_LIMIT
+from ..choices.method import TIME_LIMIT, TUNED_METHODS
 from ..runs.cli import ROOT, add_common_arguments, non_negative_float, positive_float, positive_int
 from ..training.certified.arguments import add_certified_arguments
 
 THREATS = {"noise": -90.0, "snr": 60.0, "features": 0.01}  # and their levels unless told otherwise
-SPEECH_METHODS = ("ibp", "crown-ibp", "crown", "alpha", "curve")
+SPEECH_METHODS = ("ibp", "crown-ibp", "crown", *TUNED_METHODS)
 DATA_HELP = "folder that holds recordings/0_george_0.wav ... (default: data/fsdd, where they are downloaded to)"
 
 
@@ -95,7 +95,7 @@ def add_speech_bound_arguments(parser: argparse.ArgumentParser, architecture: st
         "--time-limit",
         type=positive_float,
         default=TIME_LIMIT,
-        help="seconds an utterance in which alpha and curve tune their bounds, curve after all that alpha does",
+        help="seconds an utterance in which alpha, curve and bab tune bounds, each after all that those before it do",
     )
     group.add_argument(
         "--search", action="store_true", help="also find the loudest noise that is certified, and that breaks"

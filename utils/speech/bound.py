@@ -24,6 +24,7 @@ from ..certify.bab import best_margins
 from ..certify.certificate import FOLDER_NAME, save_certificates
 from ..certify.interface import certified_radius, margins_at
 from ..certify.problem import MarginProblem, margin_problem
+from ..choices.method import CURVED_METHODS
 from ..experiments.arguments import result_folder
 from ..network.checkpoint import CheckpointError, Config, load_checkpoint, missing
 from ..network.speech import SpeechClassifier
@@ -84,8 +85,8 @@ def bound_speech_classifier(args: argparse.Namespace, architecture: str) -> None
         OSError: a file cannot be read or the folder cannot be written.
     """
     device = apply_common_arguments(args)
-    if args.save_certificate and (args.method == "curve" or args.power != "bands"):
-        raise ValueError("--save-certificate has rules for planes and bands: leave out --method curve and --power")
+    if args.save_certificate and (args.method in CURVED_METHODS or args.power != "bands"):
+        raise ValueError("--save-certificate has rules for planes and bands: take --method crown or alpha, no --power")
     if args.search and args.method == "curve":
         raise ValueError("--search has no time limit: leave out --method curve")
     args.level = THREATS[args.threat] if args.level is None else args.level
