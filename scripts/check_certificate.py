@@ -322,6 +322,10 @@ class Node:
         """(low, high) by interval arithmetic from ``ends`` (``whole`` or ``apart``) of nodes before it."""
         raise NotImplementedError
 
+    def squares(self, rows):
+        """(frame, what its move costs each row at most) of terms that a backward step leaves to be added up."""
+        return []
+
     def find_points(self):
         """If it reads one word, and rounding has not grown too much: all its values, each in a small interval.
 
@@ -547,7 +551,8 @@ class MelBank:
         d'Q d <= lambda(Q) |d|^2,        d'Q d <= lambda(W^-1 Q W^-1) sum_j (w_j d_j)^2,
         (wave_k . d)^2 <= (|wave_k| . |d|)^2,
 
-    W = diag(w) for any w > 0: of the Hann window that the waves have in them the second is good.
+    W = diag(w) for any w > 0: of the Hann window that the waves have in them the second is good. Energies of several
+    bands, a >= 0 of each, have  sum_m a_m d'Q_m d <= max_k (a'mel)_k sum_k (wave_k . d)^2,  which is bounded alike.
     """
 
     def __init__(self, wave, mel, floor):
@@ -557,17 +562,32 @@ class MelBank:
         self.terms = 4 * sum(wave.shape) + len(mel) + 64  # more than rounding there is on any way through
         self.largest = np.array([_largest_form(wave, row) for row in self.mel])
         self.largest_unwindowed = np.array([_largest_form(wave / self.window, row) for row in self.mel])
+        ones = np.ones(len(wave))
+        self.whole, self.whole_unwindowed = _largest_form(wave, ones), _largest_form(wave / self.window, ones)
 
     def kappa(self, frames, norm, ball):
         """A number above d'Q d of each band, over what the window's frames can do."""
         if norm != np.inf:
-            squares = [frame.eps**2 for frame in frames]
-            radius = sum(squares) if ball == "frame" else max(squares)
-            return self.largest * radius * (1 + gamma(8)) + TINY
-        sides = np.concatenate([frame.sides if frame.perturbed else np.zeros(frame.size) for frame in frames])
+            return self.largest * _squared_radius(frames, ball) * (1 + gamma(8)) + TINY
+        sides = _sides(frames)
         together = self.largest_unwindowed * ((self.window * sides) ** 2).sum()
         single = (self.size @ sides) ** 2 @ self.mel.T
         return np.minimum(together, single) * (1 + gamma(self.terms)) + TINY
+
+    def most(self, frames, norm, ball):
+        """A number above sum_k (wave_k . d)^2, likewise."""
+        if norm != np.inf:
+            return self.whole * _squared_radius(frames, ball) * (1 + gamma(8)) + TINY
+        return self.whole_unwindowed * ((self.window * _sides(frames)) ** 2).sum() * (1 + gamma(self.terms)) + TINY
+
+
+def _squared_radius(frames, ball):
+    squares = [frame.eps**2 for frame in frames]
+    return sum(squares) if ball == "frame" else max(squares)
+
+
+def _sides(frames):
+    return np.concatenate([frame.sides if frame.perturbed else np.zeros(frame.size) for frame in frames])
 
 
 def _largest_form(rows, weights):
@@ -588,6 +608,8 @@ class Energies(Node):
         self.energy, self.energy_size = bank.mel @ waves**2, bank.mel @ sizes**2
         self.slopes = (2.0 * waves * bank.mel) @ bank.wave
         self.kappa = bank.kappa(frames, norm, ball) if self.perturbed else np.zeros(self.size)
+        self.mel, self.most = bank.mel, bank.most(frames, norm, ball) if self.perturbed else 0.0
+        self.shares = ball != "frame" and norm != np.inf
         reach = (2.0 * sizes * bank.mel) @ bank.size @ np.concatenate([frame.magnitude for frame in frames])
         self.room = gamma(bank.terms) * (reach + self.energy_size + self.kappa) + TINY
 
@@ -600,10 +622,22 @@ class Energies(Node):
         return np.maximum(low, 0.0), (high + most) ** 2 * (1 + 16 * U) + TINY
 
     def backward(self, rows):
-        """E >= slopes . v - E(c), and <= that + kappa."""
+        """E >= slopes . v - E(c), and <= that + kappa; of many bands together they leave that by less."""
         parts = np.split(rows @ self.slopes, [self.parents[0].size], axis=1)
-        constant = np.minimum(rows, 0.0) @ self.kappa - rows @ self.energy
+        constant = (0.0 if self.shares else -self._lost(rows)) - rows @ self.energy
         return list(zip(self.parents, parts, strict=True)), constant, np.abs(rows) @ self.room
+
+    def _lost(self, rows):
+        negative = -np.minimum(rows, 0.0)
+        together = (negative @ self.mel).max(axis=1) * (1 + gamma(len(self.mel) + 8)) * self.most
+        return np.minimum(negative @ self.kappa, together)
+
+    def squares(self, rows):
+        """(frame, what it costs): sum |a_m| d'Q_m d <= lost |d|^2 / radius^2, and |d|^2 is the sum of both frames'."""
+        if not self.shares:
+            return []
+        lost = self._lost(rows)
+        return [(frame, lost) for frame in self.parents if frame.perturbed]
 
 
 class Logarithm(Relaxed):
@@ -764,7 +798,7 @@ class Network:
         Coefficients are rounded when they are handed to a parent. What that changes is at most their error times the
         parent's magnitude, and goes to the slack.
         """
-        result, pending, met, losses = Sum(len(rows)), {node.index: rows}, {}, {}
+        result, pending, met, losses, moves = Sum(len(rows)), {node.index: rows}, {}, {}, {}
         for index in range(node.index, -1, -1):
             if index not in pending:
                 continue
@@ -778,12 +812,16 @@ class Network:
                 if isinstance(current, Relaxed):
                     for operand, weights in current.losses(coefficients):
                         losses[operand] = losses.get(operand, 0.0) + weights
+                for frame, squares in current.squares(coefficients):
+                    moves[frame] = moves.get(frame, 0.0) + squares
                 for parent, passed in handed:
                     if parent.index in pending:
                         passed = pending[parent.index] + passed
                         error = error + gamma(0) * (np.abs(passed) @ parent.magnitude)
                     pending[parent.index] = passed
                 result.add(constant, error)
+        if moves:  # squares of moves that share a budget: all of it may be at the dearest frame
+            result.add(-np.max(list(moves.values()), axis=0) * (1 + gamma(len(self.nodes))), 0.0)
         return result, self.inputs.meet(met, result), losses
 
     def joint_loss(self, losses, lines=None, share=OWN_SHARE):

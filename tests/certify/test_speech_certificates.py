@@ -97,12 +97,15 @@ def energies(norm, ball="frame", eps=0.3):
     return node, center, lambda d: ((center + d) @ wave.T) ** 2 @ both.T
 
 
+ROWS = np.array([[-1.0, -1.0, -1.0], [-1.0, -0.7, -0.5], [-1.0, 0.5, -1.0]])
+
+
 def deviations(norm, ball, eps=0.3):
     """Where the quadratic part is large: along eigenvectors and rows, and at random corners, in the set."""
     features = small().features
     mel, wave = features.mel.numpy(), features.wave.numpy()
     both = np.concatenate((mel, mel), axis=1)
-    found = [np.linalg.eigh((wave.T * row) @ wave)[1][:, -1] for row in both]
+    found = [np.linalg.eigh((wave.T * row) @ wave)[1][:, -1] for row in (*both, *(-np.minimum(ROWS, 0.0) @ both))]
     found += [*wave, *np.random.default_rng(2).normal(size=(20, 2 * HOP))]
     moves = []
     for direction in found:
@@ -129,6 +132,13 @@ def check_energies():
         low, high = node.own_range()
         for bound, other in ((line, true), (true, line + node.kappa), (low, true), (true, high)):
             assert (bound <= other + 1e-12).all()
+        handed, constant, error = node.backward(ROWS)
+        if node.shares:
+            assert all(frame.perturbed for frame, _ in node.squares(ROWS))
+            constant = constant - node.squares(ROWS)[0][1]
+        below = (center + moves) @ np.concatenate([part for _, part in handed], axis=1).T + constant - error
+        assert (below <= true @ ROWS.T + 1e-12).all()
+        assert constant[0] + ROWS[0] @ node.energy > 0.95 * ROWS[0] @ node.kappa  # less than each by itself
 
 
 def test_energies_lie_between_their_planes():
@@ -157,12 +167,15 @@ def one_frame_s_kappa(self, frames, norm, ball):
 KAPPA = checker.MelBank.kappa
 
 
-@pytest.mark.parametrize("broken", ["eigenvalue", "one frame", "slopes"])
+@pytest.mark.parametrize("broken", ["eigenvalue", "one frame", "slopes", "together"])
 def test_the_check_of_energies_catches_broken_rules(monkeypatch, broken):
     if broken == "eigenvalue":
         monkeypatch.setattr(checker, "_largest_form", broken_eigenvalue)
     elif broken == "one frame":
         monkeypatch.setattr(checker.MelBank, "kappa", one_frame_s_kappa)
+    elif broken == "together":
+        most = checker.MelBank.most
+        monkeypatch.setattr(checker.MelBank, "most", lambda *arguments: 0.4 * most(*arguments))
     else:
         make = checker.Energies.__init__
 

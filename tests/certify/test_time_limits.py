@@ -13,6 +13,7 @@ from utils import clock
 from utils.bounds.curve import CurvedPass
 from utils.bounds.passes import BoundPass
 from utils.certify import certified_margin, certified_radius, decide, margin_problem, search_radius
+from utils.certify.bab import best_margins
 from utils.network.models import SequenceClassifier
 
 # Seconds of a bound of one sample by planes, of an estimate by curves and of a bound by curves; with gradients thrice.
@@ -68,6 +69,19 @@ def test_more_time_gives_larger_radii_and_a_little_time_those_of_planes(spent):
         certified_radius(model, x[:1], labels[:1], method="bab", time_limit=limit) for limit in (0.1, 30.0)
     ]
     assert found[0] == found[1] < found[2]
+
+
+@pytest.mark.parametrize("method", ["alpha", "curve"])
+@pytest.mark.parametrize("limit", [0.4, 1.5, pytest.param(60.0, marks=pytest.mark.full)])
+def test_slopes_that_may_be_tuned_to_the_end_leave_time_to_bound_what_they_gain(method, limit, spent):
+    model = network(nn.LSTM)
+    x, labels = sequences(model)
+    problem = margin_problem(model, x[:2], labels[:2], method=method, time_limit=limit)
+    eps = torch.full((2,), 0.2, dtype=torch.float64)
+    found = best_margins(problem, eps, torch.float64, alpha_share=1.0)
+    assert spent[0] <= 2 * max(1.1 * limit, limit + 1.0)
+    plain = certified_margin(model, x[:2], labels[:2], 0.2)
+    assert (found >= plain).all() and (found > plain).any()
 
 
 def test_a_limit_is_counted_from_the_start_of_each_sample(spent):

@@ -11,10 +11,10 @@ from test_bound_scripts import assert_one_line, call
 
 from data.speech import as_chunks, made_up_tones, read_wav
 from utils.network import load_checkpoint
+from utils.network.speech.threats import SpeechThreat
 from utils.runs.results import read_record
 from utils.runs.rows import read_rows
 from utils.speech.bound import UtteranceRow
-from utils.speech.threats import SpeechThreat
 
 TRAIN, BOUND = "gru/train_gru_speech_classifier.py", "gru/bound_gru_speech.py"
 SIZE = ("--hidden-size", 6, "--sample", "--threads", 1)
@@ -57,6 +57,16 @@ def test_verdicts_are_those_of_the_library_and_resumed(folder, tmp_path):
     again = bound(folder, "--out-dir", tmp_path / "out", "--level", -70, "--resume")
     assert again.code == 0 and f"{len(rows) - 1} of {len(rows)} rows are there" in again.out
     assert [row.name for row in rows_of(results.parent)] == [row.name for row in rows]
+
+
+@pytest.mark.parametrize("method", ["alpha", "curve", "bab"])
+def test_tuned_methods_keep_a_time_limit_and_are_no_worse_than_planes(folder, tmp_path, method):
+    flags = ("--level", -50, "--N", 4, "--no-attack")
+    for name, own in (("plain", ()), ("tuned", ("--method", method, "--time-limit", 0.5))):
+        done = bound(folder, "--out-dir", tmp_path / name, *flags, *own)
+        assert done.code == 0, done.err
+    pairs = zip(rows_of(tmp_path / "plain"), rows_of(tmp_path / "tuned"), strict=True)
+    assert all(tuned.margin >= plain.margin - 1e-9 and tuned.seconds < 1.5 for plain, tuned in pairs)
 
 
 def test_loud_noise_is_falsified_and_can_be_heard(folder, tmp_path):
@@ -114,9 +124,10 @@ def test_a_radius_above_an_attack_s_stops_the_script(folder, tmp_path, monkeypat
     "flags, message",
     [
         (("--N", 999), "--N 999 is more than the 40 test utterances of tones"),
+        (("--search", "--method", "curve"), "--search has no time limit: leave out --method curve"),
         (("--hidden-size", 7), "train it by python gru/train_gru_speech_classifier.py --hidden-size 7"),
-        (("--level", 1e9), "--level must be from -300 to 300 for noise, not 1000000000.0"),
-        (("--threat", "features", "--level", -1), "--level must be from 0 to 300 for features, not -1.0"),
+        (("--level", 1e9), "levels must be from -300 to 300 for noise, not 1000000000.0"),
+        (("--threat", "features", "--level", -1), "levels must be from 0 to 300 for features, not -1.0"),
         (("--span", 8, 9), "no chunk lies between 8 and 9 seconds"),
     ],
 )

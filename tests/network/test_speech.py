@@ -18,13 +18,17 @@ from torch import nn
 
 from utils.attack import pgd
 from utils.bounds import BoundPass
+from utils.bounds.waves import SharedSquares
 from utils.certify import certified_margin, certified_radius, save_certificates
 from utils.graph import power
+from utils.graph.graph import Graph
+from utils.graph.nodes import Frame, Linear
 from utils.graph.power import BandPower
 from utils.network import export_onnx
-from utils.network.speech import MelFeatures, SpeechClassifier, check_features
+from utils.network.speech import MelFeatures, SpeechClassifier, check_features, hann
 from utils.network.unroll import unroll
 from utils.perturbation.lp_ball import INF
+from utils.perturbation.sets import Perturbation
 
 HOP, CHUNKS, BANDS = 8, 4, 3
 KINDS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
@@ -163,6 +167,73 @@ def test_the_check_of_planes_catches_broken_ones(monkeypatch, broken):
         except AssertionError:
             caught += 1
     assert caught == 2
+
+
+SETS = (Threat(INF), Threat(2.0), Threat(2.0, "sequence"), Threat(1.0))
+SIGNS = torch.tensor([[-1.0, -1.0, -1.0], [-1.0, -0.7, -0.5], [-1.0, 0.5, -1.0], [1.0, 1.0, 1.0], [0.0, -1.0, 0.0]])
+
+
+def check_rows(threat) -> float:
+    """Rows of energies at points where their quadratic parts are greatest; what is lost together, of that apart."""
+    model, x = small(), waves()
+    graph = unroll(model, CHUNKS)
+    node = next(node for node in graph.nodes if isinstance(node, BandPower))
+    eps = torch.full((2, CHUNKS), 0.3).double()
+    bounds = BoundPass(graph, threat.around(x, eps), "ibp")
+    energy, kappa, slopes = node.expansion(bounds)
+    rows = SIGNS.double()[None]
+    lost = node._lost(rows.clamp(max=0.0), kappa, bounds)
+    whole = torch.cat([node.mel, (-SIGNS).clamp(min=0.0).double() @ node.mel])
+    twin = BandPower(node.parents, node.wave, whole[whole.sum(dim=1) > 0], node.window)
+    for point in extremes(twin, x, eps, threat):
+        line = energy + (slopes @ (point - x)[:, :2].flatten(1)[..., None]).squeeze(-1)
+        check_below(
+            (rows * line[:, None]).sum(dim=-1) + lost,
+            (rows * node.value(point[:, 0], point[:, 1])[:, None]).sum(dim=-1),
+        )
+    return float((lost[:, 0] / (rows[:, 0].clamp(max=0.0) * kappa).sum(dim=-1)).min())
+
+
+@pytest.mark.parametrize("threat", SETS, ids=str)
+def test_what_bands_lose_together_is_less_and_holds(threat):
+    assert check_rows(threat) < 0.9
+
+
+@pytest.mark.parametrize("share", [0.45, 0.0])
+def test_the_check_of_rows_catches_less(monkeypatch, share):
+    whole = BandPower._whole
+    monkeypatch.setattr(BandPower, "_whole", lambda self, bounds: share * whole(self, bounds))
+    for threat in SETS[:3]:
+        with pytest.raises(AssertionError):
+            check_rows(threat)
+
+
+def loudest_sum(bounds_of=BoundPass) -> tuple[float, float]:
+    """(what a pass says, what there is) of the greatest sum of all energies in silence, for a ball around all of it."""
+    features, x = MelFeatures(HOP, BANDS, 0.3).double(), torch.zeros(1, CHUNKS, HOP).double()
+    graph = Graph()
+    frames = [graph.add(Frame(HOP, k)) for k in range(CHUNKS)]
+    both = torch.cat((features.mel, features.mel), dim=1)
+    pairs = zip(frames[:-1], frames[1:], strict=True)
+    energies = [graph.add(BandPower(pair, features.wave, both, hann(2 * HOP))) for pair in pairs]
+    ones = torch.ones(1, BANDS).double()
+    graph.add(Linear(tuple(energies), (ones,) * len(energies), torch.zeros(1).double()))
+    eps = torch.full((1, CHUNKS), 0.5).double()
+    bounds = bounds_of(graph, Perturbation(x, eps, 2.0, "sequence"))
+    form = torch.autograd.functional.hessian(lambda d: features.energies(d.reshape(1, CHUNKS, HOP)).sum(), x.flatten())
+    return -float(bounds.lower_bound(graph.output, -ones[:, :1, None].expand(1, 1, 1))), 0.25 * float(
+        torch.linalg.eigvalsh(0.5 * form)[-1]
+    )
+
+
+def test_windows_that_share_a_ball_cannot_all_be_at_their_worst(monkeypatch):
+    said, true = loudest_sum()
+    assert true <= said <= 2.8 * true  # samples are in two windows
+    take = SharedSquares.take
+    monkeypatch.setattr(SharedSquares, "take", lambda self, frames, lost: take(self, frames, lost / CHUNKS))
+    assert loudest_sum()[0] < true  # a budget that is shared out evenly is caught
+    monkeypatch.setattr(BoundPass, "lose", lambda self, frames, lost: -lost)
+    assert loudest_sum()[0] > 1.4 * said
 
 
 def test_eigenvalues_are_bounded_and_nearly_met():

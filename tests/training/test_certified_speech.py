@@ -57,6 +57,55 @@ def losses(loss: str, eps: float = EPS, broken: bool = False) -> tuple[torch.Ten
     return robust_loss(batch).detach(), worst_found(net, x, y)
 
 
+FRAMES = (1, 3)  # a span; the second sample has only the first of them, the third neither
+
+
+def other_losses(kind: str, loss: str, share: float = 1.0, lost: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """(bound, what points reach) of every sample: of ratios, of features, or of a span that alone moves."""
+    net, x, y, lengths = small_net(), padded(), torch.tensor([0, 1, 2]), torch.tensor(LENGTHS)
+    span = {"frames": FRAMES} if kind == "span" else {}
+    ball = {"p": 2.0, "ball": "sequence"} if kind == "snr" else {}
+    objective = CertifiedSpeech(Recipe(loss, eps=EPS, input_penalty=0.0, **ball, **span), kind)
+    batch = objective.batch(net, x, y, objective.recipe, Moment(share * EPS, 0.0, 1.0, 1.0))
+    if lost == "sizes":
+        batch.sizes = None
+    bound = robust_loss(batch).detach()
+    part = batch.model  # what is asked about, and its inputs
+    start, ends = batch.x, batch.lengths
+    own = (torch.arange(start.shape[1]) < ends[:, None])[..., None]
+    if kind == "span":
+        own = own & torch.isin(torch.arange(start.shape[1]), torch.tensor(FRAMES))[:, None]
+    leaf = start.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(part(leaf, ends), y, reduction="sum"), leaf)
+    found = []
+    for move in (gradient, -gradient, *normal(30, *start.shape, seed=4)):
+        move = (move if kind == "snr" else move.sign()) * own
+        if kind == "snr":
+            move = move * (x.flatten(1).norm(dim=1) / move.flatten(1).norm(dim=1))[:, None, None]
+        found.append(nn.functional.cross_entropy(part(start + EPS * move, ends), y, reduction="none"))
+    assert lengths.equal(ends + (kind == "features"))
+    return bound, torch.stack(found).amax(dim=0).detach()
+
+
+KINDS = ("snr", "features", "span")
+
+
+@pytest.mark.parametrize("loss", ["ibp", "crown"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_other_threats_are_above_those_of_points(kind, loss):
+    bound, reached = other_losses(kind, loss)
+    assert (bound >= reached - 1e-12).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_of_other_threats_catches_smaller_sets(kind):
+    bound, reached = other_losses(kind, "crown", share=0.1)
+    assert not (bound >= reached - 1e-12).all()
+    if kind == "snr":  # of utterances of norm 3 or so
+        bound, reached = other_losses(kind, "crown", lost="sizes")
+        assert not (bound >= reached - 1e-12).all()
+
+
 @pytest.mark.parametrize("loss", ["ibp", "crown-ibp", "crown"])
 def test_losses_are_above_those_of_points(loss):
     bound, reached = losses(loss)
@@ -123,14 +172,33 @@ def test_a_training_is_saved_with_its_recipe_and_resumed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "flags, name",
+    [
+        (("--train-threat", "snr", "--train-level", 40), "gru_6_ibp_snr_40dB"),
+        (("--train-threat", "features", "--train-level", 0.1), "gru_6_ibp_nats_0.1"),
+        (("--train-level", -40, "--train-span", 0.1, 0.15), "gru_6_ibp_-40dB_0.1_0.15"),
+    ],
+)
+def test_other_threats_are_trained_for_and_saved(tmp_path, flags, name):
+    done = call(TRAIN, *SMALL, "--certified", "ibp", *flags, "--epochs", 1, "--save-dir", tmp_path)
+    assert done.code == 0 and "verified test accuracy" in done.out, done.err
+    _, config = load_checkpoint(tmp_path / name / "gru")
+    assert config["certified"]["threat"] == (flags[1] if flags[0] == "--train-threat" else "noise")
+    assert (config["certified"]["frames"] is None) == ("--train-span" not in flags)
+
+
+@pytest.mark.parametrize(
     "flags, message",
     [
         (("--train-level", -60), "--train-eps is for certified training"),
         (("--certified", "ibp"), "--certified needs --train-eps"),
-        (("--certified", "ibp", "--train-level", -8000), "decibels from -300 to 300, not -8000"),
-        (("--certified", "ibp", "--train-level", "nan"), "decibels from -300 to 300, not nan"),
+        (("--certified", "ibp", "--train-level", -8000), "levels must be from -300 to 300 for noise, not -8000"),
+        (("--certified", "ibp", "--train-level", "nan"), "levels must be from -300 to 300 for noise, not nan"),
         (("--certified", "ibp", "--train-level", -60, "--train-eps", 0.1), "give one of them"),
         (("--certified", "ibp", "--train-level", -60, "--p", 2), "leave out --clip and --p"),
+        (("--train-threat", "snr"), "are for certified training"),
+        (("--certified", "sabr", "--train-threat", "snr", "--train-level", 40), "knows only one"),
+        (("--certified", "ibp", "--train-level", -60, "--train-span", 7, 8), "no chunk lies between 7 and 8"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(tmp_path, flags, message):

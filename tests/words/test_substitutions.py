@@ -16,7 +16,7 @@ from utils.bounds.words.sources import WordSources
 from utils.certify import certified_margin
 from utils.certify.substitution import Substitutes, decide_substitution, substitution_margins
 from utils.graph.mixing import MatMul
-from utils.graph.nodes import apply_rows
+from utils.graph.sums import apply_rows
 from utils.network.reading import graph_of, read_network
 from utils.perturbation.substitutions import Substitutions
 

@@ -25,6 +25,7 @@ STEP_SIZE = 0.02  # first step of a slope, in units of its range; measured again
 KINKED_PACE = (10.0, 0.3)
 STEP_BOUNDS = 3.0  # that a gradient step takes as long as, about
 BALL_PACE = (10.0, 2.0)  # likewise where layers lie in balls, whose upper lines are seldom best as chords
+UNEVEN = ("log1p",)  # whose slopes differ by orders of magnitude: they move in units of themselves
 WARM_UP = 3  # steps over which it grows to that: all slopes move at once, and some should not
 
 # Per non-linear node in graph order: slopes of its lower and of its upper plane, one tensor (batch, size) an operand.
@@ -71,6 +72,11 @@ def slope_ranges(bounds: BoundPass, node: NonLinear) -> list[tuple[tuple[Tensor,
     ends = node.slope_ends(*(bounds.interval(operand) for operand in node.parents))
     if node.curved is not None and node.curved.smooth:
         return [tuple((high - low, low - torch.inf, high + torch.inf) for low, high in ends)] * 2
+    if node.name in UNEVEN:
+        lines = bounds.known_relaxation(node)
+        return [
+            tuple((slope, low, high) for slope, (low, high) in zip(line.slopes, ends, strict=True)) for line in lines
+        ]
     paces = BALL_PACE if bounds.balls else KINKED_PACE
     return [tuple((pace * (high - low), low, high) for low, high in ends) for pace in paces]
 

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Bounds, Frame, Interval, Linear, Node, apply_rows
+from ..graph.nodes import Bounds, Frame, Interval, Linear, Node
 from ..graph.nonlinear import Activation, NonLinear
+from ..graph.sums import apply_rows
 from ..perturbation.budgets import most
 from ..perturbation.sets import InputSet
 from .eigenvalues import spectral_norm

@@ -38,6 +38,7 @@ from .balls import squares_in_ball
 from .box_quadratic import line_and_squares_over_box, squares_over_box
 from .passes import BoundPass, intersect
 from .quadratic import Guesses, largest_eigenvalue, line_and_squares
+from .waves import Narrow
 
 STEP_SIZES = (0.02, 0.2)  # of slopes in units of their range, and of log curvatures; measured
 WARM_UP = 3
@@ -90,6 +91,7 @@ class CurvedPass(BoundPass):
         self._met: tuple[dict[Frame, Tensor], list[tuple[Node, Tensor]]] = ({}, [])
         moved = [frame for frame in graph.frames if not perturbation.is_exact(frame.frame)]
         self._frames = [frame for frame in moved if frame.child_weights or frame.whole]  # a forward may leave some out
+        self._narrow: Narrow | None = None
         super().__init__(graph, perturbation, "crown", sound=sound)
 
     # --- one backward pass ---
@@ -133,6 +135,11 @@ class CurvedPass(BoundPass):
     def _width(self, frame: Frame) -> int:
         return frame.size if frame.whole else self.ball_weight(frame, frame.child_weights[0]).shape[1]
 
+    def _tighten_operands(self) -> None:
+        if Narrow.fit(self, self._frames):
+            self._narrow = Narrow(self, self._frames)
+        super()._tighten_operands()
+
     def _deviation(self, coefficients: list[Tensor]) -> Tensor:
         pairs = zip(self._frames, coefficients, strict=True)
         return self.perturbation.total_deviation([self.deviation(frame, part) for frame, part in pairs])
@@ -144,16 +151,24 @@ class CurvedPass(BoundPass):
         parts = [part.split(node.size, dim=1) for part in self._at_input(2 * node.size)]
         below, above = [part[0] for part in parts], [-part[1] for part in parts]
         least, most = low + self._deviation(below), high - self._deviation(above)  # at delta = 0
-        slopes = torch.cat([0.5 * (a + b) for a, b in zip(below, above, strict=True)], dim=-1)
+        middle = [0.5 * (a + b) for a, b in zip(below, above, strict=True)]
+        slopes, lost = self._coordinates(middle)
         apart = self._deviation([0.5 * (a - b) for a, b in zip(above, below, strict=True)])
-        remainder = (0.5 * (most - least)).clamp(min=0.0) + apart
+        remainder = (0.5 * (most - least)).clamp(min=0.0) + apart + lost
         center = 0.5 * (least + most)
         # Both are known of the node: its box is where they meet.
         lowest, highest = intersect(self.interval(node), (low, high))
         inside = torch.minimum(torch.maximum(center, lowest), highest)
-        width = self._deviation(list(slopes.split([self._width(frame) for frame in self._frames], dim=-1)))
+        width = self._deviation(middle)
         self._linear[node] = Operand(slopes, width, remainder + (inside - center).abs(), inside)
         return low, high
+
+    def _coordinates(self, parts: list[Tensor]) -> tuple[Tensor, Tensor | float]:
+        """Coefficients of all frames in one row, in few coordinates where these do, and the most that this loses."""
+        if self._narrow is None:
+            return torch.cat(parts, dim=-1), 0.0
+        slopes, left = self._narrow.reduced(parts)
+        return slopes, self._deviation(left)
 
     def _operand(self, node: Node) -> Operand | None:
         """What is known of an operand; None if no rows were bounded for it."""
@@ -247,7 +262,7 @@ class CurvedPass(BoundPass):
     def _joint_linear(self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None = None) -> Tensor:
         """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""
         squares = (weights.detach().mean(dim=-2).unsqueeze(-1) * jacobian.detach() ** 2).sum(dim=1)
-        box = self.perturbation.is_box
+        box = self.perturbation.is_box and self._narrow is None
         guesses = None if self._guesses is None else self._guesses.setdefault(self._target, Guesses())
         if lines is None:
             scale, size = self._scales(squares)
@@ -256,7 +271,7 @@ class CurvedPass(BoundPass):
                 return squares_over_box(*scaled, size, self._sound, guesses)
             bound = size[:, None] * largest_eigenvalue(*scaled, self._sound, guesses, self._guesses is not None)
         else:
-            line, deviation = torch.cat(lines, dim=-1), self._deviation(lines)
+            (line, lost), deviation = self._coordinates(lines), self._deviation(lines)
             # A line is worth (g delta)^2 / (2 deviation) + deviation / 2, with equality at its worst point.
             tiny = torch.finfo(line.dtype).tiny ** 0.5
             shares = LINE_SHARE * line.detach() ** 2 / (2.0 * deviation.detach() + tiny).unsqueeze(-1)
@@ -264,13 +279,17 @@ class CurvedPass(BoundPass):
             scale, size = self._scales(squares)
             scaled = (line * scale.unsqueeze(-2), weights, jacobian * scale.unsqueeze(-2))
             function = line_and_squares_over_box if box else line_and_squares
-            bound = function(*scaled, size, self._sound, guesses) - deviation
+            bound = function(*scaled, size, self._sound, guesses) - deviation + lost
+            if self._narrow is not None and self.perturbation.is_box:  # a ball's lines lose more than the box's
+                bound = torch.minimum(bound, self._joint_linear(weights, jacobian))
         vertices = self.perturbation.most_of_squares([frame.frame for frame in self._frames], weights, jacobian)
         return bound if vertices is None else torch.minimum(bound, vertices)
 
     def _scales(self, squares: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of the coordinates, (batch, n), and what the set lies in then: a box's sides, or a ball's size."""
         frames = [frame.frame for frame in self._frames]
+        if self._narrow is not None:
+            return self._narrow.ellipsoid(self, squares)
         if self.perturbation.is_box:
             return self.perturbation.box(frames, squares)
         return self.perturbation.ellipsoid(frames, squares, [self._width(frame) for frame in self._frames])

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Interval, Linear, Node, WeightedSum, apply_rows
+from ..graph.nodes import Frame, Interval, Linear, Node, WeightedSum
 from ..graph.nonlinear import NonLinear
 from ..graph.picks import LastState, Negative, Slice
+from ..graph.sums import apply_rows
 from ..perturbation.sets import Perturbation
 from .backward import gather
 from .neurons import readers

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Interval, Linear, Node, apply_rows
+from ..graph.nodes import Frame, Interval, Linear, Node
 from ..graph.nonlinear import NonLinear
+from ..graph.sums import apply_rows
 from ..perturbation.lp_ball import dual_norm
 from ..perturbation.sets import Perturbation
 from ..perturbation.substitutions import Substitutions
@@ -30,6 +31,7 @@ from .backward import Contribution, FrameSources, JointSources, Sources, gather,
 from .balls import Balls
 from .neurons import is_exact_image, readers, tightened
 from .rounding import Rounding
+from .waves.shared import SharedSquares
 from .words import Words
 
 METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify.interface`` adds those that take several
@@ -219,6 +221,13 @@ class BoundPass:
         """``Perturbation.squared_radius`` for the samples of the node at work."""
         return self._narrowed().squared_radius([frame.frame for frame in frames])
 
+    def lose(self, frames: Sequence[Frame], lost: Tensor) -> Tensor | None:
+        """What rows lose by squares of moves of some frames (``SharedSquares.take``): a constant, if one by now."""
+        if not self.perturbation.shares_squares:
+            return -lost
+        self._shared.take([frame for frame in frames if not self.is_exact(frame)], lost)
+        return None
+
     def once(self, node: Node, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What a node makes of the perturbation set, (batch or 1, ...) each, for the samples of the node at work."""
         if node not in self._made:
@@ -311,6 +320,7 @@ class BoundPass:
     def _pass_back(self, node: Node, rows: Tensor) -> Tensor:
         asked, self._target = self._samples, node
         everyone = len(self.perturbation.x) if asked is None and self._uneven else None
+        self._shared = SharedSquares(everyone)
         self._pending = [[] for _ in range(node.index + 1)]
         self.pass_to(node, rows if everyone is None else rows.expand(everyone, -1, -1))
         constants: list[Tensor] = []
@@ -334,8 +344,9 @@ class BoundPass:
                 constants.append(constant)
         self._samples, self._parts = asked, None
         total = sum(spread(constant, 0, everyone) for constant in constants)
-        deviation = sources.deviation()
-        return total if deviation is None else total - deviation
+        for taken in (self._shared.most(), sources.deviation()):
+            total = total if taken is None else total - taken
+        return total
 
     def sources(self) -> Sources:
         """Where the next backward pass ends."""

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from ..graph.mixing import Mixing
-from ..graph.nodes import Bounds, Constant, Frame, Node, apply_rows
+from ..graph.nodes import Bounds, Constant, Frame, Node
 from ..graph.nonlinear import NonLinear
+from ..graph.sums import apply_rows
 from ..relaxation.lines import GUARD_ULPS, Plane, Relaxation
 
 NOISE_RUNS, NOISE_FACTOR = 3, 8.0

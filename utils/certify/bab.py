@@ -99,16 +99,25 @@ def _refine_radius(branches: MarginProblem, found: Bracket, search: Search, pace
 
 
 @torch.no_grad()
-def best_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lower bounds of the margins at eps, (batch, n_specs), as high as they get in the time limit of each sample."""
+def best_margins(problem: MarginProblem, eps: Tensor, dtype: torch.dtype, alpha_share: float = ALPHA_SHARE) -> Tensor:
+    """Lower bounds of the margins at eps, (batch, n_specs), as high as they get in the time limit of each sample.
+
+    ``alpha_share``: of the time in which slopes of planes may be tuned, before what follows them.
+    """
     found = []
     for sample in torch.arange(len(problem.x), device=eps.device).split(1):
         deadline = now() + problem.method.time_limit
-        found.append(_raise_margins(problem.part(sample), eps[sample].to(dtype), deadline))
+        found.append(_raise_margins(problem.part(sample), eps[sample].to(dtype), deadline, alpha_share=alpha_share))
     return torch.stack(found)
 
 
-def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough: float = torch.inf) -> Tensor:
+def _raise_margins(
+    problem: MarginProblem,
+    eps: Tensor,
+    deadline: float,
+    enough: float = torch.inf,
+    alpha_share: float = ALPHA_SHARE,
+) -> Tensor:
     """One sample's margins, (n_specs,), bounded ever more tightly until all are above ``enough`` or time is up.
 
     Layers as balls, where they are, and planes come first, with no look at the clock, then tuned slopes, curved bounds
@@ -123,7 +132,8 @@ def _raise_margins(problem: MarginProblem, eps: Tensor, deadline: float, enough:
         return best
     with bounds.work():
         best = torch.maximum(best, problem.margins(eps, dtype)[0])
-    tuning = Pace(share_of(deadline, ALPHA_SHARE), bounds.longest * STEP_BOUNDS)
+    until = min(share_of(deadline, alpha_share), deadline - 2.0 * bounds.longest)  # what is tuned is to be bounded
+    tuning = Pace(until, bounds.longest * STEP_BOUNDS)
     if float(best.min()) <= enough and tuning.allows():
         problem.tune(eps, TUNING, problem.method.alpha_steps, pace=tuning)
         if bounds.allows():

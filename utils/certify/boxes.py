@@ -11,7 +11,8 @@ from ..bounds.passes import BoundPass
 from ..clock import now
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Linear, Node, apply_rows
+from ..graph.nodes import Linear, Node
+from ..graph.sums import apply_rows
 from ..perturbation.lp_ball import INF
 from ..perturbation.sets import InputSet
 

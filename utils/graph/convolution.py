@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .nodes import Along, Bounds, Chain, Frame, Interval, Linear, Node, apply_rows, sum_length
+from .nodes import Along, Bounds, Chain, Frame, Interval, Linear, Node
+from .sums import apply_rows, sum_length
 
 MAX_MATRIX = 1 << 27  # entries of one weight matrix, where something needs it
 PART_NUMBERS = 1 << 20  # of one sample's windows that are worked on at once

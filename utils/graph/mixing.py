@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..relaxation import softmax
-from .nodes import Along, Bounds, Chain, Interval, Node, apply_rows, sum_length
+from .nodes import Along, Bounds, Chain, Interval, Node
+from .sums import apply_rows, sum_length
 
 
 class Mixing(Node):

@@ -11,7 +11,6 @@ lower plane where a coefficient is positive and by its upper plane where it is n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..relaxation.lines import Relaxation
+from .sums import apply_rows, sum_length
 
 Interval = tuple[Tensor, Tensor]
 
@@ -50,6 +50,8 @@ class Bounds(Protocol):
     def half_widths(self, frame: Frame) -> Tensor: ...
 
     def squared_radius(self, frames: Sequence[Frame]) -> Tensor: ...
+
+    def lose(self, frames: Sequence[Frame], lost: Tensor) -> Tensor | None: ...
 
     def once(self, node: Node, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]: ...
 
@@ -88,37 +90,6 @@ class Along(Protocol):
     def of(self, node: Node) -> Node: ...
 
     def derivatives(self, node: Node) -> Node: ...
-
-
-BLOCK = 256  # terms that are added at once, at least: sums of sums round less than one long sum
-
-
-def block_of(terms: int) -> int:
-    return max(BLOCK, math.isqrt(terms))
-
-
-def sum_length(terms: int) -> int:
-    """Terms of the longest sum in a sum of blocks."""
-    block = block_of(terms)
-    return terms if terms <= block else block - (-terms // block)
-
-
-def apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
-    """A v for every row: (batch or 1, rows, n) and (batch or 1, n) to (batch, rows)."""
-    block = block_of(values.shape[-1])
-    if values.shape[-1] <= block:
-        return _apply_rows(coefficients, values)
-    parts = zip(coefficients.split(block, dim=-1), values.split(block, dim=-1), strict=True)
-    return sum(_apply_rows(*part) for part in parts)
-
-
-def _apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
-    if coefficients.shape[0] == 1:
-        return values @ coefficients[0].T
-    if values.shape[0] == 1:
-        return coefficients @ values[0]
-    # As a row vector times a matrix: a batch of matrices times column vectors runs ten times slower.
-    return torch.bmm(values.unsqueeze(1), coefficients.mT).squeeze(1)
 
 
 class Node:

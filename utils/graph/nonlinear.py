@@ -12,7 +12,8 @@ from ..relaxation.curves import CURVED, CurvedFunction
 from ..relaxation.derivatives import derivative_ranges
 from ..relaxation.lines import ACTIVATIONS, Relaxation
 from ..relaxation.planes import PRODUCTS, relax_product
-from .nodes import Along, Bounds, Chain, Interval, Node, apply_rows
+from .nodes import Along, Bounds, Chain, Interval, Node
+from .sums import apply_rows
 
 
 class NonLinear(Node):

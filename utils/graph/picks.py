@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .nodes import Along, Bounds, Chain, Interval, Node, apply_rows
+from .nodes import Along, Bounds, Chain, Interval, Node
+from .sums import apply_rows
 
 
 class LastState(Node):

@@ -11,6 +11,11 @@ kappa, however many squares it is the sum of. For rows B_k times a window w, Q =
     d'Q d  <=  lambda(R) sum_j w_j^2 d_j^2,         d'Q d  <=  sum_k m_k (sum_j |B_kj| h_j)^2  for |d_j| <= h_j;
 
 the second is what planes of the single squares come to. Boxes take the lesser, l_2 balls lambda(Q) |d|^2.
+
+A row of several energies with coefficients of which |a_m| are below 0 pays for these sum_m |a_m| kappa_m, or, as no
+frequency is in many bands and so no d is the worst of many,
+
+    sum_m |a_m| d'Q_m d  =  sum_k (sum_m |a_m| m_mk) (B_k w d)^2  <=  max_k (sum_m |a_m| m_mk) sum_k (B_k w d)^2.
 """
 
 from __future__ import annotations
@@ -20,8 +25,9 @@ from torch import Tensor
 
 from ..relaxation.lines import Relaxation
 from ..relaxation.squares import relax_square
-from .nodes import Bounds, Frame, Interval, Node, apply_rows
+from .nodes import Bounds, Frame, Interval, Node
 from .nonlinear import NonLinear
+from .sums import apply_rows
 
 ROUNDING = 1.0 + 1e-9  # room for that of norms, in double precision
 POWER_STEPS = 20
@@ -106,6 +112,11 @@ class BandPower(Node):
         """E and kappa, (batch or 1, bands), and the slopes 2 v'Q, (batch or 1, bands, window size)."""
         return bounds.once(self, lambda: self._expand(bounds))
 
+    def slopes_at(self, frame: Frame, bounds: Bounds) -> Tensor:
+        """Rows, (batch, bands, n), of which all coefficients that the node hands to one of its frames are made."""
+        first = sum(parent.size for parent in self.parents[: self.parents.index(frame)])
+        return self.expansion(bounds)[2][..., first : first + frame.size]
+
     def _expand(self, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
         center = torch.cat([bounds.known_part(frame) for frame in self.parents], dim=-1)
         rows = center @ self.wave.T
@@ -143,7 +154,24 @@ class BandPower(Node):
             if not bounds.is_exact(frame):
                 bounds.pass_to(frame, part)
         _, negative = bounds.signed_parts(coefficients)
-        return apply_rows(coefficients, energy) + apply_rows(negative, kappa)
+        constant = bounds.lose(self.parents, -self._lost(negative, kappa, bounds))
+        known = apply_rows(coefficients, energy)
+        return known if constant is None else known + constant
+
+    def _lost(self, negative: Tensor, kappa: Tensor, bounds: Bounds) -> Tensor:
+        """Lower bounds, (batch, rows), of sum_m a_m d'Q_m d for a <= 0, (batch or 1, rows, bands)."""
+        together = (negative @ self.mel).amin(dim=-1) * self._whole(bounds)
+        return torch.maximum(apply_rows(negative, kappa), together)
+
+    def _whole(self, bounds: Bounds) -> Tensor:
+        """Upper bounds of sum_k (W_k d)^2 over the set, (batch, 1)."""
+        ones = torch.ones_like(self.mel[:1])
+        if not bounds.perturbation.is_box:
+            largest = self._kept("whole", lambda: heaviest(self.wave, ones))
+            return ROUNDING * bounds.squared_radius(self.parents)[:, None] * largest
+        largest = self._kept("whole_unwindowed", lambda: heaviest(self.wave / self.window, ones))
+        sides = torch.cat([bounds.half_widths(frame) for frame in self.parents], dim=-1)
+        return ROUNDING * ((self.window * sides) ** 2).sum(dim=-1, keepdim=True) * largest
 
 
 def heaviest(rows: Tensor, mel: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..choices.tables import BALLS
-from ..graph.nodes import apply_rows, block_of
+from ..graph.sums import apply_rows, block_of
 from .balls import floored
 from .lp_ball import INF, NORMS, dual_norm
 
@@ -49,6 +49,11 @@ class InputSet:
     def is_round(self) -> bool:
         """Whether balls look the same in any orthonormal coordinates."""
         return self.norm == 2.0
+
+    @property
+    def shares_squares(self) -> bool:
+        """Whether the squares of all frames' moves add up to those of a budget: see ``BoundPass.lose``."""
+        return False
 
     @property
     def in_ball(self) -> bool:
@@ -207,6 +212,10 @@ class Perturbation(InputSet):
     @property
     def is_round(self) -> bool:
         return self.norm == 2.0 and self.stretch is None
+
+    @property
+    def shares_squares(self) -> bool:
+        return self.norm <= 2.0 and self._ball is BALLS["sequence"]
 
     def ball_radius(self, frame: int) -> Tensor:
         """Radius of an l_2 ball around the frame's centre that holds all of it, (batch,); see ``in_ball``."""

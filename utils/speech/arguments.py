@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..choices.method import TIME_LIMIT, TUNED_METHODS
 from ..runs.cli import ROOT, add_common_arguments, non_negative_float, positive_float, positive_int
 from ..training.certified.arguments import add_certified_arguments
 
 THREATS = {"noise": -90.0, "snr": 60.0, "features": 0.01}  # and their levels unless told otherwise
-SPEECH_METHODS = ("ibp", "crown-ibp", "crown", "alpha", "curve")
+SPEECH_METHODS = ("ibp", "crown-ibp", "crown", *TUNED_METHODS)
 DATA_HELP = "folder that holds recordings/0_george_0.wav ... (default: data/fsdd, where they are downloaded to)"
 
 
@@ -38,7 +39,18 @@ def add_speech_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="add white noise of a random level, in dB of its deviation below the peak, such as -60 -25",
     )
     group.add_argument(
-        "--train-level", type=float, metavar="DB", help="--train-eps in dB of the peak: -60 is 0.001 (--certified)"
+        "--train-threat",
+        choices=tuple(THREATS),
+        default="noise",
+        help="what --certified trains for, as --threat of the bound scripts",
+    )
+    group.add_argument(
+        "--train-level",
+        type=float,
+        help="--train-eps as --level of the bound scripts: dB of the peak (-60 is 0.001), of signal to noise, or nats",
+    )
+    group.add_argument(
+        "--train-span", type=float, nargs=2, metavar=("FROM", "TO"), help="only chunks in this span of seconds move"
     )
     group.add_argument(
         "--save-dir", type=Path, default=ROOT / "models" / "speech_classifier", help="folder of the model folders"
@@ -79,6 +91,12 @@ def add_speech_bound_arguments(parser: argparse.ArgumentParser, architecture: st
         help="energies as quadratic forms, or square by square",
     )
     group.add_argument("--method", choices=SPEECH_METHODS, default="crown", help="how margins are bounded")
+    group.add_argument(
+        "--time-limit",
+        type=positive_float,
+        default=TIME_LIMIT,
+        help="seconds an utterance in which alpha, curve and bab tune bounds, each after all that those before it do",
+    )
     group.add_argument(
         "--search", action="store_true", help="also find the loudest noise that is certified, and that breaks"
     )

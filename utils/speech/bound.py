@@ -20,12 +20,15 @@ from data.speech import SpeechData, Utterance, as_chunks, load_speech, write_wav
 
 from ..attack.attack_file import save_attack
 from ..attack.pgd import AttackResult, attack_radius, pgd
+from ..certify.bab import best_margins
 from ..certify.certificate import FOLDER_NAME, save_certificates
-from ..certify.interface import certified_margin, certified_radius
-from ..certify.problem import margin_problem
+from ..certify.interface import certified_radius, margins_at
+from ..certify.problem import MarginProblem, margin_problem
+from ..choices.method import CURVED_METHODS
 from ..experiments.arguments import result_folder
 from ..network.checkpoint import CheckpointError, Config, load_checkpoint, missing
 from ..network.speech import SpeechClassifier
+from ..network.speech.threats import SpeechThreat
 from ..runs.cli import ContradictionError, apply_common_arguments, checkpoint_facts, run_facts, utc_now
 from ..runs.ranks import Ranks, joined
 from ..runs.results import CSV_NAME, Record, check_writable, digest, exclusive, read_record, replacing
@@ -34,7 +37,6 @@ from ..runs.work import Job, explained, find_rows
 from ..training.tasks import speech_model_name
 from .arguments import THREATS
 from .figure import FIGURE, plot_spectrograms
-from .threats import SpeechThreat
 
 UNITS = {"noise": "dB of the peak", "snr": "dB of signal to noise", "features": "nats"}
 WAVES = "falsified"  # folder of counter-examples
@@ -83,8 +85,10 @@ def bound_speech_classifier(args: argparse.Namespace, architecture: str) -> None
         OSError: a file cannot be read or the folder cannot be written.
     """
     device = apply_common_arguments(args)
-    if args.save_certificate and (args.method == "curve" or args.power != "bands"):
-        raise ValueError("--save-certificate has rules for planes and bands: leave out --method curve and --power")
+    if args.save_certificate and (args.method in CURVED_METHODS or args.power != "bands"):
+        raise ValueError("--save-certificate has rules for planes and bands: take --method crown or alpha, no --power")
+    if args.search and args.method == "curve":
+        raise ValueError("--search has no time limit: leave out --method curve")
     args.level = THREATS[args.threat] if args.level is None else args.level
     with joined(device) as ranks:
         _bound(args, architecture, device, ranks)
@@ -172,8 +176,8 @@ class SpeechRun:
         question = (model, moved, labels)
         with explained(f"in {utterances[0].name}", self.args.batch_size):
             started = time.process_time()
-            margins = certified_margin(*question, eps, method=self.args.method, dtype=torch.float64, **settings)
-            slack = margin_problem(*question, **settings).slack(torch.float64)
+            problem = margin_problem(*question, method=self.args.method, time_limit=self.args.time_limit, **settings)
+            margins, slack = self.margins(problem, eps), problem.slack(torch.float64)
             seconds = (time.process_time() - started) / len(x)
             margin = (margins - slack).amin(dim=1)
             columns = {"margin": margin, "attack_margin": self.attack(utterances, question, eps, margin, settings)}
@@ -186,6 +190,13 @@ class SpeechRun:
             key = {"name": one.name, "label": one.label, "chunks": x.shape[1]}
             rows.append(UtteranceRow(**key, level=self.args.level, verdict=verdict, seconds=seconds, **values))
         return rows
+
+    @staticmethod
+    def margins(problem: MarginProblem, eps: Tensor) -> Tensor:
+        """Margins at eps; curves are tuned in the time that slopes leave, so that they are never worse than these."""
+        if problem.method.tuned:
+            return best_margins(problem, eps, torch.float64, alpha_share=1.0)
+        return margins_at(problem, eps, torch.float64)
 
     def attack(self, utterances: Sequence[Utterance], question, eps: Tensor, margin: Tensor, settings) -> Tensor:
         """Least margins that PGD meets where nothing is proved, NaN elsewhere; waveforms that break it are written."""

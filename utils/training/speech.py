@@ -56,13 +56,13 @@ def train_speech_classifier(args: argparse.Namespace, architecture: str) -> None
     """
     device = apply_common_arguments(args)
     data = load_speech(args.data_dir, args.sample)
-    recipe = speech_recipe(args, len(data.train))
-    config = {} if recipe is None else speech_recipe_facts(recipe) | {"held_back": args.held_back}
+    parts = (data.train, data.test)
+    chunks = [as_chunks(part, args.hop)[0].to(device) for part in parts]
+    recipe = speech_recipe(args, len(data.train), min(part.shape[1] for part in chunks))
+    config = {} if recipe is None else speech_recipe_facts(args, recipe) | {"held_back": args.held_back}
     folder = args.save_dir / speech_model_name(architecture, args.hidden_size, config.get("recipe"))
     if not args.dry_run:
         check_writable(folder)
-    parts = (data.train, data.test)
-    chunks = [as_chunks(part, args.hop)[0].to(device) for part in parts]
     labels = [torch.tensor([one.label for one in part], device=device) for part in parts]
     config |= make_speech_config(args, architecture, data, chunks[0])
     classifier = build_model(config)
@@ -86,7 +86,7 @@ def train_certified(
 
     What is watched are utterances of the training set that are held back.
     """
-    objective = CertifiedSpeech(recipe)
+    objective = CertifiedSpeech(recipe, args.train_threat)
     objective.prepare(net)
     if args.dry_run:
         return rehearse(net, chunks[0], labels[0], args, path, objective)

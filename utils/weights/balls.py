@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..graph.nodes import apply_rows
+from ..graph.sums import apply_rows
 from ..perturbation.lp_ball import INF
 
 PART = 1 << 22  # numbers of sums of outer products that are worked on at once

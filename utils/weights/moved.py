@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Bounds, Frame, Interval, Linear, Node, apply_rows
+from ..graph.nodes import Bounds, Frame, Interval, Linear, Node
+from ..graph.sums import apply_rows
 from .balls import Use, WeightBalls
 from .places import BIAS, KernelPlace, MatrixPlace, Place
 

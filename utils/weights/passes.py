@@ -8,7 +8,8 @@ from torch import Tensor
 from ..bounds.backward import Sources
 from ..bounds.passes import BoundPass
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Node, sum_length
+from ..graph.nodes import Frame, Node
+from ..graph.sums import sum_length
 from ..perturbation.sets import Perturbation
 from ..perturbation.substitutions import Substitutions
 from .balls import PART, Use, WeightBalls

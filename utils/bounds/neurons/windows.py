@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...graph.convolution import Convolution, Shape
-from ...graph.nodes import BLOCK, Bounds, Frame, Linear, Node, WeightedSum
+from ...graph.nodes import Bounds, Frame, Linear, Node, WeightedSum
 from ...graph.nonlinear import Activation
 from ...graph.picks import Concat
+from ...graph.sums import BLOCK
 from ...perturbation.lp_ball import dual_norm
 
 MOSTLY_ZEROS = 10.0  # entries of a matrix for every one that is not zero, from which on convolutions are faster

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ...graph.graph import Graph
-from ...graph.nodes import Interval, Node, apply_rows
+from ...graph.nodes import Interval, Node
 from ...graph.nonlinear import Activation, NonLinear
+from ...graph.sums import apply_rows
 from ...perturbation.sets import Perturbation
 from ...relaxation.lines import Plane, Relaxation, pieces_of
 from ..passes import BoundPass

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...graph.nodes import Frame, Node, apply_rows
+from ...graph.nodes import Frame, Node
+from ...graph.sums import apply_rows
 from ..backward.sources import Sources
 from .values import WordValues
 

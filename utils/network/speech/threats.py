@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..network.models import SequenceClassifier
-from ..network.speech import SpeechClassifier
-from ..training.certified.speech import LOUDEST
+from ..models import SequenceClassifier
+from .features import SpeechClassifier
+
+LOUDEST = 300.0  # dB of the peak, either way: about what numbers can tell apart
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SpeechThreat:
     def __post_init__(self):
         least = 0.0 if self.kind == "features" else -LOUDEST
         if not least <= self.level <= LOUDEST:
-            raise ValueError(f"--level must be from {least:g} to {LOUDEST:g} for {self.kind}, not {self.level}")
+            raise ValueError(f"levels must be from {least:g} to {LOUDEST:g} for {self.kind}, not {self.level}")
 
     def model(self, classifier: SpeechClassifier) -> nn.Module:
         """The network whose input moves."""
@@ -47,21 +48,28 @@ class SpeechThreat:
         """Keyword arguments of ``certified_margin`` and of attacks. Raises ValueError if the span holds nothing."""
         settings: dict[str, object] = {"norm": 2.0, "ball": "sequence"} if self.kind == "snr" else {"norm": math.inf}
         if self.span is not None:
-            step = classifier.features.hop / classifier.features.rate
-            starts = torch.arange(frames) * step
-            settings["frames"] = (starts + step > self.span[0]) & (starts < self.span[1])
-            if not bool(settings["frames"].any()):
-                raise ValueError(f"no chunk lies between {self.span[0]:g} and {self.span[1]:g} seconds")
+            settings["frames"] = self.moved(frames, classifier.features.hop / classifier.features.rate)
         return settings
 
-    def eps(self, x: Tensor, level: float | None = None) -> Tensor:
-        """Radii of chunks (batch, C, hop), (batch,)."""
-        level = self.level if level is None else level
+    def moved(self, frames: int, step: float) -> Tensor:
+        """Which frames, ``step`` seconds apart, meet the span, (frames,) of bool. Raises ValueError if none does."""
+        starts = torch.arange(frames) * step
+        found = (starts + step > self.span[0]) & (starts < self.span[1])
+        if not bool(found.any()):
+            raise ValueError(f"no chunk lies between {self.span[0]:g} and {self.span[1]:g} seconds")
+        return found
+
+    @property
+    def share(self) -> float:
+        """The level as a share of the peak (noise) or of the utterance's l_2 norm (snr), or in nats (features)."""
         if self.kind == "features":
-            return torch.full((len(x),), level, dtype=x.dtype)
-        if self.kind == "noise":
-            return torch.full((len(x),), 10.0 ** (level / 20.0), dtype=x.dtype)
-        return x.flatten(1).norm(dim=1) * 10.0 ** (-level / 20.0)
+            return self.level
+        return 10.0 ** ((-self.level if self.kind == "snr" else self.level) / 20.0)
+
+    def eps(self, x: Tensor) -> Tensor:
+        """Radii of chunks (batch, C, hop), (batch,)."""
+        sizes = x.flatten(1).norm(dim=1) if self.kind == "snr" else torch.ones_like(x[:, 0, 0])
+        return sizes * self.share
 
     def level_of(self, eps: Tensor, x: Tensor) -> Tensor:
         """Inverse of ``eps``: dB of the peak, dB of signal to noise, or nats, (batch,)."""
