@@ -264,12 +264,12 @@ def test_radii_grow_by_splitting_and_no_attack_is_inside(monkeypatch):
     how = {"norm": INF, "dtype": DTYPE, "tol": 2e-2}
     planes = certified_radius(model, x, label, method="alpha", **how)
     monkeypatch.setattr("utils.certify.radius.curves_pay", lambda problem: False)
-    found = float(certified_radius(model, x, label, method="bab", time_limit=20.0, **how))
+    found = float(certified_radius(model, x, label, method="bab", time_limit=8.0, **how))
     assert found > 1.01 * float(planes)
     assert not broken_at(problem, found) and broken_at(problem, 1.1 * found)
     own = search.split_rows
     monkeypatch.setattr("utils.certify.splitting.margins.split_rows", lambda *given: own(*given) + 0.3)
-    assert broken_at(problem, float(certified_radius(model, x, label, method="bab", time_limit=20.0, **how)))
+    assert broken_at(problem, float(certified_radius(model, x, label, method="bab", time_limit=8.0, **how)))
 
 
 def test_halves_cover_their_part():

@@ -47,7 +47,7 @@ class ContinuedProblem(MarginProblem):
         self.state = state
         super().__init__(question, method)
 
-    def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Graph:
+    def graph(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None), bounded: bool = True) -> Graph:
         h0, *c0 = (part[:, chosen] for part in self.state)
         continued = Continuation(self.model, h0, c0[0] if c0 else None)
         lengths = self.threat.lengths[chosen]
