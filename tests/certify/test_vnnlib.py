@@ -20,7 +20,7 @@ from torch import nn
 
 from utils.bounds import BoundPass, tune_slopes
 from utils.certify import certified_radius
-from utils.certify.vnnlib import Property, PropertyError, parse_vnnlib, read_vnnlib
+from utils.certify.vnnlib import Case, Property, PropertyError, parse_vnnlib, read_vnnlib
 from utils.certify.vnnlib_write import counter_example, decimal, write_robustness
 from utils.clock import Pace, now
 from utils.graph.graph import Graph
@@ -510,6 +510,17 @@ def test_no_proof_by_split_neurons_is_wrong(tmp_path, monkeypatch, broken):
             proved += done
             wrong += done and any(prop.holds_for(x, y) for x, y in zip(points, outputs, strict=True))
     assert proved and (wrong > 0) == broken
+
+
+def test_a_conjunction_without_constraints_is_never_disproved(tmp_path):
+    network = relu_file(tmp_path / "net.onnx", 3, 5, 0)
+    never = (torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64), torch.tensor([-1e3], dtype=torch.float64))
+    anywhere = (torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
+    side = torch.full((3,), 0.5, dtype=torch.float64)
+    for conjunctions, proved in (((never,), True), ((never, anywhere), False), ((anywhere, never), False)):
+        case = Case(-side, side, list(conjunctions))
+        problem = _CaseProblem(network, case, now() + 60.0)
+        assert problem.proved_by_splitting(case.lower[None], case.upper[None]) == proved
 
 
 def absolute_file(path):

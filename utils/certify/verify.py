@@ -259,7 +259,7 @@ class _CaseProblem:
     def proved_by_splitting(self, lower: Tensor, upper: Tensor) -> bool:
         """Whether splitting neurons of one box proves its case in time: of every conjunction the likeliest row."""
         graph, boxes = self.network.graph, self._boxes(lower, upper)
-        if not len(self.limits) or not has_pieces(graph):
+        if not has_pieces(graph) or len(self.owner.unique()) < self.conjunctions:  # one without constraints holds
             return False
         whole = PartedPass(graph, boxes, slopes=self.slopes)
         known = whole.margin(self.rows[None])[0].nan_to_num(nan=-torch.inf)

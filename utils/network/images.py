@@ -87,7 +87,7 @@ def average_pool(
 
     Padding is the same at both ends of an axis.
     """
-    rank, channels = len(kernel), x.shape[1]
+    rank = len(kernel)
     padding = tuple(pads[0::2])[::-1]
     function = (F.avg_pool1d, F.avg_pool2d)[rank - 1]
     options = {} if divisor is None else {"divisor_override": divisor}
@@ -97,10 +97,7 @@ def average_pool(
     window = torch.ones(1, 1, *kernel, dtype=DTYPE)
     count = (F.conv1d, F.conv2d)[rank - 1](F.pad(ones, padded), window, stride=tuple(stride))
     shares = means / count  # every window of torch's holds a value
-    same = bool((shares == shares.flatten()[0]).all())
-    weight = window.expand(channels, 1, *kernel) * (shares.flatten()[0] if same else 1.0)
-    sums = convolve(builder, x, weight, None, stride, padded, [1] * rank, channels)
-    return sums if same else builder.scaled(sums, constant(shares))
+    return _windows_summed(builder, x, window, shares, stride, padded, [1] * rank)
 
 
 def average_of_windows(
@@ -114,7 +111,7 @@ def average_of_windows(
     count_include_pad: bool,
 ) -> Symbol:
     """The mean of windows at ``places``, a number an axis; values beyond the padding never count, it does if asked."""
-    rank, channels = len(kernel), x.shape[1]
+    rank = len(kernel)
     reaches = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
     padded = [max(0, width) for width in _grown(x.shape[2:], reaches, stride, pads, places)]
     counted = F.pad(torch.ones(1, 1, *x.shape[2:], dtype=DTYPE), tuple(pads), value=float(count_include_pad))
@@ -123,8 +120,21 @@ def average_of_windows(
     shares = 1.0 / (F.conv1d, F.conv2d)[rank - 1](counted, window, **how)
     if not bool(shares.isfinite().all()):
         raise UnsupportedError("a window of the pooling lies outside the image")
-    same = bool((shares == shares.flatten()[0]).all())
-    weight = window.expand(channels, 1, *kernel) * (shares.flatten()[0] if same else 1.0)
+    return _windows_summed(builder, x, window, shares, stride, padded, dilation)
+
+
+def _windows_summed(
+    builder: Builder,
+    x: Symbol,
+    window: Tensor,
+    shares: Tensor,
+    stride: Sequence[int],
+    padded: Sequence[int],
+    dilation: Sequence[int],
+) -> Symbol:
+    """The sum of every window of each channel times its share, (1, 1, *places)."""
+    channels, same = x.shape[1], bool((shares == shares.flatten()[0]).all())
+    weight = window.expand(channels, *window.shape[1:]) * (shares.flatten()[0] if same else 1.0)
     sums = convolve(builder, x, weight, None, stride, padded, dilation, channels)
     return sums if same else builder.scaled(sums, constant(shares))
 
