@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ...graph.mixing import MatMul, Softmax
-from .values import NONE, WordValues
+from .reads import NONE
+from .values import WordValues
 
 STEPS = 30  # towards the least ratio; a handful suffice
 RETREATS = (1.0, 1e2, 1e4, 1e7)  # from what was found, in units of what rounding does, until phi is at least 0

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...graph.mixing import MatMul
 from ...graph.nodes import Interval
-from .values import NONE, WordValues
+from .reads import NONE
+from .values import WordValues
 
 
 def lines_of(words: WordValues, node: MatMul) -> tuple[Tensor, Tensor] | None:
