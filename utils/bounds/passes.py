@@ -27,6 +27,7 @@ from ..perturbation.lp_ball import dual_norm
 from ..perturbation.sets import Perturbation
 from ..perturbation.substitutions import Substitutions
 from ..relaxation.lines import Plane, Relaxation
+from .alike import alike, relaxed
 from .backward import Contribution, FrameSources, JointSources, Sources, gather, spread
 from .balls import Balls
 from .neurons import is_exact_image, readers, tightened
@@ -246,8 +247,7 @@ class BoundPass:
         """Bound, by backward passes, every node that some relaxation needs bounds of."""
         needed = readers(self.graph)
         for node in sorted(needed.keys() - self._known, key=lambda operand: operand.index):
-            known = self.is_exact(node) or (self.words and self.words.is_leaf(node))
-            if not known and not (self.chooses and is_exact_image(self, node)):
+            if not self._is_known(node) and not (self.chooses and is_exact_image(self, node)):
                 self._intervals[node] = intersect(self.interval(node), tightened(self, node, needed[node]))
 
     def bound_by_rows(self, node: Node) -> Interval:
@@ -261,13 +261,27 @@ class BoundPass:
         """Planes around a non-linear node on the box of its operands' intervals."""
         if node not in self._relaxations:
             with self.at(node):
-                operands = [self.interval(operand) for operand in node.parents]
-                self._relaxations[node] = self.widened(node, self._relax(node, operands))
+                nodes = self._relaxed_with(node)
+                operands = [[self.interval(operand) for operand in one.parents] for one in nodes]
+                for one, planes in zip(nodes, relaxed(nodes, operands, self._relax), strict=True):
+                    self._relaxations[one] = self.widened(one, planes)
         if self._samples == node.samples:
             return self._relaxations[node]
         if node not in self._fitted or self._fitted[node][0] != self._samples:
             self._fitted[node] = (self._samples, self._fit_relaxation(self._relaxations[node]))
         return self._fitted[node][1]
+
+    def _relaxed_with(self, node: NonLinear) -> list[NonLinear]:
+        """The nodes whose planes are made together with a node's; it is one of them."""
+        if self.method == "crown" or self._slopes or self._uneven or self._target is None:
+            return [node]  # the others' operands have no bounds yet, or planes depend on more than these
+        others = (one for one in self.graph.nodes[: self._target.index + 1] if isinstance(one, NonLinear))
+        fresh = [one for one in others if not (one in self._relaxations or self._is_known(one))]
+        return alike(fresh, node, len(self.perturbation.x))
+
+    def _is_known(self, node: Node) -> bool:
+        """Whether no planes are put around a node."""
+        return self.is_exact(node) or (self.words is not None and self.words.is_leaf(node))
 
     def _relax(self, node: NonLinear, operands: list[Interval]) -> Relaxation:
         return node.relax(*operands, slopes=self._slopes.get(node))
