@@ -83,6 +83,7 @@ class BoundPass:
         self._slopes = dict(zip(nonlinear, slopes, strict=True)) if slopes is not None else {}
         self._samples: int | None = None  # how many samples the node at work has
         self._pending: list[list[Contribution]] = []
+        self._sources: Sources | None = None
         self._parts: tuple[Tensor, Tensor, Tensor] | None = None
         if method == "crown":
             self._tighten_operands()
@@ -189,6 +190,8 @@ class BoundPass:
 
     def weight_reach(self, frame: Frame, weight: Tensor) -> tuple[Tensor, Tensor]:
         """``Perturbation.frame_reach`` for a Linear child's weight; frames that share it share the work."""
+        if self.words:
+            return self.words.reach(frame, weight)
         perturbation = self._narrowed()
         if perturbation.norms_weights:
             norms = self._of_weight("norm", weight, lambda: dual_norm(weight, perturbation.norm))
@@ -338,7 +341,7 @@ class BoundPass:
         self._pending = [[] for _ in range(node.index + 1)]
         self.pass_to(node, rows if everyone is None else rows.expand(everyone, -1, -1))
         constants: list[Tensor] = []
-        sources = self.sources()
+        sources = self._sources = self.sources()
         for current in reversed(self.graph.nodes[: node.index + 1]):
             contributions = self._pending.pop()
             if not contributions:
@@ -386,6 +389,13 @@ class BoundPass:
     def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None, first_sample: int = 0) -> None:
         """Add coefficients to those of an inexact node, or of its elements or samples from some number on."""
         self._pending[node.index].append((start, first_sample, coefficients))
+
+    def pass_through(self, node: Node, coefficients: Tensor, weight: Tensor) -> None:
+        """Add ``coefficients @ weight`` to those of an inexact node."""
+        if self.words and isinstance(node, Frame):
+            self._sources.meet_moves(node, coefficients, weight)
+        else:
+            self.pass_to(node, coefficients @ weight)
 
 
 def crown(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:

@@ -63,6 +63,8 @@ class Bounds(Protocol):
 
     def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None, first_sample: int = 0) -> None: ...
 
+    def pass_through(self, node: Node, coefficients: Tensor, weight: Tensor) -> None: ...
+
 
 class Chain(Protocol):
     """What collects the parts of adjoints, from the output back; see ``utils.jacobian.adjoint``."""
@@ -293,7 +295,7 @@ class Linear(Node):
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor:
         for parent, weight in self.inexact_parents(bounds):
-            bounds.pass_to(parent, coefficients @ weight)
+            bounds.pass_through(parent, coefficients, weight)
         return apply_rows(coefficients, bounds.offset(self))
 
     def hand_back(self, adjoint: Node, chain: Chain) -> None:

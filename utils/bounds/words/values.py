@@ -33,6 +33,7 @@ class WordValues:
         if any(node.samples is not None for node in bounds.graph.nodes):
             raise ValueError("substitutions are for sequences of one length: bound those of each length by themselves")
         self._values: dict[Node, Tensor] = {}
+        self._moves: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._places: dict[Node, list[tuple[int, Tensor | None]]] = {}
         graph, x = bounds.graph, bounds.perturbation.x
         moved = tuple(not bounds.perturbation.is_exact(word) for word in range(x.shape[1]))
@@ -89,7 +90,19 @@ class WordValues:
             return value.repeat_interleave(moves.shape[2], dim=0)
         return node.value(*map(self.exact_value, node.parents))
 
+    def moves_through(self, frame: Frame, weight: Tensor) -> Tensor:
+        """What a frame's substitutes change ``weight`` times the frame by, (batch, S + 1, rows of the weight)."""
+        key = (frame.frame, id(weight))
+        if key not in self._moves:
+            self._moves[key] = (weight, self.perturbation.moves[:, frame.frame] @ weight.mT)  # keeps the weight's id
+        return self._moves[key][1]
+
     # --- what follows from them ---
+
+    def reach(self, frame: Frame, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Most that ``weight`` times the frame can fall and rise, (batch, rows of the weight) each."""
+        moves = self.moves_through(frame, weight)
+        return -moves.amin(dim=1), moves.amax(dim=1)
 
     def interval(self, node: Node) -> Interval:
         values = self.values(node)
