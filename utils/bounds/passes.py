@@ -12,7 +12,7 @@ are the rows [I; -I] of one backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -35,6 +35,7 @@ from .rounding import Rounding
 from .waves.shared import SharedSquares
 from .words import Words
 
+EVERYONE = nullcontext()  # all samples have all nodes
 METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify.interface`` adds those that take several
 
 
@@ -63,6 +64,7 @@ class BoundPass:
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
         self.graph, self.perturbation, self.method = graph, perturbation, method
+        self._uneven = any(node.samples is not None for node in graph.nodes)
         self._values: dict[Node, Tensor] = {}
         self._exact = self._find_exact()
         self.words = Words(self) if isinstance(perturbation, Substitutions) else None
@@ -70,7 +72,6 @@ class BoundPass:
         self.balls = Balls(self) if Balls.fit(graph, perturbation) else None
         self._target: Node | None = None  # of the backward pass at work
         self.has_images = any(isinstance(node, Convolution) for node in graph.nodes)
-        self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
         self._made: dict[Node, tuple[Tensor, ...]] = {}
         self._weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
@@ -90,9 +91,12 @@ class BoundPass:
 
     # --- samples that end early ---
 
-    @contextmanager
-    def at(self, node: Node) -> Iterator[None]:
+    def at(self, node: Node) -> AbstractContextManager:
         """What is asked for meanwhile is for the node's samples alone."""
+        return self._among(node) if self._uneven else EVERYONE
+
+    @contextmanager
+    def _among(self, node: Node) -> Iterator[None]:
         before, self._samples = self._samples, node.samples
         yield
         self._samples = before
