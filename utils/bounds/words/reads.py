@@ -29,6 +29,8 @@ def reads_of(graph: Graph, like: Tensor) -> list[Reads]:
         parents = [found[parent.index] for parent in node.parents]
         if isinstance(node, Frame):
             found.append(1 << node.frame)
+        elif not parents:
+            found.append(0)
         elif all(isinstance(part, int) for part in parents) and _is_even(node, full):
             found.append(_union(parents))
         else:
@@ -56,7 +58,7 @@ def _is_even(node: Node, full: dict[int, bool]) -> bool:
         return all(full[id(weight)] for weight in node.weights)
     if isinstance(node, WeightedSum):
         return all(isinstance(factor, float) and factor != 0.0 for factor in node.factors)
-    return isinstance(node, (NonLinear, Slice, Negative)) or not node.parents
+    return isinstance(node, (NonLinear, Slice, Negative))
 
 
 def _union(parents: list[int]) -> int:

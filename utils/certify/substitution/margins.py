@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bounds.passes import BoundPass
+from ...bounds.words import sentences_alike
 from ...choices.registry import Registry
 from ...graph.graph import Graph
 from ...graph.mixing import MatMul
@@ -20,8 +21,7 @@ from ...perturbation.substitutions import Substitutions
 from ...question.arguments import as_classes, as_inputs
 from ...question.specification import output_rows
 
-# Samples that are bounded at once. What depends on one word alone is known best, and together that is only what does so
-# in all of them: bounds of every layer gain more from it than several samples at once save.
+# Samples that are bounded at once, of those that are alike; backward passes to every layer gain nothing from several.
 AT_ONCE = Registry("method of substitutions", {"crown-ibp": 32, "ibp": 32, "crown": 1})
 
 
@@ -87,9 +87,11 @@ def substitution_margins(
     for members, reading in groups_of(network, len(frames)):
         graph = graph_of(reading, frames.shape[1], dtype, "plane")
         graph = graph if torch.is_grad_enabled() else graph.detach()
-        for own in members.to(frames.device).split(AT_ONCE[method]):
-            parts.append(budget_margins(graph, frames[own], rows[own], substitutes.part(own), budgets, method))
-            order.append(own)
+        moved = substitutes.valid[members.to(substitutes.valid.device)].any(dim=2)
+        for alike in sentences_alike(graph, frames, moved):
+            for own in members[alike].to(frames.device).split(AT_ONCE[method]):
+                parts.append(budget_margins(graph, frames[own], rows[own], substitutes.part(own), budgets, method))
+                order.append(own)
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
