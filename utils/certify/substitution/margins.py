@@ -120,8 +120,8 @@ def budget_margins(
     sets = [part for part in (several, [count for count in falling if 0 < count <= apart]) if part]
     if sets:
         found.append(_margins_of(graph, x, rows, substitutes, sets, method))
-    if falling[-1] == 0:
-        found.append(BoundPass(graph, substitutes.set_around(x, 0), method).margin(rows)[..., None])
+    if falling[-1] <= 0:
+        found.append(BoundPass(graph, substitutes.set_around(x, falling[-1]), method).margin(rows)[..., None])
     best = torch.cat(found, dim=-1).cummax(dim=-1).values
     return best[..., [falling.index(count) for count in counts]]
 
