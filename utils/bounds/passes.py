@@ -36,6 +36,7 @@ from .waves.shared import SharedSquares
 from .words import Words
 
 EVERYONE = nullcontext()  # all samples have all nodes
+WORD_ROWS = 256  # of a sentence's nodes that are bounded at once: coefficients of more fit no cache
 METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify.interface`` adds those that take several
 
 
@@ -261,7 +262,10 @@ class BoundPass:
         """Bounds of a node's elements as those of the rows [I; -I]."""
         low, _ = self.interval(node)
         rows = torch.eye(node.size, dtype=low.dtype, device=low.device)
-        lower, minus_upper = self.lower_bound(node, torch.cat((rows, -rows))[None]).split(node.size, dim=-1)
+        rows = torch.cat((rows, -rows))[None]
+        parts = rows.split(WORD_ROWS, dim=1) if self.words else (rows,)
+        found = torch.cat([self.lower_bound(node, part) for part in parts], dim=1)
+        lower, minus_upper = found.split(node.size, dim=-1)
         return lower, -minus_upper
 
     def relaxation(self, node: NonLinear) -> Relaxation:
