@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from word_nets import NETS, T, made, words
 
-from utils.bounds import alike, passes
+from utils.bounds import passes
+from utils.bounds.backward import together
 from utils.bounds.passes import BoundPass
 from utils.bounds.words import WordValues, means, reads
 from utils.certify.substitution import Substitutes, margins, substitution_margins
@@ -47,12 +48,12 @@ def one_by_one(net, x, vectors, valid, method: str) -> Tensor:
 def check_margins(name: str, monkeypatch) -> None:
     net, (x, vectors, valid) = made(name), words()
     for method in METHODS[: 2 if name in SLOW else 3]:
-        together = substitution_margins(net, x, LABELS, Substitutes(vectors, valid), BUDGETS, method=method)
+        found = substitution_margins(net, x, LABELS, Substitutes(vectors, valid), BUDGETS, method=method)
         with monkeypatch.context() as patch:
             patch.setattr(passes, "alike", lambda nodes, first, batch: [first])
             patch.setattr(BoundPass, "pass_through", lambda self, node, rows, weight: self.pass_to(node, rows @ weight))
             expected = one_by_one(net, x, vectors, valid, method)
-        torch.testing.assert_close(together, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -61,8 +62,8 @@ def test_margins_are_those_of_passes_one_by_one(name, monkeypatch):
 
 
 def planes_in_another_order(monkeypatch):
-    honest = alike._apart
-    monkeypatch.setattr(alike, "_apart", lambda planes, sizes: honest(planes, sizes)[::-1])
+    honest = together._apart
+    monkeypatch.setattr(together, "_apart", lambda planes, sizes: honest(planes, sizes)[::-1])
 
 
 def rows_of_another_budget(monkeypatch):

@@ -20,22 +20,20 @@ from torch import Tensor
 
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Interval, Linear, Node
+from ..graph.nodes import Frame, Interval, Linear, Node, intersect
 from ..graph.nonlinear import NonLinear
 from ..graph.sums import apply_rows
 from ..perturbation.lp_ball import dual_norm
 from ..perturbation.sets import Perturbation
 from ..perturbation.substitutions import Substitutions
 from ..relaxation.lines import Plane, Relaxation
-from .alike import alike, relaxed
-from .backward import Contribution, FrameSources, JointSources, Sources, gather, spread
+from .backward import Contribution, FrameSources, JointSources, Sources, alike, gather, relaxed, spread
 from .balls import Balls
 from .neurons import is_exact_image, readers, tightened
 from .rounding import Rounding
 from .waves.shared import SharedSquares
 from .words import Words
 
-EVERYONE = nullcontext()  # all samples have all nodes
 WORD_ROWS = 256  # of a sentence's nodes that are bounded at once: coefficients of more fit no cache
 METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify.interface`` adds those that take several
 
@@ -94,7 +92,7 @@ class BoundPass:
 
     def at(self, node: Node) -> AbstractContextManager:
         """What is asked for meanwhile is for the node's samples alone."""
-        return self._among(node) if self._uneven else EVERYONE
+        return self._among(node) if self._uneven else nullcontext()
 
     @contextmanager
     def _among(self, node: Node) -> Iterator[None]:
@@ -260,21 +258,17 @@ class BoundPass:
 
     def bound_by_rows(self, node: Node) -> Interval:
         """Bounds of a node's elements as those of the rows [I; -I]."""
-        low, _ = self.interval(node)
-        rows = torch.eye(node.size, dtype=low.dtype, device=low.device)
-        rows = torch.cat((rows, -rows))[None]
-        parts = rows.split(WORD_ROWS, dim=1) if self.words else (rows,)
-        found = torch.cat([self.lower_bound(node, part) for part in parts], dim=1)
-        lower, minus_upper = found.split(node.size, dim=-1)
+        rows = torch.eye(node.size).to(self.interval(node)[0])
+        parts = torch.cat((rows, -rows))[None].split(WORD_ROWS if self.words else 2 * node.size, dim=1)
+        bounds = torch.cat([self.lower_bound(node, part) for part in parts], dim=1)
+        lower, minus_upper = bounds.split(node.size, dim=-1)
         return lower, -minus_upper
 
     def relaxation(self, node: NonLinear) -> Relaxation:
         """Planes around a non-linear node on the box of its operands' intervals."""
         if node not in self._relaxations:
             with self.at(node):
-                nodes = self._relaxed_with(node)
-                operands = [[self.interval(operand) for operand in one.parents] for one in nodes]
-                for one, planes in zip(nodes, relaxed(nodes, operands, self._relax), strict=True):
+                for one, planes in relaxed(self, self._relaxed_with(node), self._relax):
                     self._relaxations[one] = self.widened(one, planes)
         if self._samples == node.samples:
             return self._relaxations[node]
@@ -286,8 +280,8 @@ class BoundPass:
         """The nodes whose planes are made together with a node's; it is one of them."""
         if self.method == "crown" or self._slopes or self._uneven or self._target is None:
             return [node]  # the others' operands have no bounds yet, or planes depend on more than these
-        others = (one for one in self.graph.nodes[: self._target.index + 1] if isinstance(one, NonLinear))
-        fresh = [one for one in others if not (one in self._relaxations or self._is_known(one))]
+        below = [one for one in self.graph.nodes[: self._target.index + 1] if isinstance(one, NonLinear)]
+        fresh = [one for one in below if one not in self._relaxations and not self._is_known(one)]
         return alike(fresh, node, len(self.perturbation.x))
 
     def _is_known(self, node: Node) -> bool:
@@ -404,29 +398,3 @@ class BoundPass:
             self._sources.meet_moves(node, coefficients, weight)
         else:
             self.pass_to(node, coefficients @ weight)
-
-
-def crown(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
-    return BoundPass(graph, perturbation, "crown", slopes, sound)
-
-
-def ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
-    return BoundPass(graph, perturbation, "ibp", slopes, sound)
-
-
-def ball(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
-    """As crown-ibp, of networks whose layers lie in balls. Raises ValueError for others."""
-    if not Balls.fit(graph, perturbation):
-        raise ValueError("method ball is for feed-forward networks and p = 2: one l_2 ball, and no recurrent cell")
-    return BoundPass(graph, perturbation, "crown-ibp", slopes, sound)
-
-
-def crown_ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
-    return BoundPass(graph, perturbation, "crown-ibp", slopes, sound)
-
-
-def intersect(first: Interval, second: Interval) -> Interval:
-    """Both intervals hold, so their intersection does; rounding must not turn a point inside out."""
-    lower = torch.maximum(first[0], second[0])
-    upper = torch.minimum(first[1], second[1])
-    return torch.minimum(lower, upper), torch.maximum(lower, upper)

@@ -23,6 +23,13 @@ from .sums import apply_rows, sum_length
 Interval = tuple[Tensor, Tensor]
 
 
+def intersect(first: Interval, second: Interval) -> Interval:
+    """Both intervals hold, so their intersection does; rounding must not turn a point inside out."""
+    lower = torch.maximum(first[0], second[0])
+    upper = torch.minimum(first[1], second[1])
+    return torch.minimum(lower, upper), torch.maximum(lower, upper)
+
+
 class Bounds(Protocol):
     """What a node may ask of the pass that walks it, and how it hands coefficients on; see ``utils.bounds``."""
 

@@ -5,14 +5,14 @@ Planes are made element by element, by some hundred calls, whatever the number o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..graph.nodes import Interval
-from ..graph.nonlinear import NonLinear
-from ..relaxation.lines import Plane, Relaxation
+from ...graph.nodes import Bounds, Interval
+from ...graph.nonlinear import NonLinear
+from ...relaxation.lines import Plane, Relaxation
 
 ELEMENTS = 2**14  # of all samples, that are relaxed together: more would fit no cache, and save no calls that count
 
@@ -32,15 +32,14 @@ def alike(nodes: list[NonLinear], first: NonLinear, batch: int) -> list[NonLinea
 
 
 def relaxed(
-    nodes: list[NonLinear],
-    operands: list[list[Interval]],
-    relax: Callable[[NonLinear, list[Interval]], Relaxation],
-) -> list[Relaxation]:
-    """Planes around nodes of one kind, from the intervals of each one's operands, by one call of ``relax``."""
+    bounds: Bounds, nodes: list[NonLinear], relax: Callable[[NonLinear, list[Interval]], Relaxation]
+) -> Iterator[tuple[NonLinear, Relaxation]]:
+    """Nodes of one kind and planes around each, by one call of ``relax`` with the intervals of all operands."""
+    operands = [[bounds.interval(operand) for operand in node.parents] for node in nodes]
     if len(nodes) == 1:
-        return [relax(nodes[0], operands[0])]
+        return zip(nodes, [relax(nodes[0], operands[0])], strict=True)
     joined = [_side_by_side(intervals) for intervals in zip(*operands, strict=True)]
-    return _apart(relax(nodes[0], joined), [node.size for node in nodes])
+    return zip(nodes, _apart(relax(nodes[0], joined), [node.size for node in nodes]), strict=True)
 
 
 def _side_by_side(intervals: tuple[Interval, ...]) -> Interval:
