@@ -115,9 +115,9 @@ def budget_margins(
     counts = [frames if budget is None else min(budget, frames) for budget in budgets]
     falling = sorted(set(counts), reverse=True)
     apart = method == "crown" or any(isinstance(node, MatMul) for node in graph.nodes)
-    several = [count for count in falling if count > apart]
-    found = []
-    sets = [part for part in (several, [count for count in falling if 0 < count <= apart]) if part]
+    single = [1] if apart and 1 in falling else []
+    several = [count for count in falling if count > 0 and count not in single]
+    found, sets = [], [part for part in (several, single) if part]
     if sets:
         found.append(_margins_of(graph, x, rows, substitutes, sets, method))
     if falling[-1] <= 0:
