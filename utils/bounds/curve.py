@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..clock import Pace
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Interval, Node
+from ..graph.nodes import Frame, Interval, Node, intersect
 from ..graph.nonlinear import NonLinear
 from ..graph.picks import Negative, Slice
 from ..perturbation.sets import Perturbation
@@ -36,7 +36,7 @@ from ..relaxation.curves import Curves, curved_relaxation
 from ..relaxation.lines import Relaxation
 from .balls import squares_in_ball
 from .box_quadratic import line_and_squares_over_box, squares_over_box
-from .passes import BoundPass, intersect
+from .passes import BoundPass
 from .quadratic import Guesses, largest_eigenvalue, line_and_squares
 from .waves import Narrow
 
