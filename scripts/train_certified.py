@@ -35,7 +35,7 @@ MODELS = [
     ("lstm_{}_64", 7, "ibp", "inf", 0.1, 20, ""),
     ("gru_{}_64", 7, "ibp", "inf", 0.1, 20, ""),
     ("rnn_{}_64_tanh", 7, "ibp", "inf", 0.1, 30, ""),
-    ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.02, 30, ""),
+    ("rnn_{}_128_relu_mean", 7, "sabr", "inf", 0.02, 30, HALF),
     ("lstm_{}_64", 7, "sabr", "inf", 0.02, 20, HALF),
     ("gru_{}_64", 7, "sabr", "inf", 0.02, 20, HALF),
     ("rnn_{}_64_tanh", 7, "sabr", "inf", 0.02, 30, HALF),
