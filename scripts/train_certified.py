@@ -22,6 +22,7 @@ from utils.runs.cli import ROOT, ArgumentParser, run_main
 # By the start of a folder's name: script, checkpoint and flags.
 KINDS = {
     "rnn_{}_128_relu_mean": ("vanilla_rnn", "rnn", "--activation relu --hidden-size 128 --pooling mean --lr 3e-3"),
+    "rnn_{}_256_relu_mean": ("vanilla_rnn", "rnn", "--activation relu --hidden-size 256 --pooling mean --lr 3e-3"),
     "rnn_{}_64_tanh": ("vanilla_rnn", "rnn", "--activation tanh --hidden-size 64 --lr 3e-3"),
     "lstm_{}_64": ("lstm", "lstm", "--hidden-size 64 --lr 1e-2"),
     "lstm_{}_64_mean": ("lstm", "lstm", "--hidden-size 64 --pooling mean --lr 3e-3"),
@@ -43,6 +44,7 @@ MODELS = [
     ("lstm_{}_64", 7, "ibp", "2", 0.2, 15, ""),
     ("gru_{}_64", 7, "ibp", "2", 0.2, 15, ""),
     ("rnn_{}_64_tanh", 7, "ibp", "2", 0.2, 30, ""),
+    ("rnn_{}_256_relu_mean", 7, "ibp", "inf", 0.3, 15, SOONER),
     ("rnn_{}_128_relu_mean", 14, "ibp", "inf", 0.1, 15, SOONER),
     ("lstm_{}_64_mean", 14, "ibp", "inf", 0.1, 15, "--clean-share 0.1"),
 ]
