@@ -19,36 +19,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.experiments.table_arguments import MODELS_DIR
 from utils.runs.cli import ROOT, ArgumentParser, run_main
 
-# By the start of a folder's name: script, checkpoint and flags; then balls and epochs of models.
+# By the start of a folder's name: script, checkpoint and flags.
 KINDS = {
     "rnn_{}_128_relu_mean": ("vanilla_rnn", "rnn", "--activation relu --hidden-size 128 --pooling mean --lr 3e-3"),
+    "rnn_{}_256_relu_mean": ("vanilla_rnn", "rnn", "--activation relu --hidden-size 256 --pooling mean --lr 3e-3"),
     "rnn_{}_64_tanh": ("vanilla_rnn", "rnn", "--activation tanh --hidden-size 64 --lr 3e-3"),
     "lstm_{}_64": ("lstm", "lstm", "--hidden-size 64 --lr 1e-2"),
+    "lstm_{}_64_mean": ("lstm", "lstm", "--hidden-size 64 --pooling mean --lr 3e-3"),
     "gru_{}_64": ("gru", "gru", "--hidden-size 64 --lr 1e-2"),
 }
+# Kind, slices, loss, norm, eps, epochs and more flags: SABR's for small boxes, and what relu RNNs learn sooner by.
+HALF = "--small-box 0.5"
+SOONER = "--overshoot 1 --hidden-scale 0.1 --hidden-shift 0.9 --input-rate 3 --adam-beta2 0.99"
 MODELS = [
-    ("rnn_{}_128_relu_mean", 7, "inf", 0.1, 30),
-    ("lstm_{}_64", 7, "inf", 0.1, 20),
-    ("gru_{}_64", 7, "inf", 0.1, 20),
-    ("rnn_{}_64_tanh", 7, "inf", 0.1, 30),
-    ("rnn_{}_128_relu_mean", 7, "inf", 0.02, 30),
-    ("lstm_{}_64", 7, "inf", 0.02, 15),
-    ("gru_{}_64", 7, "inf", 0.02, 15),
-    ("rnn_{}_64_tanh", 7, "inf", 0.02, 30),
-    ("rnn_{}_128_relu_mean", 7, "2", 0.2, 30),
-    ("lstm_{}_64", 7, "2", 0.2, 15),
-    ("gru_{}_64", 7, "2", 0.2, 15),
-    ("rnn_{}_64_tanh", 7, "2", 0.2, 30),
+    ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 60, SOONER),
+    ("lstm_{}_64", 7, "ibp", "inf", 0.1, 20, ""),
+    ("gru_{}_64", 7, "ibp", "inf", 0.1, 20, ""),
+    ("rnn_{}_64_tanh", 7, "ibp", "inf", 0.1, 30, ""),
+    ("rnn_{}_128_relu_mean", 7, "sabr", "inf", 0.02, 30, HALF),
+    ("lstm_{}_64", 7, "sabr", "inf", 0.02, 20, HALF),
+    ("gru_{}_64", 7, "sabr", "inf", 0.02, 20, HALF),
+    ("rnn_{}_64_tanh", 7, "sabr", "inf", 0.02, 30, HALF),
+    ("rnn_{}_128_relu_mean", 7, "ibp", "2", 0.2, 30, ""),
+    ("lstm_{}_64", 7, "ibp", "2", 0.2, 15, ""),
+    ("gru_{}_64", 7, "ibp", "2", 0.2, 15, ""),
+    ("rnn_{}_64_tanh", 7, "ibp", "2", 0.2, 30, ""),
+    ("rnn_{}_256_relu_mean", 7, "ibp", "inf", 0.3, 15, SOONER),
+    ("rnn_{}_128_relu_mean", 14, "ibp", "inf", 0.1, 15, SOONER),
+    ("lstm_{}_64_mean", 14, "ibp", "inf", 0.1, 15, "--clean-share 0.1"),
 ]
-# Others by folder: script, checkpoint and flags. The 14 slices need what makes short trainings better.
+# Others by folder: script, checkpoint and flags.
 OTHERS = {
-    "rnn_14_128_relu_mean_ibp_inf_0.1": (
-        "vanilla_rnn/train_rnn_mnist_classifier.py",
-        "rnn",
-        "--time-step 14 --activation relu --hidden-size 128 --pooling mean --lr 3e-3 --epochs 15 "
-        "--certified ibp --p inf --train-eps 0.1 --overshoot 1 "
-        "--hidden-scale 0.1 --hidden-shift 0.9 --input-rate 3 --adam-beta2 0.99",
-    ),
     "cnn_small_32_bn_ibp_inf_0.3_clip": (
         "cnn/train_cnn_mnist_classifier.py",
         "cnn",
@@ -67,13 +68,13 @@ OTHERS = {
 def commands(models_dir: Path) -> dict[str, list[str]]:
     """The training command of every model, by its folder's name; those that are in ``models_dir`` are left out."""
     found = {}
-    for kind, frames, norm, eps, epochs in MODELS:
+    for kind, frames, loss, norm, eps, epochs, more in MODELS:
         folder, checkpoint, flags = KINDS[kind]
-        name = f"{kind.format(frames)}_ibp_{norm}_{eps:g}"
+        name = f"{kind.format(frames)}_{loss}_{norm}_{eps:g}"
         if not (models_dir / name / checkpoint).exists():
             script = f"{folder}/train_{checkpoint}_mnist_classifier.py"
-            ball = f"--certified ibp --p {norm} --train-eps {eps:g}"
-            found[name] = [script, *f"--time-step {frames} {flags} --epochs {epochs} {ball}".split()]
+            ball = f"--certified {loss} --p {norm} --train-eps {eps:g}"
+            found[name] = [script, *f"--time-step {frames} {flags} --epochs {epochs} {ball} {more}".split()]
     for name, (script, checkpoint, flags) in OTHERS.items():
         if not (models_dir / name / checkpoint).exists():
             found[name] = [script, *flags.split()]

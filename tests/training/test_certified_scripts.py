@@ -181,3 +181,22 @@ def test_any_module_can_be_trained():
         adam.step()
     assert objective.measure(model, x, y)["verified"] > before + 0.3
     assert isinstance(model, nn.Module) and not isinstance(model, SequenceClassifier)
+
+
+def test_the_images_held_back_are_those_of_the_training(tmp_path, data):
+    """The benchmark's shares of clean and, by intervals, verified images are those that the training kept."""
+    flags = (*SMALL, *BALLS, "--epochs", 30, "--lr", 0.02, "--data-dir", data, "--save-dir", tmp_path)
+    assert call(RNN, *flags).code == 0
+    path = tmp_path / "rnn_4_8_tanh_ibp_inf_0.05" / "rnn"
+    _, config = load_checkpoint(path)
+    usual = ("--data-dir", data, "--threads", 1)
+    outcome = call("benchmarks/verify_held_back.py", path, *usual)
+    assert outcome.code == 0, outcome.err
+    name, *shares, count = outcome.out.splitlines()[-1].split(" | ")
+    clean, unbroken, intervals, verified = (float(share) / 100 for share in shares)
+    assert (name, count) == (path.parent.name, "40")
+    assert clean == pytest.approx(config["held_back_accuracy"], abs=1e-3)
+    assert intervals == pytest.approx(config["held_back_verified"], abs=1e-3)
+    assert 0.0 < intervals <= verified <= unbroken <= clean < 1.0
+    plain = ROOT / "models" / "mnist_classifier" / "rnn_4_32_tanh" / "rnn"
+    assert_one_line(call("benchmarks/verify_held_back.py", plain, *usual), "from certified training")
