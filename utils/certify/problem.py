@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..bounds.alpha import select, store, tune_slopes
 from ..bounds.balls import Balls
-from ..bounds.curve import CurvedPass, CurveTable, tune_curves
+from ..bounds.curve import CurvedPass, CurveTable
+from ..bounds.curve_tuning import tune_curves
 from ..bounds.memory import PER_NEURON, Parts, samples_at_once
 from ..bounds.passes import BoundPass
 from ..choices.method import OF_ANY_SET, Method

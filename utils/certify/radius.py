@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bounds.alpha import STEP_BOUNDS
-from ..bounds.curve import CURVED_STEP, VERDICT_STEPS
+from ..bounds.curve_tuning import CURVED_STEP, VERDICT_STEPS
 from ..clock import Pace, now, share_of
 from ..question.arguments import check_precision
 from .bab import ALPHA_SHARE, CURVE_SHARE, TUNED_SHARE, curves_pay, refine_radii
@@ -34,7 +34,7 @@ ALPHA_OVERSHOOT, ALPHA_NEAR = 1.03, 1.004
 
 # Curved bounds are tuned in this many rounds, at these multiples of the radius reached: they gain more, and at first
 # less is known of how much.
-CURVE_OVERSHOOTS = (1.2, 1.1, 1.03)
+CURVE_OVERSHOOTS = (1.3, 1.05)
 
 # Radii are foretold to these relative tolerances by estimates: in between, and before bounds are asked for. Bounds come
 # to a little less than estimates; how much less is measured once. Then a search begins with two eps this far apart.

@@ -21,7 +21,7 @@ OF_ANY_SET = (*DIRECT_METHODS, *FORWARD_METHODS, "alpha")
 WITH_SLOPES = ("ball", *TUNED_METHODS)  # that tune the slopes of planes; "ball" by itself
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise
-CURVE_STEPS = 40  # likewise of curved bounds
+CURVE_STEPS = 20  # likewise of curved bounds
 SHELLS = 30  # of "jacobian" and "shell", unless told otherwise
 TIME_LIMIT = 60.0  # seconds a sample of "bab", unless told otherwise
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils.bounds import quadratic
-from utils.bounds.quadratic import largest_eigenvalue, line_and_squares
+from utils.bounds.squares import quadratic
+from utils.bounds.squares.quadratic import largest_eigenvalue, line_and_squares
 
 
 def problem(directions: int, size: int, dtype: torch.dtype = torch.float64):
