@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .eigenvalues import eigenvalue_bound
-from .quadratic import GUARD_ULPS, Guesses, block, finished, in_single, leading_directions, rest_of, rounding_guard
+from .quadratic import DIRECTION_TIMES, GUARD_ULPS, Guesses, block, finished, in_single, leading_directions, rest_of, rounding_guard
 
 LEADING = 64  # common directions
 OWN = 16  # squares of neurons of its own that a row keeps
@@ -90,7 +90,7 @@ def _maximum(
     weights: Tensor, jacobian: Tensor, radii: Tensor, lines: Tensor | None, sound: bool, guesses: Guesses
 ) -> tuple[Tensor, Tensor | None]:
     """An estimate and, if it is asked for, a bound."""
-    directions = leading_directions(weights, jacobian, LEADING, guesses)
+    directions = leading_directions(weights, jacobian, LEADING, guesses, 0 if sound else DIRECTION_TIMES)
     head = jacobian @ directions
     if not sound or torch.is_grad_enabled():
         estimate = _estimate(weights, jacobian, radii, lines, directions, head, guesses)

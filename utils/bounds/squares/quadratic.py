@@ -25,7 +25,8 @@ from .eigenvalues import eigh_guess, norm_by_powers
 
 LEADING = 64  # directions in the basis, for squares alone; measured against 32, 128
 LEADING_BESIDE_LINES = 32  # and for squares with lines, which lie in the basis as well
-REST_TIMES = 9  # that what is outside of the basis, as a share of its trace, is taken for what it was
+REST_TIMES = 14  # that what is outside of the basis, as a share of its trace, is taken for what it was
+DIRECTION_TIMES = 2  # that estimates take the directions of the one before
 POWER_STEPS, KNOWN_STEPS = 8, 2  # of the power iteration, in estimates; and where nearly the vectors are known
 GUARD_ULPS = 64.0  # of rounding, of sums as large as the form's trace, and of this many squares or fewer:
 GUARD_TERMS = 512  # of more, guards grow with their number. Sums of k equal ones were seen to err by k / 60 units
@@ -79,7 +80,7 @@ def largest_eigenvalue(
     """
     guesses = guesses or Guesses()
     w, j, unit = in_single(weights, jacobian)
-    head = j @ leading_directions(w, j, LEADING, guesses)
+    head = j @ leading_directions(w, j, LEADING, guesses, 0 if sound else DIRECTION_TIMES)
     estimate = weights.new_zeros(weights.shape[:2])
     if not sound or torch.is_grad_enabled():
         # At its eigenvector, the form has the eigenvalue's gradient too.
@@ -259,11 +260,19 @@ def _weighted_lengths(weights: Tensor, directions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def leading_directions(weights: Tensor, jacobian: Tensor, count: int, guesses: Guesses | None = None) -> Tensor:
-    """Nearly the leading directions of the rows' mean form, orthonormal, (batch, n, m) with m <= ``count``."""
+def leading_directions(
+    weights: Tensor, jacobian: Tensor, count: int, guesses: Guesses | None = None, again: int = 0
+) -> Tensor:
+    """Nearly the leading directions of the rows' mean form, orthonormal, (batch, n, m) with m <= ``count``.
+
+    Directions of an earlier call are taken as they are so many times, ``again``, before a step is made from them.
+    """
     guesses = guesses or Guesses()
     count = min(count, *jacobian.shape[-2:])
-    known = guesses.of("directions", torch.Size((len(jacobian), jacobian.shape[-1], count)))
+    shape = torch.Size((len(jacobian), jacobian.shape[-1], count))
+    if again and (kept := guesses.of("directions", shape, again)) is not None:
+        return kept.to(jacobian)
+    known = guesses.of("directions", shape)
     mean = weights.mean(dim=-2)
     scaled = (mean + 1e-3 * mean.mean(dim=-1, keepdim=True)).sqrt().unsqueeze(-1) * jacobian
     if known is None:
