@@ -45,6 +45,7 @@ OWN_SHARE = 0.5  # how far a neuron's linear part is taken to be from the middle
 LINE_SHARE = 2.0  # how much a row's line counts beside its squares where scales are chosen
 
 CurveTable = list[Curves | None]
+PassGuesses = dict[Node, Guesses]
 
 
 class Operand(NamedTuple):
@@ -70,7 +71,7 @@ class CurvedPass(BoundPass):
         perturbation: Perturbation,
         curves: CurveTable | None = None,
         sound: bool = True,
-        guesses: dict[Node, Guesses] | None = None,
+        guesses: PassGuesses | None = None,
     ):
         """With ``sound=False``, what neurons lose together is estimated: no bound, but good enough to tune by.
 

@@ -11,7 +11,7 @@ from ..clock import Pace
 from ..graph.graph import Graph
 from ..perturbation.sets import Perturbation
 from ..relaxation.curves import Curves
-from .curve import CurvedPass, CurveTable
+from .curve import CurvedPass, CurveTable, PassGuesses
 
 STEP_SIZES = (0.06, 0.4)  # of slopes in units of their range, and of log curvatures; measured
 BETAS = (0.5, 0.9)  # Adam's: with less memory of gradients than is usual a third of the steps do; measured
@@ -29,6 +29,7 @@ def tune_curves(
     start: CurveTable | None = None,
     aim: float = math.inf,
     pace: Pace | None = None,
+    guesses: PassGuesses | None = None,
 ) -> CurveTable:
     """Ascend every sample's worst margin, by estimates, in the slopes and curvatures of all nodes.
 
@@ -40,11 +41,12 @@ def tune_curves(
         aim: no more steps are taken once every sample's worst margin is certified to be above it,
         pace: of gradient steps; none is begun that would leave no time, ``VERDICT_STEPS``, to bound what they gain. If
             there is none from the start, that is for the caller to notice.
+        guesses: what earlier passes over the same graph and samples found, for estimates.
 
     Returns:
         The best curves that were met, by estimates.
     """
-    pace, guesses = pace or Pace(), {}
+    pace, guesses = pace or Pace(), {} if guesses is None else guesses
     with pace.work():
         first = CurvedPass(graph, perturbation, start, sound=False, guesses=guesses)
         estimates = first.margin(rows).amin(dim=1)

@@ -54,6 +54,12 @@ class Guesses:
         self._found[name] = found.detach(), 0
         return found
 
+    def of_samples(self, places: Tensor) -> Guesses:
+        """A copy for the samples at some places of the batch."""
+        copy = Guesses()
+        copy._found = {name: (found[places], 0) for name, (found, _) in self._found.items()}
+        return copy
+
 
 class Rest(NamedTuple):
     """What the basis leaves of a form A, (batch, rows) each: c^2 and f."""
