@@ -252,7 +252,7 @@ class MarginProblem:
             return None
         samples, found = self._guessed
         places = (chosen[:, None] == samples).nonzero()[:, 1]
-        if len(places) != len(chosen) or next(iter(found)) not in self.graph(dtype, chosen).nodes:
+        if len(places) != len(chosen) or next(iter(found), None) not in self.graph(dtype, chosen).nodes:
             return None
         return {node: guesses.of_samples(places) for node, guesses in found.items()}
 

@@ -272,10 +272,11 @@ def _tune_slopes_of(
     """Likewise, of some samples, chosen by a mask, without the curves that they have."""
     if not bool(chosen.any()):
         return
-    problem.curves = None
+    curves, problem.curves = problem.curves, None
     own = Bracket(found.low[chosen], found.high[chosen], found.margin[chosen], torch.zeros_like(rows[chosen]))
     _tune_slopes(problem, rows[chosen], search, own, first[chosen], bounds)
     found.replace(chosen, own)
+    problem.curves = curves
 
 
 def _tune_curves(
