@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Interval, Node
+from ..graph.nodes import Frame, Interval, Node, intersect
 from ..graph.nonlinear import NonLinear
 from ..graph.picks import Negative, Slice
 from ..perturbation.sets import Perturbation
 from ..relaxation.curves import Curves, curved_relaxation
 from ..relaxation.lines import Relaxation
 from .balls import squares_in_ball
-from .passes import BoundPass, intersect
+from .passes import BoundPass
 from .squares import Guesses, largest_eigenvalue, line_and_squares, line_and_squares_over_box, squares_over_box
 from .waves import Narrow
 

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Interval, Linear, Node, WeightedSum
+from ..graph.nodes import Frame, Interval, Linear, Node, WeightedSum, intersect
 from ..graph.nonlinear import NonLinear
 from ..graph.picks import LastState, Negative, Slice
 from ..graph.sums import apply_rows
 from ..perturbation.sets import Perturbation
 from .backward import gather
 from .neurons import readers
-from .passes import BoundPass, intersect
+from .passes import BoundPass
 
 
 class Line(NamedTuple):

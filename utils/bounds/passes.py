@@ -12,7 +12,7 @@ are the rows [I; -I] of one backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -20,20 +20,21 @@ from torch import Tensor
 
 from ..graph.convolution import Convolution
 from ..graph.graph import Graph
-from ..graph.nodes import Frame, Interval, Linear, Node
+from ..graph.nodes import Frame, Interval, Linear, Node, intersect
 from ..graph.nonlinear import NonLinear
 from ..graph.sums import apply_rows
 from ..perturbation.lp_ball import dual_norm
 from ..perturbation.sets import Perturbation
 from ..perturbation.substitutions import Substitutions
 from ..relaxation.lines import Plane, Relaxation
-from .backward import Contribution, FrameSources, JointSources, Sources, gather, spread
+from .backward import Contribution, FrameSources, JointSources, Sources, alike, gather, relaxed, spread
 from .balls import Balls
 from .neurons import is_exact_image, readers, tightened
 from .rounding import Rounding
 from .waves.shared import SharedSquares
 from .words import Words
 
+WORD_ROWS = 256  # of a sentence's nodes that are bounded at once: coefficients of more fit no cache
 METHODS = ("crown", "ibp", "crown-ibp")  # of one pass; ``utils.certify.interface`` adds those that take several
 
 
@@ -62,6 +63,7 @@ class BoundPass:
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
         self.graph, self.perturbation, self.method = graph, perturbation, method
+        self._uneven = any(node.samples is not None for node in graph.nodes)
         self._values: dict[Node, Tensor] = {}
         self._exact = self._find_exact()
         self.words = Words(self) if isinstance(perturbation, Substitutions) else None
@@ -69,7 +71,6 @@ class BoundPass:
         self.balls = Balls(self) if Balls.fit(graph, perturbation) else None
         self._target: Node | None = None  # of the backward pass at work
         self.has_images = any(isinstance(node, Convolution) for node in graph.nodes)
-        self._uneven = any(node.samples is not None for node in graph.nodes)
         self._offsets: dict[Node, Tensor] = {}
         self._made: dict[Node, tuple[Tensor, ...]] = {}
         self._weights: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
@@ -82,15 +83,19 @@ class BoundPass:
         self._slopes = dict(zip(nonlinear, slopes, strict=True)) if slopes is not None else {}
         self._samples: int | None = None  # how many samples the node at work has
         self._pending: list[list[Contribution]] = []
+        self._sources: Sources | None = None
         self._parts: tuple[Tensor, Tensor, Tensor] | None = None
         if method == "crown":
             self._tighten_operands()
 
     # --- samples that end early ---
 
-    @contextmanager
-    def at(self, node: Node) -> Iterator[None]:
+    def at(self, node: Node) -> AbstractContextManager:
         """What is asked for meanwhile is for the node's samples alone."""
+        return self._among(node) if self._uneven else nullcontext()
+
+    @contextmanager
+    def _among(self, node: Node) -> Iterator[None]:
         before, self._samples = self._samples, node.samples
         yield
         self._samples = before
@@ -188,6 +193,8 @@ class BoundPass:
 
     def weight_reach(self, frame: Frame, weight: Tensor) -> tuple[Tensor, Tensor]:
         """``Perturbation.frame_reach`` for a Linear child's weight; frames that share it share the work."""
+        if self.words:
+            return self.words.reach(frame, weight)
         perturbation = self._narrowed()
         if perturbation.norms_weights:
             norms = self._of_weight("norm", weight, lambda: dual_norm(weight, perturbation.norm))
@@ -246,28 +253,40 @@ class BoundPass:
         """Bound, by backward passes, every node that some relaxation needs bounds of."""
         needed = readers(self.graph)
         for node in sorted(needed.keys() - self._known, key=lambda operand: operand.index):
-            known = self.is_exact(node) or (self.words and self.words.is_leaf(node))
-            if not known and not (self.chooses and is_exact_image(self, node)):
+            if not self._is_known(node) and not (self.chooses and is_exact_image(self, node)):
                 self._intervals[node] = intersect(self.interval(node), tightened(self, node, needed[node]))
 
     def bound_by_rows(self, node: Node) -> Interval:
         """Bounds of a node's elements as those of the rows [I; -I]."""
-        low, _ = self.interval(node)
-        rows = torch.eye(node.size, dtype=low.dtype, device=low.device)
-        lower, minus_upper = self.lower_bound(node, torch.cat((rows, -rows))[None]).split(node.size, dim=-1)
+        rows = torch.eye(node.size).to(self.interval(node)[0])
+        parts = torch.cat((rows, -rows))[None].split(WORD_ROWS if self.words else 2 * node.size, dim=1)
+        bounds = torch.cat([self.lower_bound(node, part) for part in parts], dim=1)
+        lower, minus_upper = bounds.split(node.size, dim=-1)
         return lower, -minus_upper
 
     def relaxation(self, node: NonLinear) -> Relaxation:
         """Planes around a non-linear node on the box of its operands' intervals."""
         if node not in self._relaxations:
             with self.at(node):
-                operands = [self.interval(operand) for operand in node.parents]
-                self._relaxations[node] = self.widened(node, self._relax(node, operands))
+                for one, planes in relaxed(self, self._relaxed_with(node), self._relax):
+                    self._relaxations[one] = self.widened(one, planes)
         if self._samples == node.samples:
             return self._relaxations[node]
         if node not in self._fitted or self._fitted[node][0] != self._samples:
             self._fitted[node] = (self._samples, self._fit_relaxation(self._relaxations[node]))
         return self._fitted[node][1]
+
+    def _relaxed_with(self, node: NonLinear) -> list[NonLinear]:
+        """The nodes whose planes are made together with a node's; it is one of them."""
+        if self.method == "crown" or self._slopes or self._uneven or self._target is None:
+            return [node]  # the others' operands have no bounds yet, or planes depend on more than these
+        below = [one for one in self.graph.nodes[: self._target.index + 1] if isinstance(one, NonLinear)]
+        fresh = [one for one in below if one not in self._relaxations and not self._is_known(one)]
+        return alike(fresh, node, len(self.perturbation.x))
+
+    def _is_known(self, node: Node) -> bool:
+        """Whether no planes are put around a node."""
+        return self.is_exact(node) or (self.words is not None and self.words.is_leaf(node))
 
     def _relax(self, node: NonLinear, operands: list[Interval]) -> Relaxation:
         return node.relax(*operands, slopes=self._slopes.get(node))
@@ -324,7 +343,7 @@ class BoundPass:
         self._pending = [[] for _ in range(node.index + 1)]
         self.pass_to(node, rows if everyone is None else rows.expand(everyone, -1, -1))
         constants: list[Tensor] = []
-        sources = self.sources()
+        sources = self._sources = self.sources()
         for current in reversed(self.graph.nodes[: node.index + 1]):
             contributions = self._pending.pop()
             if not contributions:
@@ -373,28 +392,9 @@ class BoundPass:
         """Add coefficients to those of an inexact node, or of its elements or samples from some number on."""
         self._pending[node.index].append((start, first_sample, coefficients))
 
-
-def crown(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
-    return BoundPass(graph, perturbation, "crown", slopes, sound)
-
-
-def ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
-    return BoundPass(graph, perturbation, "ibp", slopes, sound)
-
-
-def ball(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
-    """As crown-ibp, of networks whose layers lie in balls. Raises ValueError for others."""
-    if not Balls.fit(graph, perturbation):
-        raise ValueError("method ball is for feed-forward networks and p = 2: one l_2 ball, and no recurrent cell")
-    return BoundPass(graph, perturbation, "crown-ibp", slopes, sound)
-
-
-def crown_ibp(graph: Graph, perturbation: Perturbation, slopes: list | None = None, sound: bool = True) -> BoundPass:
-    return BoundPass(graph, perturbation, "crown-ibp", slopes, sound)
-
-
-def intersect(first: Interval, second: Interval) -> Interval:
-    """Both intervals hold, so their intersection does; rounding must not turn a point inside out."""
-    lower = torch.maximum(first[0], second[0])
-    upper = torch.minimum(first[1], second[1])
-    return torch.minimum(lower, upper), torch.maximum(lower, upper)
+    def pass_through(self, node: Node, coefficients: Tensor, weight: Tensor) -> None:
+        """Add ``coefficients @ weight`` to those of an inexact node."""
+        if self.words and isinstance(node, Frame):
+            self._sources.meet_moves(node, coefficients, weight)
+        else:
+            self.pass_to(node, coefficients @ weight)

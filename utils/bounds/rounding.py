@@ -29,12 +29,14 @@ import torch
 from torch import Tensor
 
 from ..graph.mixing import Mixing
-from ..graph.nodes import Bounds, Constant, Frame, Node
-from ..graph.nonlinear import NonLinear
+from ..graph.nodes import Bounds, Constant, Frame, Linear, Node, WeightedSum
+from ..graph.nonlinear import Activation, NonLinear, Product
+from ..graph.picks import Negative, Slice
 from ..graph.sums import apply_rows
 from ..relaxation.lines import GUARD_ULPS, Plane, Relaxation
 
 NOISE_RUNS, NOISE_FACTOR = 3, 8.0
+BROADCASTING = (Linear, WeightedSum, Activation, Product, Slice, Negative)  # whose values are of (..., size)
 RELAXED = (NonLinear, Mixing)  # whose planes take in what rows lose
 
 
@@ -143,7 +145,7 @@ class Noise:
     def __init__(self, points: Points, gamma: Callable[[Node], float]):
         """``gamma`` gives what a node's sums may be wrong by, relative to their size."""
         self._points, self._gamma = points, gamma
-        self._noisy: dict[Node, list[Tensor]] = {}
+        self._noisy: dict[Node, Tensor] = {}
 
     @torch.no_grad()
     def error(self, node: Node) -> Tensor:
@@ -151,21 +153,24 @@ class Noise:
         value = self._points.exact_value(node)
         if isinstance(node, (Constant, Frame)):
             return torch.zeros_like(value)
-        changes = [(noisy - value).abs() for noisy in self._values(node)]
-        return NOISE_FACTOR * torch.stack(changes).amax(dim=0)
+        return NOISE_FACTOR * (self._values(node) - value).abs().amax(dim=0)
 
-    def _values(self, node: Node) -> list[Tensor]:
-        """The node's values with errors; its own value, and those before it, are known by now."""
+    def _values(self, node: Node) -> Tensor:
+        """The node's values with errors, (runs, points, size); its own value, and those before it, are known by now."""
         if node not in self._noisy:
             with self._points.at(node):
                 self._noisy[node] = self._with_noise(node)
-        return [self._points.fit(values) for values in self._noisy[node]]
+        return self._points.fit(self._noisy[node].transpose(0, 1)).transpose(0, 1)
 
-    def _with_noise(self, node: Node) -> list[Tensor]:
+    def _with_noise(self, node: Node) -> Tensor:
         value = self._points.exact_value(node)
         if isinstance(node, (Constant, Frame)):
-            return [value] * NOISE_RUNS
-        runs = [node.value(*parents) for parents in zip(*map(self._values, node.parents), strict=True)]
+            return value.expand(NOISE_RUNS, -1, -1)
+        parents = [self._values(parent) for parent in node.parents]
+        if isinstance(node, BROADCASTING):
+            runs = node.value(*parents)
+        else:
+            runs = torch.stack([node.value(*run) for run in zip(*parents, strict=True)])
         if not node.rounds:
             return runs
         size = value.abs()
@@ -173,4 +178,4 @@ class Noise:
             size = node.term_sizes(*(self._points.exact_value(parent).abs() for parent in node.parents))
         seed = torch.Generator().manual_seed(node.index)
         signs = torch.randint(0, 2, (NOISE_RUNS, 1, node.size), generator=seed).to(value) * 2.0 - 1.0
-        return [run + self._gamma(node) * size * sign for run, sign in zip(runs, signs, strict=True)]
+        return runs + self._gamma(node) * size * signs

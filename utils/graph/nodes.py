@@ -23,6 +23,13 @@ from .sums import apply_rows, sum_length
 Interval = tuple[Tensor, Tensor]
 
 
+def intersect(first: Interval, second: Interval) -> Interval:
+    """Both intervals hold, so their intersection does; rounding must not turn a point inside out."""
+    lower = torch.maximum(first[0], second[0])
+    upper = torch.minimum(first[1], second[1])
+    return torch.minimum(lower, upper), torch.maximum(lower, upper)
+
+
 class Bounds(Protocol):
     """What a node may ask of the pass that walks it, and how it hands coefficients on; see ``utils.bounds``."""
 
@@ -62,6 +69,8 @@ class Bounds(Protocol):
     def signed_parts(self, coefficients: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def pass_to(self, node: Node, coefficients: Tensor, start: int | None = None, first_sample: int = 0) -> None: ...
+
+    def pass_through(self, node: Node, coefficients: Tensor, weight: Tensor) -> None: ...
 
 
 class Chain(Protocol):
@@ -293,7 +302,7 @@ class Linear(Node):
 
     def backward(self, coefficients: Tensor, bounds: Bounds) -> Tensor:
         for parent, weight in self.inexact_parents(bounds):
-            bounds.pass_to(parent, coefficients @ weight)
+            bounds.pass_through(parent, coefficients, weight)
         return apply_rows(coefficients, bounds.offset(self))
 
     def hand_back(self, adjoint: Node, chain: Chain) -> None:

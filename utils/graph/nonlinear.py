@@ -22,6 +22,11 @@ class NonLinear(Node):
     name: str = ""  # of the function, as tables of relaxations have it
 
     @property
+    def kind(self) -> tuple[str, ...] | None:
+        """What nodes have in common whose planes are made alike, element by element; None if no others are."""
+        return None
+
+    @property
     def curved(self) -> CurvedFunction | None:
         """What curved bounds of the node are made of; None if none are known."""
         return CURVED.get(self.name)
@@ -89,6 +94,10 @@ class Activation(NonLinear):
         super().__init__(parent.size, (parent,))
         self.name = name
 
+    @property
+    def kind(self) -> tuple[str, ...]:
+        return ("activation", self.name)
+
     def value(self, parent: Tensor) -> Tensor:
         return ACTIVATIONS[self.name].function(parent)
 
@@ -111,6 +120,10 @@ class Product(NonLinear):
     def __init__(self, x: Node, y: Node, name: str, relaxation: str):
         super().__init__(x.size, (x, y))
         self.name, self.relaxation = name, relaxation
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        return ("product", self.name, self.relaxation)
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         return PRODUCTS[self.name].function(x, y)

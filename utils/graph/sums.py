@@ -22,9 +22,9 @@ def sum_length(terms: int) -> int:
 
 def apply_rows(coefficients: Tensor, values: Tensor) -> Tensor:
     """A v for every row: (batch or 1, rows, n) and (batch or 1, n) to (batch, rows)."""
-    block = block_of(values.shape[-1])
-    if values.shape[-1] <= block:
+    if values.shape[-1] <= BLOCK:
         return _apply_rows(coefficients, values)
+    block = block_of(values.shape[-1])
     parts = zip(coefficients.split(block, dim=-1), values.split(block, dim=-1), strict=True)
     return sum(_apply_rows(*part) for part in parts)
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bounds.passes import BoundPass, intersect
+from ..bounds.passes import BoundPass
 from ..graph.graph import Graph
 from ..graph.mixing import Mixing
-from ..graph.nodes import Constant, Frame, Interval, Linear, Node, WeightedSum
+from ..graph.nodes import Constant, Frame, Interval, Linear, Node, WeightedSum, intersect
 from ..graph.nonlinear import Activation, NonLinear
 from .adjoint import Derivative, Ranges, repeated
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bounds.passes import BoundPass, intersect
+from ..bounds.passes import BoundPass
 from ..choices.method import CHAINS, DIRECTIONS
-from ..graph.nodes import Interval, Node
+from ..graph.nodes import Interval, Node, intersect
 from ..perturbation.lp_ball import dual_norm
 from .adjoint import Adjoint, Ranges, repeated
 from .forward import first_layer_bounds, forward_bounds, known_operands

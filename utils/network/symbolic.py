@@ -26,6 +26,7 @@ from ..graph.convolution import MAX_MATRIX, Convolution, Windows
 from ..graph.graph import Graph
 from ..graph.mix import weighted_sum
 from ..graph.mixing import MatMul, Mixing, Shape
+from ..graph.narrow import narrowed
 from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum
 from ..graph.nonlinear import Activation, Product
 from ..graph.picks import Concat, Negative, Slice
@@ -132,7 +133,7 @@ class Builder:
             last = self._vector(row)
         else:
             last = self._node(self._affine(row, torch.eye(len(row.ids), dtype=DTYPE), None))
-        return pruned(self.graph, last)
+        return narrowed(pruned(self.graph, last))
 
     # --- a forward's own tensors that values are written into ---
 

@@ -27,7 +27,7 @@ class Substitutions(InputSet):
         x: the sequences, (batch, T, n), in the model's own input units.
         moves: what a frame changes by when it becomes a substitute, (batch, T, S + 1, n); the first is 0, and so are
             those that fill the lists up to S.
-        budget: how many frames may change, (batch,).
+        budget: how many frames may change, (batch,); or (batch, rows), a set for each row that is bounded.
     """
 
     norm = float("nan")  # of no ball
@@ -76,6 +76,11 @@ class Substitutions(InputSet):
         )
         return part
 
+    @property
+    def largest_budget(self) -> Tensor:
+        """Of any row, (batch,)."""
+        return self.budget if self.budget.dim() == 1 else self.budget.amax(dim=1)
+
     def is_exact(self, frame: int) -> bool:
         return self._exact[frame]
 
@@ -94,8 +99,8 @@ class Substitutions(InputSet):
         return self.largest(torch.stack(torch.broadcast_tensors(*deviations), dim=-1))
 
     def largest(self, deviations: Tensor) -> Tensor:
-        """The sum of the ``budget`` largest of numbers of at least 0, (batch, ..., T), over the last axis."""
-        budget = self.budget.reshape(-1, *(1,) * (deviations.dim() - 2))
+        """The sum of the ``budget`` largest of numbers of at least 0, (batch, rows, T), over the last axis."""
+        budget = self.budget.reshape(len(self.budget), -1)
         ordered = deviations.sort(dim=-1, descending=True).values
         kept = torch.arange(deviations.shape[-1], device=deviations.device) < budget.unsqueeze(-1)
         return torch.where(kept, ordered, 0.0).sum(dim=-1)

@@ -22,6 +22,8 @@ def gather(contributions: list[Contribution], size: int, batch: int | None) -> T
 
     With a ``batch``, children may have fewer samples than that.
     """
+    if len(contributions) == 1 and contributions[0][0] is None:
+        return spread(contributions[0][2], contributions[0][1], batch)
     whole = [spread(part, first, batch) for start, first, part in contributions if start is None]
     parts = sorted(((start, part) for start, _, part in contributions if start is not None), key=lambda part: part[0])
     if parts:

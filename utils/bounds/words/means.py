@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ...graph.mixing import MatMul, Softmax
-from .values import NONE, WordValues
+from .reads import NONE
+from .values import WordValues
 
 STEPS = 30  # towards the least ratio; a handful suffice
 RETREATS = (1.0, 1e2, 1e4, 1e7)  # from what was found, in units of what rounding does, until phi is at least 0
@@ -42,7 +43,10 @@ def mean_over_words(words: WordValues, node: MatMul, coefficients: Tensor) -> Te
         return None
     per_row = len(words.perturbation.x) * node.shape.count * node.shape.rows * node.shape.inner
     step = max(1, ROW_ENTRIES // (per_row * words.perturbation.moves.shape[2]))
-    parts = [_least_mean(words, node, part) for part in coefficients.split(step, dim=1)]
+    budgets = words.perturbation.budget.reshape(len(words.perturbation.x), -1)
+    budgets = budgets.expand(-1, coefficients.shape[1])
+    pairs = zip(coefficients.split(step, dim=1), budgets.split(step, dim=1), strict=True)
+    parts = [_least_mean(words, node, part, budget) for part, budget in pairs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -64,20 +68,22 @@ def _fits(words: WordValues, node: MatMul) -> bool:
     return not bool(((at[..., 1:] == at[..., :-1]) & (at[..., 1:] != NONE)).any())
 
 
-def _least_mean(words: WordValues, node: MatMul, coefficients: Tensor) -> Tensor:
+def _least_mean(words: WordValues, node: MatMul, coefficients: Tensor, budget: Tensor) -> Tensor:
+    """The budget is (batch, rows)."""
     places = _places(words, node, coefficients)
+    budget = budget[..., None, None, None]
     with torch.no_grad():
-        found = _sums(words, places, None)[2]
+        found = _sums(places, budget, None)[2]
         for _ in range(STEPS):
-            _, _, ratio = _sums(words, places, found)
+            _, _, ratio = _sums(places, budget, found)
             lower = torch.minimum(ratio, found)
             if torch.equal(lower, found):
                 break
             found = lower
-        sound = _proved(words, places, found)
+        sound = _proved(places, budget, found)
     if not coefficients.requires_grad and not places.value.requires_grad and not places.weight.requires_grad:
         return sound.sum(dim=(-1, -2))
-    _, _, ratio = _sums(words, places, found)
+    _, _, ratio = _sums(places, budget, found)
     return (sound + (ratio - ratio.detach())).sum(dim=(-1, -2))
 
 
@@ -108,7 +114,7 @@ def _room(words: WordValues, node: MatMul, scores: Tensor, rows: Tensor, vectors
     return size + relative * (value.abs() + largest) + torch.finfo(value.dtype).tiny
 
 
-def _sums(words: WordValues, places: Places, ratio: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(places: Places, budget: Tensor, ratio: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """phi at a ratio, what rounding may have added to it, and the ratio at its minimum; at no substitute for None."""
     weight, value, room = places
     if ratio is None:
@@ -118,7 +124,6 @@ def _sums(words: WordValues, places: Places, ratio: Tensor | None) -> tuple[Tens
     parts = weight * (value - ratio[..., None, None])
     first = parts[..., :1]
     least, which = (parts - first).min(dim=-1)
-    budget = words.perturbation.budget.reshape(-1, *(1,) * (least.dim() - 1))
     order = least.argsort(dim=-1).argsort(dim=-1)
     which = torch.where(order < budget, which, 0).unsqueeze(-1)
     chosen, lost = parts.gather(-1, which).sum(dim=(-1, -2)), (weight * room).amax(dim=-1).sum(dim=-1)
@@ -127,15 +132,15 @@ def _sums(words: WordValues, places: Places, ratio: Tensor | None) -> tuple[Tens
     return chosen, lost, mean
 
 
-def _proved(words: WordValues, places: Places, found: Tensor) -> Tensor:
+def _proved(places: Places, budget: Tensor, found: Tensor) -> Tensor:
     """A ratio that phi is at least 0 at, about the one that was found; else the least of all values."""
     least = (places.value - places.room).amin(dim=(-1, -2))
-    phi, lost, _ = _sums(words, places, found)
+    phi, lost, _ = _sums(places, budget, found)
     unit = 2.0 * lost + torch.finfo(found.dtype).eps * found.abs()
     total = places.weight.amin(dim=-1).sum(dim=-1)  # phi falls at least as fast as that
     sound = least
     for retreat in RETREATS[::-1]:
         trial = found - retreat * unit / total
-        phi, lost, _ = _sums(words, places, trial)
+        phi, lost, _ = _sums(places, budget, trial)
         sound = torch.where((phi > lost) & (trial > sound), trial, sound)
     return sound

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...graph.mixing import MatMul
 from ...graph.nodes import Interval
-from .values import NONE, WordValues
+from .reads import NONE
+from .values import WordValues
 
 
 def lines_of(words: WordValues, node: MatMul) -> tuple[Tensor, Tensor] | None:
@@ -44,7 +45,7 @@ def _ends(words: WordValues, products: Tensor, lines: tuple[Tensor, Tensor]) -> 
     first = torch.arange(choices, device=products.device)
     together = (first[:, None] == first)[..., None, None, None]
     single = ((first[:, None] == 0) | (first == 0))[..., None, None, None]
-    few = (words.perturbation.budget <= 1).reshape(-1, 1, 1, 1, 1, 1)
+    few = (words.perturbation.largest_budget <= 1).reshape(-1, 1, 1, 1, 1, 1)
     allowed = torch.where(same, together, ~few | single)
     low = products.masked_fill(~allowed, torch.inf).amin(dim=(1, 2))
     high = products.masked_fill(~allowed, -torch.inf).amax(dim=(1, 2))

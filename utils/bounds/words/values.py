@@ -18,13 +18,10 @@ import weakref
 import torch
 from torch import Tensor
 
-from ...graph.graph import Graph
-from ...graph.mixing import Mixing
 from ...graph.nodes import Bounds, Frame, Interval, Node
-from ...graph.nonlinear import NonLinear
 from ..rounding import Noise
+from .reads import SEVERAL, reads_of, word_of
 
-NONE, SEVERAL = -1, -2  # words that an element reads
 UNSEEN = 2.0  # errors at all substitutes, of those where they are estimated
 
 
@@ -36,33 +33,41 @@ class WordValues:
         if any(node.samples is not None for node in bounds.graph.nodes):
             raise ValueError("substitutions are for sequences of one length: bound those of each length by themselves")
         self._values: dict[Node, Tensor] = {}
+        self._moves: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._places: dict[Node, list[tuple[int, Tensor | None]]] = {}
         graph, x = bounds.graph, bounds.perturbation.x
         moved = tuple(not bounds.perturbation.is_exact(word) for word in range(x.shape[1]))
-        self._words, self._apart = graph.once(("words", moved), (), lambda: _words(graph, x, moved))
+        reads = graph.once(("reads",), (), lambda: reads_of(graph, x))
+        self._words = graph.once(("words", moved), (), lambda: [word_of(part, moved) for part in reads])
         self._noise = Noise(Sampled(weakref.proxy(self)), lambda node: self.bounds.rounding.gamma_of(node))
 
     # --- which words nodes read ---
 
     def word(self, node: Node) -> Tensor:
         """The word that each element reads, (size,), or ``NONE`` or ``SEVERAL``."""
-        return self._words[node.index]
+        word = self._words[node.index]
+        return word if isinstance(word, Tensor) else torch.full((node.size,), word, device=self.perturbation.x.device)
 
     def is_leaf(self, node: Node) -> bool:
         """Whether the node is perturbed, and each of its elements by one word at most."""
-        return self._apart[node.index] and not self.bounds.is_exact(node)
+        return self.reads_apart(node) and not self.bounds.is_exact(node)
 
     def reads_apart(self, node: Node) -> bool:
-        return self._apart[node.index]
+        word = self._words[node.index]
+        return not bool((word == SEVERAL).any()) if isinstance(word, Tensor) else word != SEVERAL
 
     def places(self, node: Node) -> list[tuple[int, Tensor | None]]:
         """The words that a node reads, and which elements read each; None for all."""
         if node not in self._places:
-            word = self.word(node)
-            read = [one for one in word.unique().tolist() if one >= 0]
-            alone = len(read) == 1 and bool((word == read[0]).all())
-            self._places[node] = [(one, None if alone else (word == one).nonzero().squeeze(-1)) for one in read]
+            self._places[node] = self._find_places(self._words[node.index])
         return self._places[node]
+
+    def _find_places(self, word: int | Tensor) -> list[tuple[int, Tensor | None]]:
+        if isinstance(word, int):
+            return [(word, None)] if word >= 0 else []
+        read = [one for one in word.unique().tolist() if one >= 0]
+        alone = len(read) == 1 and bool((word == read[0]).all())
+        return [(one, None if alone else (word == one).nonzero().squeeze(-1)) for one in read]
 
     # --- values ---
 
@@ -85,7 +90,19 @@ class WordValues:
             return value.repeat_interleave(moves.shape[2], dim=0)
         return node.value(*map(self.exact_value, node.parents))
 
+    def moves_through(self, frame: Frame, weight: Tensor) -> Tensor:
+        """What a frame's substitutes change ``weight`` times the frame by, (batch, S + 1, rows of the weight)."""
+        key = (frame.frame, id(weight))
+        if key not in self._moves:
+            self._moves[key] = (weight, self.perturbation.moves[:, frame.frame] @ weight.mT)  # keeps the weight's id
+        return self._moves[key][1]
+
     # --- what follows from them ---
+
+    def reach(self, frame: Frame, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Most that ``weight`` times the frame can fall and rise, (batch, rows of the weight) each."""
+        moves = self.moves_through(frame, weight)
+        return -moves.amin(dim=1), moves.amax(dim=1)
 
     def interval(self, node: Node) -> Interval:
         values = self.values(node)
@@ -115,41 +132,3 @@ class Sampled:
 
     def fit(self, tensor: Tensor) -> Tensor:
         return tensor
-
-
-@torch.no_grad()
-def _words(graph: Graph, like: Tensor, moved: tuple[bool, ...]) -> tuple[list[Tensor], list[bool]]:
-    """Of every node, the word that each element reads, and whether none reads several."""
-    reads = graph.once(("reads",), (), lambda: _reads(graph, like))
-    together = torch.cat(reads, dim=1) & torch.tensor(moved, device=like.device)[:, None]
-    first, count = together.int().argmax(dim=0), together.sum(dim=0)
-    words = torch.where(count == 0, NONE, torch.where(count == 1, first, SEVERAL))
-    several = torch.nn.functional.pad((words == SEVERAL).cumsum(dim=0), (1, 0))
-    ends = torch.tensor([part.shape[1] for part in reads], device=like.device).cumsum(dim=0)
-    starts = ends - torch.tensor([part.shape[1] for part in reads], device=like.device)
-    apart = several[ends] == several[starts]
-    return list(words.split([part.shape[1] for part in reads])), apart.tolist()
-
-
-def _reads(graph: Graph, like: Tensor) -> list[Tensor]:
-    """Which frames each node's elements depend on, (T, size) of bool each."""
-    found: list[Tensor] = []
-    total = like.shape[1]
-    for node in graph.nodes:
-        if isinstance(node, Frame):
-            own = torch.zeros(total, node.size, dtype=torch.bool, device=like.device)
-            own[node.frame] = True
-        elif not node.parents:
-            own = torch.zeros(total, node.size, dtype=torch.bool, device=like.device)
-        else:
-            own = _reads_of(node, [found[parent.index] for parent in node.parents], like)
-        found.append(own)
-    return found
-
-
-def _reads_of(node: Node, parents: list[Tensor], like: Tensor) -> Tensor:
-    if isinstance(node, Mixing):
-        return node.reads(*parents)
-    if isinstance(node, NonLinear):  # element by element
-        return torch.stack(parents).any(dim=0)
-    return node.term_sizes(*(part.to(like.dtype) for part in parents), own=False) > 0

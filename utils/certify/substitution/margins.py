@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bounds.passes import BoundPass
+from ...bounds.words import sentences_alike
 from ...choices.registry import Registry
 from ...graph.graph import Graph
 from ...graph.mixing import MatMul
@@ -20,8 +21,7 @@ from ...perturbation.substitutions import Substitutions
 from ...question.arguments import as_classes, as_inputs
 from ...question.specification import output_rows
 
-# Samples that are bounded at once. What depends on one word alone is known best, and together that is only what does so
-# in all of them: bounds of every layer gain more from it than several samples at once save.
+# Samples that are bounded at once, of those that are alike; backward passes to every layer gain nothing from several.
 AT_ONCE = Registry("method of substitutions", {"crown-ibp": 32, "ibp": 32, "crown": 1})
 
 
@@ -87,9 +87,11 @@ def substitution_margins(
     for members, reading in groups_of(network, len(frames)):
         graph = graph_of(reading, frames.shape[1], dtype, "plane")
         graph = graph if torch.is_grad_enabled() else graph.detach()
-        for own in members.to(frames.device).split(AT_ONCE[method]):
-            parts.append(budget_margins(graph, frames[own], rows[own], substitutes.part(own), budgets, method))
-            order.append(own)
+        moved = substitutes.valid[members.to(substitutes.valid.device)].any(dim=2)
+        for alike in sentences_alike(graph, frames, moved):
+            for own in members[alike].to(frames.device).split(AT_ONCE[method]):
+                parts.append(budget_margins(graph, frames[own], rows[own], substitutes.part(own), budgets, method))
+                order.append(own)
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
@@ -105,22 +107,42 @@ def budget_margins(
 ) -> Tensor:
     """Lower bounds of ``rows @ output``, (batch, n_specs, budgets); what holds for a budget holds for smaller ones.
 
-    Planes are made once for all budgets of more than one word: for the largest, which holds for the others. What passes
-    back through them ends anew for every budget. Of a single word more is known where products of words are taken.
+    Planes are made once for all budgets of more than one word: for the largest, which holds for the others. Of a single
+    word more is known where planes are of bounds that see the budget, or of products of words. What passes back through
+    the planes ends anew for every budget.
     """
     frames = x.shape[1]
     counts = [frames if budget is None else min(budget, frames) for budget in budgets]
     falling = sorted(set(counts), reverse=True)
     apart = method == "crown" or any(isinstance(node, MatMul) for node in graph.nodes)
-    found, bounds = [], None
-    for count in falling:
-        if bounds is None or count == 0 or (count == 1 and apart):
-            bounds = BoundPass(graph, substitutes.set_around(x, count), method)
-        else:
-            bounds.perturbation.budget = torch.full_like(bounds.perturbation.budget, count)
-        found.append(bounds.margin(rows))
-    best = torch.stack(found, dim=-1).cummax(dim=-1).values
+    single = [1] if apart and 1 in falling else []
+    several = [count for count in falling if count > 0 and count not in single]
+    found, sets = [], [part for part in (several, single) if part]
+    if sets:
+        found.append(_margins_of(graph, x, rows, substitutes, sets, method))
+    if falling[-1] <= 0:
+        found.append(BoundPass(graph, substitutes.set_around(x, falling[-1]), method).margin(rows)[..., None])
+    best = torch.cat(found, dim=-1).cummax(dim=-1).values
     return best[..., [falling.index(count) for count in counts]]
+
+
+def _margins_of(
+    graph: Graph, x: Tensor, rows: Tensor, substitutes: Substitutes, sets: list[list[int]], method: str
+) -> Tensor:
+    """Lower bounds, (batch, n_specs, budgets), by one pass: planes for the first budget of every list.
+
+    A sample stands in it once a list, and a row once a budget, as many times as the longest list has.
+    """
+    most = max(map(len, sets))
+    budgets = torch.tensor([own + own[-1:] * (most - len(own)) for own in sets], device=x.device)
+    set_ = substitutes.set_around(x, sets[0][0]).repeated(len(sets))
+    set_.budget = budgets[:, 0].repeat(len(x))
+    bounds = BoundPass(graph, set_, method)
+    specs = rows.shape[1]
+    set_.budget = budgets.repeat_interleave(specs, dim=1).repeat(len(x), 1)
+    found = bounds.margin(rows.expand(len(x), -1, -1).repeat_interleave(len(sets), dim=0).repeat(1, most, 1))
+    found = found.reshape(len(x), len(sets), most, specs).movedim(-1, 1)
+    return torch.cat([found[:, :, place, : len(own)] for place, own in enumerate(sets)], dim=-1)
 
 
 def bound_sets(graph: Graph, rows: Tensor, method: str) -> Callable[[Tensor, Substitutes, Tensor], Tensor]:
