@@ -28,6 +28,7 @@ LEADING_BESIDE_LINES = 32  # and for squares with lines, which lie in the basis 
 REST_TIMES = 14  # that what is outside of the basis, as a share of its trace, is taken for what it was
 DIRECTION_TIMES = 2  # that estimates take the directions of the one before
 POWER_STEPS, KNOWN_STEPS = 8, 2  # of the power iteration, in estimates; and where nearly the vectors are known
+GRAM_ROWS = 512  # of a part of J
 GUARD_ULPS = 64.0  # of rounding, of sums as large as the form's trace, and of this many squares or fewer:
 GUARD_TERMS = 512  # of more, guards grow with their number. Sums of k equal ones were seen to err by k / 60 units
 LEVELS = 24  # multipliers that are tried at once, twice
@@ -107,10 +108,31 @@ def _squared_rest(weights: Tensor, jacobian: Tensor, inner: Tensor, guard: Tenso
 
     ``guard`` is for the rounding of sums as large as the trace, which A's Frobenius norm is not above.
     """
-    whole = ((weights @ (jacobian @ jacobian.mT).square_()) * weights).sum(dim=-1).double()
+    whole = _squared_norm(weights, jacobian).double()
     inside = torch.linalg.vector_norm(inner, dim=(-2, -1), dtype=torch.float64)
     trace = guard.double() / (GUARD_ULPS * torch.finfo(weights.dtype).eps)
     return (whole - inside**2).clamp(min=0.0) + 2.0 * guard * trace
+
+
+def _squared_norm(weights: Tensor, jacobian: Tensor) -> Tensor:
+    """||A||_F^2, the sum over k, l of w_k w_l (J_k.J_l)^2, (batch, rows): over pairs of parts of J.
+
+    Each pair is met once, and only in columns in which both parts have numbers: neurons of early steps see few frames.
+    """
+    used = (jacobian != 0).any(dim=0)
+    parts, total = [], torch.zeros_like(weights[..., 0])
+    for w, j, some in zip(
+        weights.split(GRAM_ROWS, -1), jacobian.split(GRAM_ROWS, 1), used.split(GRAM_ROWS), strict=True
+    ):
+        columns = some.any(dim=0).nonzero()
+        parts.append((w, j, int(columns.min()), int(columns.max()) + 1) if len(columns) else (w, j, 0, 0))
+    for place, (w, j, first, last) in enumerate(parts):
+        for number, (other_w, other_j, start, end) in enumerate(parts[: place + 1]):
+            low, high = max(first, start), min(last, end)
+            if low < high:
+                gram = j[..., low:high] @ other_j[..., low:high].mT
+                total = total + (1.0 if number == place else 2.0) * ((w @ gram.square_()) * other_w).sum(dim=-1)
+    return total
 
 
 def _likely_rest(weights: Tensor, jacobian: Tensor, head: Tensor, guesses: Guesses) -> Tensor:
