@@ -11,8 +11,10 @@ from test_alpha import CELLS, network, sampled_margins, sequences
 from torch import nn
 
 from utils.attack.pgd import pgd
-from utils.bounds import curve, quadratic
-from utils.bounds.curve import CurvedPass, tune_curves
+from utils.bounds import curve
+from utils.bounds.curve import CurvedPass
+from utils.bounds.curve_tuning import tune_curves
+from utils.bounds.squares import quadratic
 from utils.certify import certified_margin, certified_radius, margin_problem, search_radius
 from utils.clock import Pace
 from utils.graph.nodes import Constant
@@ -132,8 +134,8 @@ def test_joint_bound_is_above_every_point_of_the_set(threat):
     weights = torch.rand(len(x), 6, jacobian.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     lines = [5.0 * torch.randn(len(x), 6, n, dtype=torch.float64) for n in map(bounds._width, graph.frames)]
     deviation = bounds._deviation(lines)
-    bound = bounds._joint_linear(weights, jacobian)
-    beside = bounds._joint_linear(weights, jacobian, lines)
+    bound = bounds._joint_linear(weights, jacobian, None, bounds._frames)
+    beside = bounds._joint_linear(weights, jacobian, lines, bounds._frames)
     if threat["norm"] != 1.0:
         assert float((beside / bound).min()) < 0.9  # the point of bounding both together
     generator = torch.Generator().manual_seed(1)

@@ -51,7 +51,7 @@ def check_operands(norm: float, ball: str, eps: float = 0.1) -> None:
     chosen = [node for node, known in bounds._linear.items() if node.index > max(f.index for f in graph.frames)]
     jacobian = torch.cat([bounds._linear[node].slopes for node in chosen], dim=1)
     weights = normal(2, 5, jacobian.shape[1], seed=3).abs()
-    most = bounds._joint_linear(weights, jacobian)
+    most = bounds._joint_linear(weights, jacobian, None, bounds._frames)
     for move in moves(norm, ball, eps):
         y = torch.cat([(move[:, t, None] @ basis)[:, 0] for t, basis in enumerate(bounds._narrow.bases)], dim=-1)
         values = graph._values(x + move, tuple(chosen))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.certify import MarginProblem, margin_problem, search_radius
 from utils.certify.search import Bracket, foretold_radius, largest_certified
@@ -205,8 +205,40 @@ def test_calibrations_are_verdicts_that_count_and_are_left_out_for_misclassified
     monkeypatch.setattr(MarginProblem, "_margins", counted)
     how = {"alpha_steps": 1, "curve_steps": 3}
     curve = search_radius(margin_problem(model, x, labels, method="curve", **how))
-    alpha = search_radius(margin_problem(model, x, labels, method="alpha", **how))
-    assert 1 not in bounded and curve.evaluations[1] == alpha.evaluations[1]
+    crown = search_radius(margin_problem(model, x, labels))
+    assert 1 not in bounded and curve.evaluations[1] == crown.evaluations[1]
     bounds = torch.tensor([bounded.count(sample) for sample in range(3)])
-    assert (curve.evaluations - alpha.evaluations >= bounds).all() and bounds[0] % 2 == bounds[2] % 2 == 1
-    assert torch.equal(curve.start, alpha.radius) and (curve.radius >= curve.start).all()
+    assert (curve.evaluations - crown.evaluations >= bounds).all() and bounds[0] % 2 == bounds[2] % 2 == 1
+    assert torch.equal(curve.start, crown.radius) and (curve.radius >= curve.start).all()
+
+
+def test_curve_is_not_behind_tuned_slopes_where_curves_gain_little(monkeypatch):
+    torch.manual_seed(1)
+    model = SequenceClassifier(nn.LSTM(3, 6, batch_first=True), nn.Linear(6, 3)).double()
+    model.rnn.weight_hh_l0.data.mul_(2.0)
+    x = torch.randn(4, 4, 3, dtype=torch.float64)
+    labels = model(x).argmax(dim=1)
+
+    def radius(method: str) -> Tensor:
+        return search_radius(margin_problem(model, x, labels, method=method, curve_steps=0)).radius
+
+    tuned = radius("alpha")
+    assert (radius("curve") >= tuned / 1.001).all()
+    monkeypatch.setattr("utils.certify.radius.SURE_GAIN", 0.0)
+    assert (radius("curve") < tuned / 1.001).any()  # curves alone do less
+
+
+def test_estimates_take_what_tuning_found_of_their_own_samples_alone():
+    torch.manual_seed(0)
+    model = SequenceClassifier(nn.RNN(3, 4, batch_first=True), nn.Linear(4, 3)).double()
+    x = torch.randn(4, 3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        problem = margin_problem(model, x, model(x).argmax(dim=1), method="curve", norm=float("inf"))
+        samples = torch.tensor([0, 2, 3])
+        problem.tune_curves(torch.full((3,), 0.05, dtype=torch.float64), torch.float32, 2, samples)
+        assert problem._guesses_of(torch.tensor([0, 1]), torch.float32) is None
+        assert problem._guesses_of(torch.tensor([0]), torch.float64) is None  # another graph
+        for node, guesses in problem._guesses_of(torch.tensor([3, 3, 0]), torch.float32).items():
+            for name, (found, _) in problem._guessed[1][node]._found.items():
+                assert torch.equal(guesses._found[name][0], found[[2, 2, 0]])
+        assert problem.part(samples)._guessed is None

@@ -34,7 +34,7 @@ from ..graph.nonlinear import Activation, NonLinear
 from ..graph.sums import apply_rows
 from ..perturbation.budgets import most
 from ..perturbation.sets import InputSet
-from .eigenvalues import spectral_norm
+from .squares import spectral_norm
 
 LEVELS = 10  # multipliers that are tried at once, twice
 LOWEST_LEVEL = -7.0  # log of the least of them, over the greatest that can be best

@@ -20,13 +20,12 @@ is won).
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..clock import Pace
 from ..graph.graph import Graph
 from ..graph.nodes import Frame, Interval, Node, intersect
 from ..graph.nonlinear import NonLinear
@@ -35,23 +34,18 @@ from ..perturbation.sets import Perturbation
 from ..relaxation.curves import Curves, curved_relaxation
 from ..relaxation.lines import Relaxation
 from .balls import squares_in_ball
-from .box_quadratic import line_and_squares_over_box, squares_over_box
 from .passes import BoundPass
-from .quadratic import Guesses, largest_eigenvalue, line_and_squares
+from .squares import Guesses, largest_eigenvalue, line_and_squares, line_and_squares_over_box, squares_over_box
 from .waves import Narrow
-
-STEP_SIZES = (0.02, 0.2)  # of slopes in units of their range, and of log curvatures; measured
-WARM_UP = 3
-CURVED_STEP = 4.0  # bounds by planes that a gradient step takes as long as at least, until one is measured
-VERDICT_STEPS = 6.0  # that a bound without estimates may take as long as, in double precision; 3 to 5 were measured
 
 # Where tuning starts, by the number of operands: shares of the tangent's slopes, the rest being those of the planes,
 # and of its curvatures.
-START = {1: (1.0, 1.0), 2: (0.25, 0.4)}
+START = {1: (0.7, 0.9), 2: (0.6, 0.9)}
 OWN_SHARE = 0.5  # how far a neuron's linear part is taken to be from the middle, of the most it can be; measured
 LINE_SHARE = 2.0  # how much a row's line counts beside its squares where scales are chosen
 
 CurveTable = list[Curves | None]
+PassGuesses = dict[Node, Guesses]
 
 
 class Operand(NamedTuple):
@@ -77,7 +71,7 @@ class CurvedPass(BoundPass):
         perturbation: Perturbation,
         curves: CurveTable | None = None,
         sound: bool = True,
-        guesses: dict[Node, Guesses] | None = None,
+        guesses: PassGuesses | None = None,
     ):
         """With ``sound=False``, what neurons lose together is estimated: no bound, but good enough to tune by.
 
@@ -88,6 +82,7 @@ class CurvedPass(BoundPass):
         self._curves = dict(zip(nonlinear, curves or [None] * len(nonlinear), strict=True))
         self._chosen: dict[Node, Curves] = {}
         self._linear: dict[Node, Operand] = {}
+        self._through: dict[Node, set[Frame]] = {}  # frames that an operand's rows have met
         self._met: tuple[dict[Frame, Tensor], list[tuple[Node, Tensor]]] = ({}, [])
         moved = [frame for frame in graph.frames if not perturbation.is_exact(frame.frame)]
         self._frames = [frame for frame in moved if frame.child_weights or frame.whole]  # a forward may leave some out
@@ -160,6 +155,7 @@ class CurvedPass(BoundPass):
         lowest, highest = intersect(self.interval(node), (low, high))
         inside = torch.minimum(torch.maximum(center, lowest), highest)
         width = self._deviation(middle)
+        self._through[node] = set(self._met[0])
         self._linear[node] = Operand(slopes, width, remainder + (inside - center).abs(), inside)
         return low, high
 
@@ -234,7 +230,9 @@ class CurvedPass(BoundPass):
         for operand, weight in losses:
             weights[operand] = weights[operand] + weight if operand in weights else weight
         w = torch.cat(list(weights.values()), dim=-1)
-        known = Operand(*(torch.cat(parts, dim=1) for parts in zip(*map(self._operand, weights), strict=True)))
+        frames = self._frames_behind(weights) if lines is None else self._frames
+        operands = [one._replace(slopes=self._columns(one.slopes, frames)) for one in map(self._operand, weights)]
+        known = Operand(*(torch.cat(parts, dim=1) for parts in zip(*operands, strict=True)))
         low, high = (torch.cat(ends, dim=1) for ends in zip(*(self.interval(one) for one in weights), strict=True))
         reach = torch.maximum(high - known.center, known.center - low)
         # (a + b)^2 <= (1 + t) a^2 + (1 + 1/t) b^2 for every t > 0; equal where a / b = 1 / t.
@@ -243,7 +241,7 @@ class CurvedPass(BoundPass):
         # Bounds may be tighter than the linear ones: then a neuron is better left out of what is bounded together.
         joint = remainder + likely < reach
         apart = torch.where(joint, (1.0 + 1.0 / t) * known.remainder**2, reach**2).unsqueeze(-2)
-        linear = self._joint_linear(w * torch.where(joint, 1.0 + t, 0.0).unsqueeze(-2), known.slopes, lines)
+        linear = self._joint_linear(w * torch.where(joint, 1.0 + t, 0.0).unsqueeze(-2), known.slopes, lines, frames)
         alone = (w * reach.unsqueeze(-2) ** 2).sum(dim=-1)
         least = torch.minimum(alone, linear + (w * apart).sum(dim=-1))
         if self.balls is not None:
@@ -259,13 +257,39 @@ class CurvedPass(BoundPass):
             return (weights * reach.unsqueeze(-2) ** 2).sum(dim=-1)
         return squares_in_ball(weights, reach, radius)
 
-    def _joint_linear(self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None = None) -> Tensor:
-        """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set; ``lines`` as above."""
+    def _frames_behind(self, operands: Iterable[Node]) -> list[Frame]:
+        """The frames that operands depend on: early steps of a recurrent network see few."""
+        if self._narrow is not None:
+            return self._frames
+        behind: set[Frame] = set()
+        for node in operands:
+            while node not in self._through:  # picks of nodes that rows were bounded for
+                (node,) = node.parents
+            behind |= self._through[node]
+        return [frame for frame in self._frames if frame in behind]
+
+    def _columns(self, slopes: Tensor, frames: list[Frame]) -> Tensor:
+        """The part of J that is of some frames."""
+        if len(frames) == len(self._frames):
+            return slopes
+        parts = slopes.split([self._width(frame) for frame in self._frames], dim=-1)
+        kept = [part for part, frame in zip(parts, self._frames, strict=True) if frame in frames]
+        return torch.cat(kept, dim=-1) if kept else slopes[..., :0]
+
+    def _joint_linear(
+        self, weights: Tensor, jacobian: Tensor, lines: list[Tensor] | None, frames: list[Frame]
+    ) -> Tensor:
+        """Upper bound of the maximum of sum_k w_k (J_k delta)^2 over the perturbation set, which J has ``frames`` of.
+
+        ``lines``, at the same frames, as above.
+        """
+        if not frames:
+            return weights.new_zeros(weights.shape[:2])
         squares = (weights.detach().mean(dim=-2).unsqueeze(-1) * jacobian.detach() ** 2).sum(dim=1)
         box = self.perturbation.is_box and self._narrow is None
         guesses = None if self._guesses is None else self._guesses.setdefault(self._target, Guesses())
         if lines is None:
-            scale, size = self._scales(squares)
+            scale, size = self._scales(squares, frames)
             scaled = (weights, jacobian * scale.unsqueeze(-2))
             if box:
                 return squares_over_box(*scaled, size, self._sound, guesses)
@@ -276,119 +300,20 @@ class CurvedPass(BoundPass):
             tiny = torch.finfo(line.dtype).tiny ** 0.5
             shares = LINE_SHARE * line.detach() ** 2 / (2.0 * deviation.detach() + tiny).unsqueeze(-1)
             squares = squares + shares.mean(dim=-2)
-            scale, size = self._scales(squares)
+            scale, size = self._scales(squares, frames)
             scaled = (line * scale.unsqueeze(-2), weights, jacobian * scale.unsqueeze(-2))
             function = line_and_squares_over_box if box else line_and_squares
             bound = function(*scaled, size, self._sound, guesses) - deviation + lost
             if self._narrow is not None and self.perturbation.is_box:  # a ball's lines lose more than the box's
-                bound = torch.minimum(bound, self._joint_linear(weights, jacobian))
-        vertices = self.perturbation.most_of_squares([frame.frame for frame in self._frames], weights, jacobian)
+                bound = torch.minimum(bound, self._joint_linear(weights, jacobian, None, frames))
+        vertices = self.perturbation.most_of_squares([frame.frame for frame in frames], weights, jacobian)
         return bound if vertices is None else torch.minimum(bound, vertices)
 
-    def _scales(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+    def _scales(self, squares: Tensor, frames: list[Frame]) -> tuple[Tensor, Tensor]:
         """Scales of the coordinates, (batch, n), and what the set lies in then: a box's sides, or a ball's size."""
-        frames = [frame.frame for frame in self._frames]
+        numbers = [frame.frame for frame in frames]
         if self._narrow is not None:
             return self._narrow.ellipsoid(self, squares)
         if self.perturbation.is_box:
-            return self.perturbation.box(frames, squares)
-        return self.perturbation.ellipsoid(frames, squares, [self._width(frame) for frame in self._frames])
-
-
-# --- tuning ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def tune_curves(
-    graph: Graph,
-    perturbation: Perturbation,
-    rows: Tensor,
-    steps: int,
-    start: CurveTable | None = None,
-    aim: float = math.inf,
-    pace: Pace | None = None,
-) -> CurveTable:
-    """Ascend every sample's worst margin, by estimates, in the slopes and curvatures of all nodes.
-
-    Args:
-        perturbation: the set for which they are tuned; they are sound for any other.
-        rows: the spec matrix C, (batch, n_specs, classes).
-        steps: gradient steps.
-        start: curves to start from; ``START``'s if left out.
-        aim: no more steps are taken once every sample's worst margin is certified to be above it,
-        pace: of gradient steps; none is begun that would leave no time, ``VERDICT_STEPS``, to bound what they gain. If
-            there is none from the start, that is for the caller to notice.
-
-    Returns:
-        The best curves that were met, by estimates.
-    """
-    pace, guesses = pace or Pace(), {}
-    with pace.work():
-        first = CurvedPass(graph, perturbation, start, sound=False, guesses=guesses)
-        estimates = first.margin(rows).amin(dim=1)
-    origin, ranges = first.curves(), first.ranges()
-    moves = [curves and _map(lambda t: torch.zeros_like(t).requires_grad_(), curves) for curves in origin]
-    slopes = [t for move in moves if move for ts in move[:2] for t in ts]
-    if not slopes:
-        return origin
-    bends = [t for move in moves if move for ts in move[2:] for t in ts]
-    groups = [{"params": group, "lr": size} for group, size in zip((slopes, bends), STEP_SIZES, strict=True)]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    best, excess = origin, torch.zeros_like(estimates)
-    for step in range(steps + 1):
-        if not pace.allows(1.0 + VERDICT_STEPS):
-            break
-        if bool((estimates - excess > aim).all()):
-            certified = CurvedPass(graph, perturbation, best).margin(rows).amin(dim=1)
-            if bool((certified > aim).all()):
-                break
-            excess = estimates - certified
-        with pace.work(), torch.enable_grad():
-            curves = [_moved(*parts) for parts in zip(origin, moves, ranges, strict=True)]
-            margin = CurvedPass(graph, perturbation, curves, False, guesses).margin(rows).amin(dim=1)
-            # A sample's scale of margins does not matter to Adam, but a few huge ones would to the sum.
-            loss = -(margin / (1.0 + margin.detach().abs())).nan_to_num(0.0).sum()
-            best, estimates = _keep_better(best, estimates, curves, margin.detach())
-            if step < steps:
-                rate = min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.475 * (1.0 + math.cos(math.pi * step / steps)))
-                for group, size in zip(optimizer.param_groups, STEP_SIZES, strict=True):
-                    group["lr"] = size * rate
-                optimizer.zero_grad()
-                loss.backward()
-                for move in (*slopes, *bends):
-                    move.grad.nan_to_num_(0.0, 0.0, 0.0)  # of bounds that overflow
-                optimizer.step()
-    return best
-
-
-def _map(function, *tables: Curves) -> Curves:
-    """A function of corresponding tensors of several curves."""
-    return Curves(
-        *(tuple(function(*tensors) for tensors in zip(*parts, strict=True)) for parts in zip(*tables, strict=True))
-    )
-
-
-def _moved(origin: Curves | None, move: Curves | None, ranges: tuple[Tensor, ...] | None) -> Curves | None:
-    """Slopes moved by shares of their ranges, curvatures by factors."""
-    if origin is None:
-        return None
-    lower, upper = (
-        tuple(slope + reach * shift for slope, shift, reach in zip(slopes, shifts, ranges, strict=True))
-        for slopes, shifts in zip(origin[:2], move[:2], strict=True)
-    )
-    bends = (
-        tuple(bend * shift.exp() for bend, shift in zip(bends, shifts, strict=True))
-        for bends, shifts in zip(origin[2:], move[2:], strict=True)
-    )
-    return Curves(lower, upper, *bends)
-
-
-def _keep_better(
-    best: CurveTable, best_margin: Tensor, curves: CurveTable, margin: Tensor
-) -> tuple[CurveTable, Tensor]:
-    better = margin > best_margin
-    kept = [
-        old and _map(lambda o, n: torch.where(better[:, None], n.detach(), o), old, new)
-        for old, new in zip(best, curves, strict=True)
-    ]
-    return kept, torch.where(better, margin, best_margin)
+            return self.perturbation.box(numbers, squares)
+        return self.perturbation.ellipsoid(numbers, squares, [self._width(frame) for frame in frames])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounds.alpha import STEP_BOUNDS
-from ..bounds.curve import CURVED_STEP, VERDICT_STEPS
+from ..bounds.curve_tuning import CURVED_STEP, VERDICT_STEPS
 from ..choices.method import TIME_LIMIT
 from ..choices.tables import ATTACKS
 from ..clock import Pace, now, share_of

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..bounds.alpha import select, store, tune_slopes
 from ..bounds.balls import Balls
-from ..bounds.curve import CurvedPass, CurveTable, tune_curves
+from ..bounds.curve import CurvedPass, CurveTable, PassGuesses
+from ..bounds.curve_tuning import tune_curves
 from ..bounds.memory import PER_NEURON, Parts, samples_at_once
 from ..bounds.passes import BoundPass
 from ..choices.method import OF_ANY_SET, Method
@@ -52,6 +53,7 @@ class MarginProblem:
         self._graphs: dict[tuple[torch.dtype, bool, bool], Graph] = {}
         self._widest: int | None = None
         self._parts = Parts()
+        self._guessed: tuple[Tensor, PassGuesses] | None = None
         self.threat.around(self.x, torch.ones_like(self.x[:, 0, 0]))  # raises what is wrong with the threat model
         self._check_method()
 
@@ -186,7 +188,8 @@ class MarginProblem:
         """The pass that bounds some samples' margins, with what is tuned by now."""
         graph, perturbation = self.graph(dtype, chosen), self._perturbation(eps, chosen, dtype)
         if self.curves is not None:
-            return CurvedPass(graph, perturbation.uncut, select_curves(self.curves, chosen, dtype), sound)
+            guesses = None if sound else self._guesses_of(chosen, dtype)
+            return CurvedPass(graph, perturbation.uncut, select_curves(self.curves, chosen, dtype), sound, guesses)
         if self.method.integrates:
             how = {"chain": self.method.chain, "layers": self.method.layers, "direct": self.method.name == "shell"}
             how["shells"] = self.method.shells
@@ -236,10 +239,22 @@ class MarginProblem:
         for part_eps, part in zip(eps.split(size), samples.split(size), strict=True):
             start = None if self.curves is None else select_curves(self.curves, part, dtype)
             perturbation, rows = self._perturbation(part_eps, part, dtype).uncut, self.rows[part].to(dtype)
-            tuned = tune_curves(self.graph(dtype, part), perturbation, rows, steps, start, **until)
+            known = self._guesses_of(part, dtype) or {}
+            tuned = tune_curves(self.graph(dtype, part), perturbation, rows, steps, start, guesses=known, **until)
+            self._guessed = part, known
             table = [None] * len(tuned) if table is None else table
             store(table, part, tuned, len(self.x))
         self.curves = table
+
+    def _guesses_of(self, chosen: Tensor, dtype: torch.dtype) -> PassGuesses | None:
+        """What tuning of these samples found, for estimates; None where there is nothing of the same graph."""
+        if self._guessed is None or self.threat.lengths is not None:
+            return None
+        samples, found = self._guessed
+        places = (chosen[:, None] == samples).nonzero()[:, 1]
+        if len(places) != len(chosen) or next(iter(found), None) not in self.graph(dtype, chosen).nodes:
+            return None
+        return {node: guesses.of_samples(places) for node, guesses in found.items()}
 
     def _curved_at_once(self, dtype: torch.dtype) -> int:
         """Samples with curved bounds at once: their Gram matrices are large, and each has its own length."""
@@ -252,7 +267,7 @@ class MarginProblem:
     def part(self, samples: Tensor) -> MarginProblem:
         """The problem of some samples, with copies of what is tuned."""
         part = copy.copy(self)
-        part.question, part.slopes = self.question.part(samples), None
+        part.question, part.slopes, part._guessed = self.question.part(samples), None, None
         part.curves = self.curves and select_curves(self.curves, samples)
         return part
 
@@ -260,6 +275,7 @@ class MarginProblem:
         """The same problem by another method, with nothing tuned."""
         other = copy.copy(self)
         other.method, other.slopes, other.curves = replace(self.method, name=name), None, None
+        other._guessed = None
         other._check_method()
         return other
 
@@ -276,6 +292,7 @@ class MarginProblem:
             if question is not self.question:
                 one = copy.copy(self)
                 one.question, one.slopes, one.curves, one._graphs, one._widest = question, None, None, {}, None
+                one._guessed = None
             found.append((members, one))
         return found
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bounds.alpha import STEP_BOUNDS
-from ..bounds.curve import CURVED_STEP, VERDICT_STEPS
+from ..bounds.curve_tuning import CURVED_STEP, VERDICT_STEPS
 from ..clock import Pace, now, share_of
 from ..question.arguments import check_precision
 from .bab import ALPHA_SHARE, CURVE_SHARE, TUNED_SHARE, curves_pay, refine_radii
@@ -34,7 +34,10 @@ ALPHA_OVERSHOOT, ALPHA_NEAR = 1.03, 1.004
 
 # Curved bounds are tuned in this many rounds, at these multiples of the radius reached: they gain more, and at first
 # less is known of how much.
-CURVE_OVERSHOOTS = (1.2, 1.1, 1.03)
+CURVE_OVERSHOOTS = (1.3, 1.05)
+
+# Tuned slopes gain less than this factor over planes, as a rule: where curves gain more, "curve" leaves them out.
+SURE_GAIN = 1.25
 
 # Radii are foretold to these relative tolerances by estimates: in between, and before bounds are asked for. Bounds come
 # to a little less than estimates; how much less is measured once. Then a search begins with two eps this far apart.
@@ -56,8 +59,8 @@ class RadiusResult:
             met, up to ``max_eps``, or before time was up.
         margin: worst lower bound at ``radius`` less the slack for rounding (the clean one where radius is 0).
         evaluations: how many bounds were computed; estimates that only say where curved bounds begin do not count.
-        start: of a tuned method, the radius of the method that it starts from: of "alpha" that is "crown", of "curve"
-            "alpha", of "bab" what "curve" reached in the time that it had. NaN of the others.
+        start: of a tuned method, the radius of the method that it starts from: of "alpha" and "curve" that is "crown",
+            of "bab" what "curve" reached in the time that it had. NaN of the others.
     """
 
     radius: Tensor
@@ -208,7 +211,8 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
     first, planes = search.first(problem, rows), Pace()
     found = search(problem, rows, first, pace=planes)  # whatever the limit
     start, planes.deadline = torch.full_like(found.low, torch.nan), deadline
-    if problem.method.tuned:
+    curves_alone = problem.method.curved and not problem.method.branches
+    if problem.method.tuned and not curves_alone:
         start = found.low.clone()
         _tune_slopes(problem, rows, search, found, first, planes)
     splits = problem.method.branches and can_split(problem)
@@ -219,6 +223,8 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
         if problem.method.branches:
             start = found.low.clone()
             refine_radii(problem, rows, found, search, steps)
+    if curves_alone:
+        _tune_slopes_of(found.low < SURE_GAIN * start, problem, rows, search, found, first, planes)
     if splits:
         raise_radius(problem.part(rows), found, search.dtype, search.tol, search.max_eps, deadline)
     return RadiusResult(found.low, found.high, found.margin, found.evaluations, start)
@@ -258,6 +264,19 @@ def _tune_slopes(
         in_vain = (found.low <= reached) & (found.low > 0)
         overshoot = torch.where(in_vain, ALPHA_NEAR, ALPHA_OVERSHOOT)
         steps = problem.method.alpha_steps if bool(in_vain.any()) else steps
+
+
+def _tune_slopes_of(
+    chosen: Tensor, problem: MarginProblem, rows: Tensor, search: _Searcher, found: Bracket, first: Tensor, bounds: Pace
+) -> None:
+    """Likewise, of some samples, chosen by a mask, without the curves that they have."""
+    if not bool(chosen.any()):
+        return
+    curves, problem.curves = problem.curves, None
+    own = Bracket(found.low[chosen], found.high[chosen], found.margin[chosen], torch.zeros_like(rows[chosen]))
+    _tune_slopes(problem, rows[chosen], search, own, first[chosen], bounds)
+    found.replace(chosen, own)
+    problem.curves = curves
 
 
 def _tune_curves(

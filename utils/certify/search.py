@@ -220,6 +220,8 @@ class _Search:
         self.eps = torch.where(self.sighted[:, None], pair.clamp(max=self.max_eps), first)
         unknown = Bracket.unknown(self.forecast.margin_at_zero)
         unknown.evaluations, self.bracket = self.bracket.evaluations, unknown
+        # Where verdicts differ from the scout's margins, its points would lead astray.
+        self.forecast = _Forecast(self.forecast.margin_at_zero, self.forecast.linear)
         self._restart(classified)
 
 
@@ -267,6 +269,7 @@ def largest_certified(
     if known is not None:
         rows, eps, margin = known
         search.bracket.see(rows, eps[:, None], margin[:, None])
+        search.forecast.see(rows, eps[:, None], margin[:, None])
     for _ in search.rounds_in_time(margin_of, MAX_ROUNDS, pace or Pace()):
         pass
     found = search.bracket

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..bounds.alpha import STEP_BOUNDS, SlopeTable, tune_slopes
-from ..bounds.curve import CURVED_STEP, VERDICT_STEPS, CurvedPass, tune_curves
+from ..bounds.curve import CurvedPass
+from ..bounds.curve_tuning import CURVED_STEP, VERDICT_STEPS, tune_curves
 from ..bounds.passes import BoundPass
 from ..choices.method import ALPHA_STEPS
 from ..clock import Pace, now, share_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .tables import METHODS, RELAXATIONS
 
-TUNED_METHODS = ("alpha", "curve", "bab")  # each begins with what the ones before it do
+TUNED_METHODS = ("alpha", "curve", "bab")  # each certifies what the ones before it do, or more, as a rule
 CURVED_METHODS = TUNED_METHODS[1:]
 CERTIFIED_METHODS = ("crown", "ibp", "crown-ibp", *TUNED_METHODS)  # whose bounds a certificate's checker can follow
 GRADIENT_METHODS = ("jacobian", "shell")  # integrate bounds of gradients
@@ -21,14 +21,14 @@ OF_ANY_SET = (*DIRECT_METHODS, *FORWARD_METHODS, "alpha")
 WITH_SLOPES = ("ball", *TUNED_METHODS)  # that tune the slopes of planes; "ball" by itself
 
 ALPHA_STEPS = 20  # gradient steps of slopes, unless told otherwise
-CURVE_STEPS = 40  # likewise of curved bounds
+CURVE_STEPS = 20  # likewise of curved bounds
 SHELLS = 30  # of "jacobian" and "shell", unless told otherwise
 TIME_LIMIT = 60.0  # seconds a sample of "bab", unless told otherwise
 
 
 def start_of(name: str) -> str:
     """The method that a tuned one starts from."""
-    return ("crown", *TUNED_METHODS)[TUNED_METHODS.index(name)]
+    return "curve" if name == "bab" else "crown"
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def add_effort_arguments(group) -> None:
     group.add_argument(
         "--curve-steps",
         type=non_negative_int,
-        help=f"gradient steps of --method curve, after alpha (default: {CURVE_STEPS})",
+        help=f"gradient steps of --method curve (default: {CURVE_STEPS})",
     )
     group.add_argument(
         "--time-limit",

@@ -15,8 +15,8 @@ from functools import singledispatchmethod
 import torch
 from torch import Tensor
 
-from ..bounds.eigenvalues import spectral_norm
 from ..bounds.passes import BoundPass
+from ..bounds.squares import spectral_norm
 from ..graph.graph import Graph
 from ..graph.mixing import MatMul
 from ..graph.nodes import Constant, Frame, Linear, Node, WeightedSum

@@ -21,20 +21,33 @@ and g sum_j e_j^2 is charged apart.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .eigenvalues import eigenvalue_bound
-from .quadratic import GUARD_ULPS, Guesses, block, finished, in_single, leading_directions, rest_of, rounding_guard
+from .quadratic import (
+    DIRECTION_TIMES,
+    GUARD_ULPS,
+    Guesses,
+    block,
+    finished,
+    in_single,
+    leading_directions,
+    rest_of,
+    rounding_guard,
+)
 
 LEADING = 64  # common directions
 OWN = 16  # squares of neurons of its own that a row keeps
-COLUMNS, STEPS, ESTIMATE_STEPS = 3, 5, 2  # of V; measured
+COLUMNS, STEPS, ESTIMATE_STEPS = 3, 12, 2  # of V; measured
 CROSS_SHARE = 0.6  # tau / c
 FLOORS, LINE_FLOORS = (0.1,), (0.003, 0.03)  # of D, in units of its mean
 LEVELS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # of a line's multiplier that are tried
+EXCESS_TIMES, MOST_EXCESS = 9, 3.0  # that a factor between bounds and estimates is taken for what it was; its most
 PART_NUMBERS = 2**23  # of rows' own directions that are held at once
 
 
@@ -65,7 +78,7 @@ def squares_over_box(
     longest = radii.amax(dim=-1, keepdim=True)
     longest = torch.where(longest > 0, longest, 1.0)
     unit = unit * longest.double() ** 2
-    estimate, bound = _maximum(w, j, (radii / longest).to(w), None, sound, guesses or Guesses())
+    estimate, bound = _maximum(w, j, (radii / longest).to(w), None, sound, guesses)
     estimate = (estimate * unit).to(weights)
     return finished(bound * unit, estimate) if sound else estimate
 
@@ -82,24 +95,36 @@ def line_and_squares_over_box(
 
     The line is a product with one more coordinate, in [-1, 1], with a D of its own.
     """
-    estimate, bound = _maximum(weights, jacobian, radii, lines, sound, guesses or Guesses())
+    estimate, bound = _maximum(weights, jacobian, radii, lines, sound, guesses)
     return finished(bound, estimate) if sound else estimate
 
 
 def _maximum(
-    weights: Tensor, jacobian: Tensor, radii: Tensor, lines: Tensor | None, sound: bool, guesses: Guesses
+    weights: Tensor, jacobian: Tensor, radii: Tensor, lines: Tensor | None, sound: bool, known: Guesses | None
 ) -> tuple[Tensor, Tensor | None]:
     """An estimate and, if it is asked for, a bound."""
-    directions = leading_directions(weights, jacobian, LEADING, guesses)
+    guesses = known or Guesses()
+    directions = leading_directions(weights, jacobian, LEADING, guesses, 0 if sound else DIRECTION_TIMES)
     head = jacobian @ directions
     if not sound or torch.is_grad_enabled():
         estimate = _estimate(weights, jacobian, radii, lines, directions, head, guesses)
     else:
         estimate = radii.new_zeros(weights.shape[:2])
+    dual = functools.partial(_dual, weights, jacobian, radii, lines, directions, head)
     if not sound:
-        return estimate, None
+        return estimate if known is None else estimate * _excess(estimate, dual, known), None
     with torch.no_grad():
-        return estimate, _dual(weights, jacobian, radii, lines, directions, head)
+        return estimate, dual()
+
+
+@torch.no_grad()
+def _excess(estimate: Tensor, bound: Callable[[], Tensor], guesses: Guesses) -> Tensor:
+    """By what factor bounds are above estimates, (batch, rows), as it was measured not long ago."""
+    factor = guesses.of("excess", estimate.shape, EXCESS_TIMES)
+    if factor is not None:
+        return factor
+    tiny = torch.finfo(estimate.dtype).tiny ** 0.5
+    return guesses.keep("excess", ((bound() + tiny) / (estimate + tiny)).nan_to_num(1.0).clamp(1.0, MOST_EXCESS))
 
 
 def _estimate(

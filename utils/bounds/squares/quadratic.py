@@ -25,8 +25,10 @@ from .eigenvalues import eigh_guess, norm_by_powers
 
 LEADING = 64  # directions in the basis, for squares alone; measured against 32, 128
 LEADING_BESIDE_LINES = 32  # and for squares with lines, which lie in the basis as well
-REST_TIMES = 9  # that what is outside of the basis, as a share of its trace, is taken for what it was
+REST_TIMES = 14  # that what is outside of the basis, as a share of its trace, is taken for what it was
+DIRECTION_TIMES = 2  # that estimates take the directions of the one before
 POWER_STEPS, KNOWN_STEPS = 8, 2  # of the power iteration, in estimates; and where nearly the vectors are known
+GRAM_ROWS = 512  # of a part of J
 GUARD_ULPS = 64.0  # of rounding, of sums as large as the form's trace, and of this many squares or fewer:
 GUARD_TERMS = 512  # of more, guards grow with their number. Sums of k equal ones were seen to err by k / 60 units
 LEVELS = 24  # multipliers that are tried at once, twice
@@ -52,6 +54,12 @@ class Guesses:
     def keep(self, name: str, found: Tensor) -> Tensor:
         self._found[name] = found.detach(), 0
         return found
+
+    def of_samples(self, places: Tensor) -> Guesses:
+        """A copy for the samples at some places of the batch."""
+        copy = Guesses()
+        copy._found = {name: (found[places], 0) for name, (found, _) in self._found.items()}
+        return copy
 
 
 class Rest(NamedTuple):
@@ -79,7 +87,7 @@ def largest_eigenvalue(
     """
     guesses = guesses or Guesses()
     w, j, unit = in_single(weights, jacobian)
-    head = j @ leading_directions(w, j, LEADING, guesses)
+    head = j @ leading_directions(w, j, LEADING, guesses, 0 if sound else DIRECTION_TIMES)
     estimate = weights.new_zeros(weights.shape[:2])
     if not sound or torch.is_grad_enabled():
         # At its eigenvector, the form has the eigenvalue's gradient too.
@@ -100,10 +108,31 @@ def _squared_rest(weights: Tensor, jacobian: Tensor, inner: Tensor, guard: Tenso
 
     ``guard`` is for the rounding of sums as large as the trace, which A's Frobenius norm is not above.
     """
-    whole = ((weights @ (jacobian @ jacobian.mT).square_()) * weights).sum(dim=-1).double()
+    whole = _squared_norm(weights, jacobian).double()
     inside = torch.linalg.vector_norm(inner, dim=(-2, -1), dtype=torch.float64)
     trace = guard.double() / (GUARD_ULPS * torch.finfo(weights.dtype).eps)
     return (whole - inside**2).clamp(min=0.0) + 2.0 * guard * trace
+
+
+def _squared_norm(weights: Tensor, jacobian: Tensor) -> Tensor:
+    """||A||_F^2, the sum over k, l of w_k w_l (J_k.J_l)^2, (batch, rows): over pairs of parts of J.
+
+    Each pair is met once, and only in columns in which both parts have numbers: neurons of early steps see few frames.
+    """
+    used = (jacobian != 0).any(dim=0)
+    parts, total = [], torch.zeros_like(weights[..., 0])
+    for w, j, some in zip(
+        weights.split(GRAM_ROWS, -1), jacobian.split(GRAM_ROWS, 1), used.split(GRAM_ROWS), strict=True
+    ):
+        columns = some.any(dim=0).nonzero()
+        parts.append((w, j, int(columns.min()), int(columns.max()) + 1) if len(columns) else (w, j, 0, 0))
+    for place, (w, j, first, last) in enumerate(parts):
+        for number, (other_w, other_j, start, end) in enumerate(parts[: place + 1]):
+            low, high = max(first, start), min(last, end)
+            if low < high:
+                gram = j[..., low:high] @ other_j[..., low:high].mT
+                total = total + (1.0 if number == place else 2.0) * ((w @ gram.square_()) * other_w).sum(dim=-1)
+    return total
 
 
 def _likely_rest(weights: Tensor, jacobian: Tensor, head: Tensor, guesses: Guesses) -> Tensor:
@@ -259,11 +288,19 @@ def _weighted_lengths(weights: Tensor, directions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def leading_directions(weights: Tensor, jacobian: Tensor, count: int, guesses: Guesses | None = None) -> Tensor:
-    """Nearly the leading directions of the rows' mean form, orthonormal, (batch, n, m) with m <= ``count``."""
+def leading_directions(
+    weights: Tensor, jacobian: Tensor, count: int, guesses: Guesses | None = None, again: int = 0
+) -> Tensor:
+    """Nearly the leading directions of the rows' mean form, orthonormal, (batch, n, m) with m <= ``count``.
+
+    Directions of an earlier call are taken as they are so many times, ``again``, before a step is made from them.
+    """
     guesses = guesses or Guesses()
     count = min(count, *jacobian.shape[-2:])
-    known = guesses.of("directions", torch.Size((len(jacobian), jacobian.shape[-1], count)))
+    shape = torch.Size((len(jacobian), jacobian.shape[-1], count))
+    if again and (kept := guesses.of("directions", shape, again)) is not None:
+        return kept.to(jacobian)
+    known = guesses.of("directions", shape)
     mean = weights.mean(dim=-2)
     scaled = (mean + 1e-3 * mean.mean(dim=-1, keepdim=True)).sqrt().unsqueeze(-1) * jacobian
     if known is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils.bounds import quadratic
-from utils.bounds.quadratic import largest_eigenvalue, line_and_squares
+from utils.bounds.squares import quadratic
+from utils.bounds.squares.quadratic import largest_eigenvalue, line_and_squares
 
 
 def problem(directions: int, size: int, dtype: torch.dtype = torch.float64):
@@ -205,3 +205,19 @@ def test_guards_grow_with_the_number_of_neurons(monkeypatch):
     assert max(share_of_guard(*one) for one in asked) < 0.25
     monkeypatch.setattr(quadratic, "GUARD_TERMS", 10**9)
     assert max(share_of_guard(*one) for one in asked) > 1.0
+
+
+@pytest.mark.parametrize("rows", (5, 512))
+def test_norms_in_parts_are_those_of_the_whole_form(rows, monkeypatch):
+    """Columns that a part has no numbers in are left out, wherever they are, and nothing else."""
+    monkeypatch.setattr(quadratic, "GRAM_ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    jacobian = torch.randn(2, 23, 12, generator=generator, dtype=torch.float64)
+    jacobian[:, :7, 4:] = 0.0  # early steps, forward and backward
+    jacobian[:, 7:15, :9] = 0.0
+    jacobian[0, 20:] = 0.0  # of one sample alone
+    weights = torch.rand(2, 4, 23, generator=generator, dtype=torch.float64)
+    forms = torch.einsum("brk,bki,bkj->brij", weights, jacobian, jacobian)
+    expected = (forms**2).sum(dim=(-2, -1))
+    assert torch.allclose(quadratic._squared_norm(weights, jacobian), expected, rtol=1e-12)
+    assert torch.equal(quadratic._squared_norm(weights, 0.0 * jacobian), torch.zeros(2, 4, dtype=torch.float64))

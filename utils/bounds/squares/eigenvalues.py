@@ -65,12 +65,14 @@ def norm_by_powers(matrices: Tensor) -> Tensor:
     """Upper bound of the spectral norm of (..., m, m), in double precision; infinite where a number is not finite.
 
     Powers are taken in the matrices' precision. A product X X^T errs by at most m units of ||X||_F^2, in that norm, and
-    errors of higher powers hardly count in the root.
+    errors of higher powers hardly count in the root. What is divided by need only be no less than the norm: after the
+    first division there is nothing so small that its squares vanish, and the matrices' precision will do.
     """
-    lost = 2.0 * (matrices.shape[-1] + 4) * torch.finfo(matrices.dtype).eps
+    size, epsilon = matrices.shape[-1], torch.finfo(matrices.dtype).eps
+    lost = 2.0 * (size + 4) * epsilon
     power, units = matrices, []
-    for _ in range(SQUARINGS):
-        norm = _norm(power).to(power)
+    for square in range(SQUARINGS):
+        norm = torch.linalg.matrix_norm(power) * (1.0 + size**2 * epsilon) if square else _norm(power).to(power)
         unit = torch.where(norm.isfinite(), norm, 1.0).clamp(min=torch.finfo(power.dtype).tiny)
         power = power / unit[..., None, None]
         power = power @ power.mT

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from utils.bounds import box_quadratic
-from utils.bounds.box_quadratic import line_and_squares_over_box, squares_over_box
-from utils.bounds.quadratic import largest_eigenvalue
+from utils.bounds.squares import box_quadratic
+from utils.bounds.squares.box_quadratic import line_and_squares_over_box, squares_over_box
+from utils.bounds.squares.quadratic import largest_eigenvalue
 
 
 def problem(rows: int, directions: int, size: int, dtype: torch.dtype = torch.float64):

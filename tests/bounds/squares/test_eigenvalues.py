@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from utils.bounds import eigenvalues
-from utils.bounds.box_quadratic import line_and_squares_over_box, squares_over_box
-from utils.bounds.eigenvalues import eigenvalue_bound, eigh_guess, norm_by_powers
-from utils.bounds.quadratic import Guesses, in_single, largest_eigenvalue, line_and_squares
+from utils.bounds.squares import eigenvalues
+from utils.bounds.squares.box_quadratic import line_and_squares_over_box, squares_over_box
+from utils.bounds.squares.eigenvalues import eigenvalue_bound, eigh_guess, norm_by_powers
+from utils.bounds.squares.quadratic import Guesses, in_single, largest_eigenvalue, line_and_squares
 from utils.certify import certified_margin
 from utils.network.models import SequenceClassifier
 
@@ -236,7 +236,7 @@ def test_what_is_not_finite_has_no_bound():
 
 def test_a_bound_without_the_proof_is_caught(monkeypatch):
     """If what the factor leaves were not counted, a wrong eigenvalue would be believed."""
-    monkeypatch.setattr("utils.bounds.eigenvalues._proved", lambda matrices, guess, size: guess)
+    monkeypatch.setattr("utils.bounds.squares.eigenvalues._proved", lambda matrices, guess, size: guess)
     with pytest.raises(AssertionError):
         test_no_verdict_rests_on_a_routine(monkeypatch, wrong, False)
 
