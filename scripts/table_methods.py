@@ -304,7 +304,7 @@ def method_table(records: list[dict]) -> list[str]:
 
 
 def effort_line(args: argparse.Namespace) -> str:
-    efforts = {"alpha": f"{args.alpha_steps} steps", "curve": f"{args.curve_steps} steps after alpha's"}
+    efforts = {"alpha": f"{args.alpha_steps} steps", "curve": f"{args.curve_steps} steps"}
     efforts["bab"] = f"{args.time_limit:g} s an image"
     words = [f"{name} {effort}" for name, effort in efforts.items() if name in args.methods]
     return "; ".join([f"Effort: radii are searched to a relative tolerance of {TOL:g}", *words]) + "."
