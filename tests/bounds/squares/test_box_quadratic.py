@@ -9,7 +9,7 @@ import torch
 
 from utils.bounds.squares import box_quadratic
 from utils.bounds.squares.box_quadratic import line_and_squares_over_box, squares_over_box
-from utils.bounds.squares.quadratic import largest_eigenvalue
+from utils.bounds.squares.quadratic import Guesses, largest_eigenvalue
 
 
 def problem(rows: int, directions: int, size: int, dtype: torch.dtype = torch.float64):
@@ -198,3 +198,27 @@ def test_squares_that_overflow_have_no_bound(broken):
     ):
         assert not bound.isnan().any() and bool(bound[0, 2] > 1e150)
         assert bool(bound[1:].isfinite().all())
+
+
+def test_estimates_that_keep_guesses_are_as_high_as_bounds_were(monkeypatch):
+    lines, *squares = problem(8, 200, 120)
+
+    def both(sound: bool, *guesses: Guesses) -> torch.Tensor:
+        beside = line_and_squares_over_box(lines, *squares, sound, *guesses)
+        return torch.cat((squares_over_box(*squares, sound, *guesses), beside), dim=1)
+
+    def agree(found: torch.Tensor) -> bool:
+        return torch.allclose(found, bound, rtol=0.1, atol=1e-9)
+
+    bound, plain = both(True), both(False)
+    assert not agree(plain)
+    for kept in (False, True):  # the factor measured, and as it was
+        guesses = Guesses()
+        squares_over_box(*squares, False, guesses) if kept else None
+        assert agree(torch.cat((squares_over_box(*squares, False, guesses), bound[:, 8:]), dim=1))
+    guesses = Guesses()
+    for _ in range(2):
+        beside = line_and_squares_over_box(lines, *squares, False, guesses)
+        assert agree(torch.cat((bound[:, :8], beside), dim=1))
+    monkeypatch.setattr(box_quadratic, "MOST_EXCESS", 1.0)
+    assert not agree(both(False, Guesses()))
