@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...bounds.words import sentences_alike
 from ...choices.registry import Registry
 from ...graph.graph import Graph
 from ...graph.mixing import MatMul
+from ...graph.nodes import Node
 from ...network.constants.groups import groups_of
 from ...network.reading import Network, graph_of, output_shape, read_for_step, read_network
 from ...network.state import plain_state
@@ -85,7 +86,7 @@ def substitution_margins(
     frames, rows = frames.to(dtype), rows.to(frames.device, dtype)
     parts, order = [], []
     for members, reading in groups_of(network, len(frames)):
-        graph = graph_of(reading, frames.shape[1], dtype, "plane")
+        graph = one_for_all(graph_of(reading, frames.shape[1], dtype, "plane"))
         graph = graph if torch.is_grad_enabled() else graph.detach()
         moved = substitutes.valid[members.to(substitutes.valid.device)].any(dim=2)
         for alike in sentences_alike(graph, frames, moved):
@@ -100,6 +101,23 @@ def _read(model: nn.Module | Graph, x: Tensor, check: bool, extra: Any) -> tuple
     if learnt and any(parameter.requires_grad for parameter in model.parameters()):
         return read_for_step(model, x, check)
     return read_network(model, x, extra=extra)
+
+
+def one_for_all(graph: Graph) -> Graph:
+    """The graph itself. Raises ValueError if nodes have numbers of each sample: batches are divided and repeated."""
+    vectors = (part for node in graph.nodes for part in _rows_of(node))
+    if any(part.dim() > 1 and part.shape[0] > 1 for part in vectors):
+        raise ValueError(
+            "constants of each sample are in the graph: ask for each sequence by itself, with a graph of its own"
+        )
+    return graph
+
+
+def _rows_of(node: Node) -> Iterator[Tensor]:
+    """A node's numbers that have a row a sample, among others."""
+    for value in node.repeated(1).values():
+        parts = value if isinstance(value, tuple) else (value,)
+        yield from (part for part in parts if isinstance(part, Tensor))
 
 
 def budget_margins(
