@@ -68,6 +68,15 @@ def test_margins_are_those_of_passes_one_by_one(name, monkeypatch):
     check_margins(name, monkeypatch)
 
 
+def test_lists_without_any_substitute():
+    net, (x, vectors, valid) = made("gru"), words()
+    own, logits = Substitutes(vectors[:, :, :0], valid[:, :, :0]), net(x)
+    margins_of = (logits.gather(1, LABELS[:, None]) - logits)[torch.arange(3) != LABELS[:, None]].reshape(2, 2, 1)
+    for method in METHODS:
+        found = substitution_margins(net, x, LABELS, own, [0, 2], method=method)
+        torch.testing.assert_close(found, margins_of.expand(-1, -1, 2), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("kind", ["constant", "factor"])
 def test_constants_of_each_sample_are_refused(kind, rows):

@@ -40,6 +40,11 @@ class Substitutes:
         """From the numbers of words, (batch, T, S), and the vectors of all, (words, n), as a model looks them up."""
         return cls((table.weight if isinstance(table, nn.Embedding) else table)[numbers], valid)
 
+    @property
+    def frames_shape(self) -> torch.Size:
+        """Of the sequences, (batch, T, n); there may be no substitute at all."""
+        return self.vectors.shape[:2] + self.vectors.shape[3:]
+
     def set_around(self, x: Tensor, budget: int | Tensor | None) -> Substitutions:
         """The set of x, (batch, T, n), for a number, (batch,) of these, or None: every frame may change."""
         return Substitutions(x, self.vectors.to(x), self.valid.to(x.device), budget)
@@ -80,7 +85,7 @@ def substitution_margins(
     """
     AT_ONCE.check(method)
     network, frames = _read(model, as_inputs(x), check, extra)
-    if frames.shape != substitutes.vectors[:, :, 0].shape:
+    if frames.shape != substitutes.frames_shape:
         raise ValueError(f"the frames are {tuple(frames.shape)}, the substitutes {tuple(substitutes.vectors.shape)}")
     rows = output_rows(as_classes(labels, "labels", "(batch,) of integers"), output_shape(network), targets)
     frames, rows = frames.to(dtype), rows.to(frames.device, dtype)
