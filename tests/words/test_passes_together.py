@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
-from word_nets import NETS, T, made, words
+from word_nets import NETS, N, T, made, normal, words
 
 from utils.bounds import passes
 from utils.bounds.backward import together
 from utils.bounds.passes import BoundPass
 from utils.bounds.words import WordValues, means, reads
-from utils.certify.substitution import Substitutes, margins, substitution_margins
+from utils.certify.substitution import Substitutes, decide_substitution, margins, substitution_margins
+from utils.graph.graph import Graph
 from utils.graph.mixing import MatMul
+from utils.graph.nodes import Constant, Frame, Linear, WeightedSum
+from utils.graph.nonlinear import Activation
 from utils.network.reading import graph_of, read_network
+from utils.perturbation.sets import Perturbation
 from utils.perturbation.substitutions import Substitutions
 from utils.question.specification import margin_rows
+from utils.relaxation.lines import Plane, Relaxation
 
 METHODS = ("ibp", "crown-ibp", "crown")
 BUDGETS = (0, 1, 2, 3)
@@ -59,6 +66,70 @@ def check_margins(name: str, monkeypatch) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_margins_are_those_of_passes_one_by_one(name, monkeypatch):
     check_margins(name, monkeypatch)
+
+
+def test_lists_without_any_substitute():
+    net, (x, vectors, valid) = made("gru"), words()
+    own, logits = Substitutes(vectors[:, :, :0], valid[:, :, :0]), net(x)
+    margins_of = (logits.gather(1, LABELS[:, None]) - logits)[torch.arange(3) != LABELS[:, None]].reshape(2, 2, 1)
+    for method in METHODS:
+        found = substitution_margins(net, x, LABELS, own, [0, 2], method=method)
+        torch.testing.assert_close(found, margins_of.expand(-1, -1, 2), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", ["constant", "factor"])
+def test_constants_of_each_sample_are_refused(kind, rows):
+    """Batches are divided and repeated: a sentence would be bounded with another one's constants."""
+    graph, zero = Graph(), torch.zeros(1).double()
+    frames = [graph.add(Frame(N, frame)) for frame in range(T)]
+    first = graph.add(Linear((frames[0],), (normal(N, N),), zero.expand(N)))
+    own = normal(rows, N)
+    if kind == "constant":
+        first = graph.add(WeightedSum((first, graph.add(Constant(own)))))
+    else:
+        first = graph.add(WeightedSum((first,), (own,)))
+    graph.add(Linear((graph.add(Activation(first, "tanh")),), (normal(3, N),), zero.expand(3)))
+    x, vectors, valid = words()
+    for ask in (
+        lambda: substitution_margins(graph, x, LABELS, Substitutes(vectors, valid), [1, 2]),
+        lambda: decide_substitution(graph, x[:1], LABELS[:1], Substitutes(vectors[:1], valid[:1]), 1),
+    ):
+        with pytest.raises(ValueError, match="of each sample") if rows > 1 else nullcontext():
+            ask()
+
+
+class Steep(Activation):
+    """tanh of so many times the operand."""
+
+    def __init__(self, parent, factor: float):
+        super().__init__(parent, "tanh")
+        self.factor = factor
+
+    def value(self, parent: Tensor) -> Tensor:
+        return super().value(self.factor * parent)
+
+    def relax(self, operand, slopes=None) -> Relaxation:
+        planes = super().relax(tuple(self.factor * end for end in operand), slopes)
+        return Relaxation(*(Plane((self.factor * plane.slopes[0],), plane.intercept) for plane in planes))
+
+
+def test_activations_with_settings_of_their_own_are_relaxed_by_themselves():
+    graph = Graph()
+    frame = graph.add(Frame(1, 0))
+    parts = [graph.add(Linear((frame,), (torch.eye(1).double(),), torch.zeros(1).double())) for _ in range(2)]
+    steep = tuple(graph.add(Steep(part, factor)) for part, factor in zip(parts, (1.0, 3.0), strict=True))
+    one = torch.ones(2, 1).double()
+    graph.add(Linear(steep, (one, one), torch.zeros(2).double()))
+    rows, x = (
+        torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], dtype=torch.float64),
+        torch.full((1, 1, 1), 0.3, dtype=torch.float64),
+    )
+    grid = torch.linspace(0.1, 0.5, 101, dtype=torch.float64)
+    reached = (grid.tanh() + (3.0 * grid).tanh())[:, None] * torch.tensor([1.0, -1.0])
+    ball = Perturbation(x, torch.full((1, 1), 0.2, dtype=torch.float64), math.inf)
+    bounds = BoundPass(graph, ball, "crown-ibp").lower_bound(graph.output, rows)
+    assert (bounds[0] <= reached.amin(dim=0) + 1e-12).all()
 
 
 def planes_in_another_order(monkeypatch):

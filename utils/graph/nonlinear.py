@@ -23,7 +23,10 @@ class NonLinear(Node):
 
     @property
     def kind(self) -> tuple[str, ...] | None:
-        """What nodes have in common whose planes are made alike, element by element; None if no others are."""
+        """What nodes have in common whose planes are made alike, element by element; None if no others are.
+
+        Nor are those of subclasses, which may have settings of their own.
+        """
         return None
 
     @property
@@ -95,8 +98,8 @@ class Activation(NonLinear):
         self.name = name
 
     @property
-    def kind(self) -> tuple[str, ...]:
-        return ("activation", self.name)
+    def kind(self) -> tuple[str, ...] | None:
+        return ("activation", self.name) if type(self) is Activation else None
 
     def value(self, parent: Tensor) -> Tensor:
         return ACTIVATIONS[self.name].function(parent)
@@ -122,8 +125,8 @@ class Product(NonLinear):
         self.name, self.relaxation = name, relaxation
 
     @property
-    def kind(self) -> tuple[str, ...]:
-        return ("product", self.name, self.relaxation)
+    def kind(self) -> tuple[str, ...] | None:
+        return ("product", self.name, self.relaxation) if type(self) is Product else None
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         return PRODUCTS[self.name].function(x, y)

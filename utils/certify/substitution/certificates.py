@@ -70,7 +70,7 @@ def save_substitution_certificates(
         kind = type(model).__name__
         raise ValueError(f"certificates are written for a SequenceClassifier only (utils.models), not for {kind}")
     x = as_inputs(x).to(torch.float64)
-    if x.dim() != 3 or x.shape != substitutes.vectors[:, :, 0].shape:
+    if x.dim() != 3 or x.shape != substitutes.frames_shape:
         raise ValueError(f"x is {tuple(x.shape)}, the substitutes {tuple(substitutes.vectors.shape)}")
     rows = output_rows(as_classes(labels, "labels", "(batch,) of integers"), output_shape(model), targets).to(x)
     budgets = list(budget) if isinstance(budget, Sequence) else [budget] * len(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...bounds.words import sentences_alike
 from ...choices.registry import Registry
 from ...graph.graph import Graph
 from ...graph.mixing import MatMul
+from ...graph.nodes import Node
 from ...network.constants.groups import groups_of
 from ...network.reading import Network, graph_of, output_shape, read_for_step, read_network
 from ...network.state import plain_state
@@ -38,6 +39,11 @@ class Substitutes:
     def of_words(cls, table: nn.Embedding | Tensor, numbers: Tensor, valid: Tensor) -> Substitutes:
         """From the numbers of words, (batch, T, S), and the vectors of all, (words, n), as a model looks them up."""
         return cls((table.weight if isinstance(table, nn.Embedding) else table)[numbers], valid)
+
+    @property
+    def frames_shape(self) -> torch.Size:
+        """Of the sequences, (batch, T, n); there may be no substitute at all."""
+        return self.vectors.shape[:2] + self.vectors.shape[3:]
 
     def set_around(self, x: Tensor, budget: int | Tensor | None) -> Substitutions:
         """The set of x, (batch, T, n), for a number, (batch,) of these, or None: every frame may change."""
@@ -79,13 +85,13 @@ def substitution_margins(
     """
     AT_ONCE.check(method)
     network, frames = _read(model, as_inputs(x), check, extra)
-    if frames.shape != substitutes.vectors[:, :, 0].shape:
+    if frames.shape != substitutes.frames_shape:
         raise ValueError(f"the frames are {tuple(frames.shape)}, the substitutes {tuple(substitutes.vectors.shape)}")
     rows = output_rows(as_classes(labels, "labels", "(batch,) of integers"), output_shape(network), targets)
     frames, rows = frames.to(dtype), rows.to(frames.device, dtype)
     parts, order = [], []
     for members, reading in groups_of(network, len(frames)):
-        graph = graph_of(reading, frames.shape[1], dtype, "plane")
+        graph = one_for_all(graph_of(reading, frames.shape[1], dtype, "plane"))
         graph = graph if torch.is_grad_enabled() else graph.detach()
         moved = substitutes.valid[members.to(substitutes.valid.device)].any(dim=2)
         for alike in sentences_alike(graph, frames, moved):
@@ -100,6 +106,23 @@ def _read(model: nn.Module | Graph, x: Tensor, check: bool, extra: Any) -> tuple
     if learnt and any(parameter.requires_grad for parameter in model.parameters()):
         return read_for_step(model, x, check)
     return read_network(model, x, extra=extra)
+
+
+def one_for_all(graph: Graph) -> Graph:
+    """The graph itself. Raises ValueError if nodes have numbers of each sample: batches are divided and repeated."""
+    vectors = (part for node in graph.nodes for part in _rows_of(node))
+    if any(part.dim() > 1 and part.shape[0] > 1 for part in vectors):
+        raise ValueError(
+            "constants of each sample are in the graph: ask for each sequence by itself, with a graph of its own"
+        )
+    return graph
+
+
+def _rows_of(node: Node) -> Iterator[Tensor]:
+    """A node's numbers that have a row a sample, among others."""
+    for value in node.repeated(1).values():
+        parts = value if isinstance(value, tuple) else (value,)
+        yield from (part for part in parts if isinstance(part, Tensor))
 
 
 def budget_margins(

@@ -22,7 +22,7 @@ from ...network.reading import graph_of, output_shape, read_network
 from ...network.state import plain_state
 from ...question.arguments import as_classes, as_inputs
 from ...question.specification import output_rows
-from .margins import AT_ONCE, Substitutes, bound_sets
+from .margins import AT_ONCE, Substitutes, bound_sets, one_for_all
 
 FEW, MOST = 1024, 200_000  # sentences of a part that are all tried: always, and where that is as fast as to bound it
 PARTS_AT_ONCE = 16
@@ -91,7 +91,7 @@ def decide_substitution(
     if len(frames) != 1 or len(labels) != 1:
         raise ValueError(f"one sentence and one label are decided at a time, not {len(frames)} and {len(labels)}")
     rows = output_rows(labels, output_shape(network)).to(frames.device, dtype)
-    graph = graph_of(network, frames.shape[1], dtype, "plane").detach()
+    graph = one_for_all(graph_of(network, frames.shape[1], dtype, "plane")).detach()
     vectors, valid = substitutes.vectors[0].to(frames.device, dtype), substitutes.valid[0].to(frames.device)
     sentence = Replaceable(graph.evaluate, frames[0].to(dtype), int(labels), vectors, valid)
     return _Search(graph, sentence, rows, method, deadline).run(len(valid) if budget is None else budget)
