@@ -17,7 +17,7 @@ def said(pairs, method, capsys) -> str:
 
 def test_gains_are_counted_and_their_share_is_that_of_the_means(capsys):
     mixed = said([(0.2, 0.1), (0.1, 0.1), (0.0, 0.0), (0.3, None)], "curve", capsys)
-    assert mixed == "curve gained nothing over alpha on 1 of 2 radii; the mean radius is 50.0 % larger\n"
+    assert mixed == "curve gained nothing over crown on 1 of 2 radii; the mean radius is 50.0 % larger\n"
 
 
 def test_a_method_that_gains_nothing_says_so_and_others_nothing(capsys):
