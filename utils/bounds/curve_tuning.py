@@ -47,7 +47,7 @@ def tune_curves(
         The best curves that were met, by estimates.
     """
     pace, guesses = pace or Pace(), {} if guesses is None else guesses
-    with pace.work():
+    with pace.work(_pieces(guesses)):
         first = CurvedPass(graph, perturbation, start, sound=False, guesses=guesses)
         estimates = first.margin(rows).amin(dim=1)
     origin, ranges = first.curves(), first.ranges()
@@ -67,7 +67,7 @@ def tune_curves(
             if bool((certified > aim).all()):
                 break
             excess = estimates - certified
-        with pace.work(), torch.enable_grad():
+        with pace.work(_pieces(guesses)), torch.enable_grad():
             curves = [_moved(*parts) for parts in zip(origin, moves, ranges, strict=True)]
             margin = CurvedPass(graph, perturbation, curves, False, guesses).margin(rows).amin(dim=1)
             # A sample's scale of margins does not matter to Adam, but a few huge ones would to the sum.
@@ -83,6 +83,11 @@ def tune_curves(
                     move.grad.nan_to_num_(0.0, 0.0, 0.0)  # of bounds that overflow
                 optimizer.step()
     return best
+
+
+def _pieces(guesses: PassGuesses) -> float:
+    """How many gradient steps the next pass takes as long as: several where it measures what estimates leave out."""
+    return VERDICT_STEPS if not guesses or any(one.due for one in guesses.values()) else 1.0
 
 
 def _map(function, *tables: Curves) -> Curves:

@@ -222,3 +222,13 @@ def test_estimates_that_keep_guesses_are_as_high_as_bounds_were(monkeypatch):
         assert agree(torch.cat((bound[:, :8], beside), dim=1))
     monkeypatch.setattr(box_quadratic, "MOST_EXCESS", 1.0)
     assert not agree(both(False, Guesses()))
+
+
+def test_guesses_say_when_an_estimate_measures_again():
+    _, *squares = problem(4, 6, 5)
+    guesses, due = Guesses(), []
+    for _ in range(2 * box_quadratic.EXCESS_TIMES + 2):
+        due.append(guesses.due)
+        squares_over_box(*squares, False, guesses)
+    assert due[0] and due[box_quadratic.EXCESS_TIMES + 1]  # the passes that bound in full
+    assert not all(due[1:])

@@ -42,10 +42,18 @@ class Guesses:
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[Tensor, int]] = {}
+        self._most: dict[str, int] = {}
+
+    @property
+    def due(self) -> bool:
+        """Whether something will be measured again that is seldom measured: the next estimate takes longer."""
+        return not self._found or any(self._found[name][1] == most for name, most in self._most.items())
 
     def of(self, name: str, shape: torch.Size, times: int | None = None) -> Tensor | None:
         """What was found; None if it has not the shape, or has been taken as many times as it may be."""
         found, used = self._found.get(name, (None, 0))
+        if times is not None and found is not None:
+            self._most[name] = times
         if found is None or found.shape != shape or used == times:
             return None
         self._found[name] = found, used + 1
