@@ -32,9 +32,10 @@ FIRST_SHARE = 0.04
 # eps, tuned ones do not: where the first round gains less than that costs, the second is nearer, and takes all steps.
 ALPHA_OVERSHOOT, ALPHA_NEAR = 1.03, 1.004
 
-# Curved bounds are tuned in this many rounds, at these multiples of the radius reached: they gain more, and at first
-# less is known of how much.
-CURVE_OVERSHOOTS = (1.3, 1.05)
+# Curved bounds are tuned in two rounds, far above the radius reached and near it: they gain more, and at first less is
+# known of how much. Where the first aim was about all that they reach, the second one is nearer.
+CURVE_ROUNDS, CURVE_OVERSHOOT = 2, 1.3
+CURVE_ALMOST, CURVE_NEAR, CURVE_NEARER = 1.03, 1.05, 1.02
 
 # Tuned slopes gain less than this factor over planes, as a rule: where curves gain more, "curve" leaves them out.
 SURE_GAIN = 1.25
@@ -283,15 +284,17 @@ def _tune_curves(
     problem: MarginProblem, rows: Tensor, search: _Searcher, found: Bracket, first: Tensor, pace: Pace
 ) -> None:
     """Raise what was found, in place, by tuned curved bounds; ``pace`` is that of gradient steps."""
-    steps, reached, deadline = -(-problem.method.curve_steps // len(CURVE_OVERSHOOTS)), found.low, pace.deadline
+    steps, reached, deadline = -(-problem.method.curve_steps // CURVE_ROUNDS), found.low, pace.deadline
     pace.deadline = share_of(deadline, TUNED_SHARE)
-    for overshoot in CURVE_OVERSHOOTS:
+    overshoot = torch.full_like(reached, CURVE_OVERSHOOT)
+    for _ in range(CURVE_ROUNDS):
         if not pace.allows(1.0 + VERDICT_STEPS):
             break
         aim = torch.where(reached > 0, overshoot * reached, first)
         problem.tune_curves(aim, search.search_dtype, steps, rows, pace=pace)
-        guessed = search.foretell(problem, rows, aim, overshoot, ROUGH_TOL, Pace(pace.deadline))
+        guessed = search.foretell(problem, rows, aim, CURVE_OVERSHOOT, ROUGH_TOL, Pace(pace.deadline))
         reached = torch.maximum(reached, guessed)
+        overshoot = torch.where(guessed > CURVE_ALMOST * aim, CURVE_NEAR, CURVE_NEARER)
     pace.deadline = deadline
     if problem.curves is not None:
         aim = torch.where(reached > 0, reached, first) / CURVE_EXCESS

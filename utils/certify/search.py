@@ -296,4 +296,5 @@ def foretold_radius(
     """
     search = _Search(margin_at_zero, first, linear, spread, tol, max_eps)
     search.scout(margin_of, pace or Pace())
-    return torch.where(search.sighted, search.foretold.exp().clamp(max=max_eps), 0.0)
+    sure = search.sighted | (search.error <= search.aside)  # points that all failed can foretell where none does
+    return torch.where(sure, search.foretold.exp().clamp(max=max_eps), 0.0)
