@@ -33,8 +33,8 @@ HALF = "--small-box 0.5"
 SOONER = "--overshoot 1 --hidden-scale 0.1 --hidden-shift 0.9 --input-rate 3 --adam-beta2 0.99"
 MODELS = [
     ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 60, SOONER),
-    ("lstm_{}_64", 7, "ibp", "inf", 0.1, 20, ""),
-    ("gru_{}_64", 7, "ibp", "inf", 0.1, 20, ""),
+    ("lstm_{}_64", 7, "ibp", "inf", 0.1, 60, ""),
+    ("gru_{}_64", 7, "ibp", "inf", 0.1, 60, ""),
     ("rnn_{}_64_tanh", 7, "ibp", "inf", 0.1, 30, ""),
     ("rnn_{}_128_relu_mean", 7, "sabr", "inf", 0.02, 30, HALF),
     ("lstm_{}_64", 7, "sabr", "inf", 0.02, 20, HALF),

@@ -17,6 +17,7 @@ from utils.certify.splitting.search import _Search
 from utils.clock import now
 from utils.graph.convolution import Convolution
 from utils.graph.pooling import Pick
+from utils.network import SequenceClassifier
 from utils.perturbation.lp_ball import INF
 
 DTYPE = torch.float64
@@ -27,31 +28,31 @@ def network(kind: str, seed: int = 0) -> nn.Module:
     if kind == "conv":
         layers = (nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(9, 6), nn.ReLU())
         return nn.Sequential(*layers, nn.Linear(6, 3))
+    if kind == "rnn":
+        return SequenceClassifier(nn.RNN(2, 6, nonlinearity="relu", batch_first=True), nn.Linear(6, 3), pooling="mean")
     activation = nn.LeakyReLU(0.2) if kind == "leaky" else nn.ReLU()
     return nn.Sequential(nn.Linear(4, 8), activation, nn.Linear(8, 6), activation, nn.Linear(6, 3))
 
 
 def question(kind: str, norm: float = INF, seed: int = 0, clip=None):
     model = network(kind, seed)
-    x = torch.rand(1, 4)
+    x = torch.rand((1, 2, 2) if kind == "rnn" else (1, 4))
     return model, margin_problem(model, x, model(x).argmax(dim=1), method="alpha", norm=norm, clip=clip)
 
 
 def points(problem, eps: Tensor, count: int = 4000) -> Tensor:
-    """Of the set: corners, boundary and inside."""
-    x, norm = problem.x[0, 0].to(DTYPE), problem.threat.norm
-    moves = torch.randn(count, 4, dtype=DTYPE)
-    moves = moves.sign() if norm == INF else moves / moves.norm(dim=1, keepdim=True)
-    found = x + float(eps) * moves * torch.rand(count, 1, dtype=DTYPE).round(decimals=1)
+    """Of the set: corners, boundary and inside, (count, 4)."""
+    x, norm = problem.x[0].to(DTYPE), problem.threat.norm
+    moves = torch.randn(count, *x.shape, dtype=DTYPE)
+    moves = moves.sign() if norm == INF else moves / moves.norm(dim=2, keepdim=True)
+    found = (x + float(eps) * moves * torch.rand(count, 1, 1, dtype=DTYPE).round(decimals=1)).flatten(1)
     return found if problem.threat.clip is None else found.clamp(*problem.threat.clip)
 
 
 def values(problem, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Of all neurons that can be cut, (points, neurons), and of the margins, (points, n_specs)."""
     graph = problem.graph(DTYPE)
-    known = {}
-    for node in graph.nodes:
-        known[node.index] = inputs if not node.parents else node.value(*(known[one.index] for one in node.parents))
+    known = graph._values(inputs.unflatten(1, problem.x.shape[1:]))
     neurons = torch.cat([known[node.index] for node in Neurons(graph).nodes], dim=1)
     return neurons, known[graph.output.index] @ problem.rows[0].to(DTYPE).T
 
@@ -88,7 +89,7 @@ def broken_promises(problem, eps, cuts, passed) -> int:
     return broken
 
 
-@pytest.mark.parametrize("kind", ["relu", "leaky", "conv"])
+@pytest.mark.parametrize("kind", ["relu", "leaky", "conv", "rnn"])
 @pytest.mark.parametrize("norm", [INF, 2.0])
 def test_bounds_of_parts_hold_for_any_multipliers(kind, norm):
     for seed in range(3):
@@ -117,11 +118,12 @@ class TurnedCuts(CutPass):
         return found
 
 
+@pytest.mark.parametrize("network", ["relu", "rnn"])
 @pytest.mark.parametrize("kind", [TurnedMultipliers, TurnedCuts])
-def test_broken_versions_would_be_noticed(kind):
+def test_broken_versions_would_be_noticed(kind, network):
     broken = 0
     for seed in range(6):
-        _, problem = question("relu", INF, seed)
+        _, problem = question(network, INF, seed)
         eps = torch.tensor([0.3], dtype=DTYPE)
         cuts = random_cuts(problem, 12, 3, 1.0)
         copies = Cuts(cuts.neuron, cuts.side.clone(), cuts.point, cuts.multiplier.clone())
@@ -163,14 +165,14 @@ def test_multipliers_gain():
 def exact_margins(problem, eps: Tensor) -> Tensor:
     """The worst margins, by gradient descent from many starts."""
     best = torch.full((problem.rows.shape[1],), torch.inf, dtype=DTYPE)
-    graph, x = problem.graph(DTYPE), problem.x[0, 0].to(DTYPE)
+    graph, x = problem.graph(DTYPE), problem.x[0].flatten().to(DTYPE)
     with torch.no_grad():
         starts = points(problem, eps, 2000)
     for row in range(len(best)):
         inputs = starts.clone()
         for step in range(60):
             inputs.requires_grad_()
-            margin = graph.evaluate(inputs[:, None]) @ problem.rows[0, row].to(DTYPE)
+            margin = graph.evaluate(inputs.unflatten(1, problem.x.shape[1:])) @ problem.rows[0, row].to(DTYPE)
             best[row] = min(best[row], margin.detach().min())
             (slope,) = torch.autograd.grad(margin.sum(), inputs)
             inputs = inputs.detach() - float(eps) * 0.2 * 0.95**step * slope.sign()
@@ -178,7 +180,7 @@ def exact_margins(problem, eps: Tensor) -> Tensor:
     return best
 
 
-@pytest.mark.parametrize("kind", ["relu", "leaky", "conv"])
+@pytest.mark.parametrize("kind", ["relu", "leaky", "conv", "rnn"])
 def test_with_time_margins_become_the_exact_ones(kind):
     for seed in range(2):
         _, problem = question(kind, INF, seed)
@@ -322,5 +324,27 @@ def test_networks_that_cannot_be_split():
     smooth = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     x = torch.rand(1, 4)
     problem = margin_problem(smooth, x, smooth(x).argmax(dim=1), method="bab")
-    assert not can_split(problem)
-    assert can_split(question("leaky")[1])
+    eps = torch.tensor([0.1], dtype=torch.float64)
+    assert not can_split(problem, eps)
+    assert can_split(question("leaky")[1], eps)
+
+
+def test_recurrent_networks_are_split_where_few_neurons_are_open():
+    _, problem = question("rnn")
+    assert can_split(problem, torch.tensor([1e-3], dtype=DTYPE))
+    assert not can_split(problem, torch.tensor([1.0], dtype=DTYPE))
+
+
+def test_radii_of_recurrent_networks_grow_by_splitting(monkeypatch):
+    """Whatever share of the neurons is open; with bounds that are too high, attacks are inside."""
+    model, problem = question("rnn", INF, 0)
+    x, label = problem.x, problem.rows[:, 0].argmax(dim=1)
+    how = {"norm": INF, "dtype": DTYPE, "tol": 2e-2}
+    planes = float(certified_radius(model, x, label, method="alpha", **how))
+    monkeypatch.setattr("utils.certify.splitting.question.FEW", 1.0)
+    found = float(certified_radius(model, x, label, method="bab", time_limit=4.0, **how))
+    assert found > 1.01 * planes
+    assert not broken_at(problem, found) and broken_at(problem, 1.1 * found)
+    own = search.split_rows
+    monkeypatch.setattr("utils.certify.splitting.margins.split_rows", lambda *given: own(*given) + 0.3)
+    assert broken_at(problem, float(certified_radius(model, x, label, method="bab", time_limit=4.0, **how)))

@@ -122,9 +122,9 @@ def _raise_margins(
 
     Layers as balls, where they are, and planes come first, with no look at the clock, then tuned slopes, curved bounds
     of all targets together, and of each by itself, unless the problem's method is "curve" or, of slopes alone, "alpha".
-    By "bab", neurons of two linear pieces are split at last, in networks without cells (``splitting``).
+    By "bab", neurons of two linear pieces are split at last, where ``splitting.can_split``.
     """
-    splits = problem.method.branches and can_split(problem)
+    splits = problem.method.branches and can_split(problem, eps)
     problem = problem.by("alpha") if splits and not curves_pay(problem) else problem
     problem.slopes, dtype, bounds = None, eps.dtype, Pace(deadline)
     best = _margins_by_balls(problem, eps, deadline, enough)
@@ -149,9 +149,12 @@ def _raise_margins(
 
 
 def curves_pay(problem: MarginProblem) -> bool:
-    """Whether curved bounds come before neurons are split: where no convolution would become a matrix."""
+    """Whether curved bounds come before neurons are split: in networks without cells or convolutions.
+
+    Of recurrent ones few neurons are open where they are split at all, and convolutions would become matrices.
+    """
     graph = problem.by("alpha").graph(TUNING, slice(0, 1))
-    return not any(isinstance(node, Convolution) for node in graph.nodes)
+    return not graph.recurrent and not any(isinstance(node, Convolution) for node in graph.nodes)
 
 
 def _raise_by_curves(

@@ -216,7 +216,7 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
     if problem.method.tuned and not curves_alone:
         start = found.low.clone()
         _tune_slopes(problem, rows, search, found, first, planes)
-    splits = problem.method.branches and can_split(problem)
+    splits = problem.method.branches and can_split(problem.part(rows), found.low)
     if problem.method.curved and not (splits and not curves_pay(problem)):
         until = share_of(deadline, CURVE_SHARE) if splits else deadline
         start, steps = found.low.clone(), Pace(until, CURVED_STEP * planes.longest)

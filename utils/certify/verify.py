@@ -26,7 +26,7 @@ from ..network.onnx_graph import OnnxNetwork
 from ..network.symbolic import as_graph
 from .boxes import PART_SECONDS, PART_WORK, BoxSet, PartedPass, check_clock, work_per_row
 from .problem import SLACK
-from .splitting import SplitQuestion, has_pieces, split_rows
+from .splitting import SplitQuestion, few_change_sides, has_pieces, split_rows
 from .vnnlib import Case, Property
 
 DTYPE = torch.float64
@@ -264,6 +264,8 @@ class _CaseProblem:
             return False
         whole = PartedPass(graph, boxes, slopes=self.slopes)
         known = whole.margin(self.rows[None])[0].nan_to_num(nan=-torch.inf)
+        if graph.recurrent and not few_change_sides(whole):
+            return False
         enough = self.limits + self._room(0.5 * (lower + upper))[0]
         likeliest = self.worst(known - enough)
         chosen = torch.stack([(known - enough == likeliest[k]) & (self.owner == k) for k in range(self.conjunctions)])

@@ -7,15 +7,22 @@ from torch import Tensor
 
 from ...perturbation.sets import Perturbation
 from ..problem import MarginProblem
-from .question import TUNING, SplitQuestion, has_pieces
+from .question import TUNING, SplitQuestion, few_change_sides, has_pieces
 from .search import split_rows
 
 
-def can_split(problem: MarginProblem) -> bool:
-    """Whether the problem has neurons that can be split, and a set that the bounds of parts are made for."""
+def can_split(problem: MarginProblem, eps: Tensor) -> bool:
+    """Whether a problem's first sample has neurons that are worth splitting at eps, (1,) or (1, T).
+
+    Of a recurrent network few may be open there, and the bounds of parts must be made for the set.
+    """
     if problem.threat.norm == 0.0 or problem.threat.lengths is not None:
         return False
-    return has_pieces(problem.by("alpha").graph(TUNING, slice(0, 1)))
+    planes, one = problem.by("alpha"), torch.zeros(1, dtype=torch.long, device=eps.device)
+    graph = planes.graph(TUNING, one)
+    if not has_pieces(graph):
+        return False
+    return not graph.recurrent or few_change_sides(planes.bounds(eps[:1].to(TUNING), one, TUNING))
 
 
 @torch.no_grad()
