@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .eigenvalues import eigh_guess, norm_by_powers
 
-LEADING = 64  # directions in the basis, for squares alone; measured against 32, 128
-LEADING_BESIDE_LINES = 32  # and for squares with lines, which lie in the basis as well
+LEADING = 64  # directions in the basis, measured against 32, 128
+LEADING_BESIDE_LINES = 32  # of estimates for squares with lines, which lie in the basis as well
 REST_TIMES = 14  # that what is outside of the basis, as a share of its trace, is taken for what it was
 DIRECTION_TIMES = 2  # that estimates take the directions of the one before
 POWER_STEPS, KNOWN_STEPS = 8, 2  # of the power iteration, in estimates; and where nearly the vectors are known
@@ -191,7 +191,8 @@ def line_and_squares(
         size: squared radius, (batch,).
         sound: see above.
     """
-    basis = _basis_of_lines(lines.detach(), leading_directions(weights, jacobian, LEADING_BESIDE_LINES, guesses))
+    count = LEADING if sound else LEADING_BESIDE_LINES
+    basis = _basis_of_lines(lines.detach(), leading_directions(weights, jacobian, count, guesses))
     head, line = jacobian @ basis, lines @ basis
     form, guard = block(weights, head), rounding_guard(weights, jacobian)
     if sound:
