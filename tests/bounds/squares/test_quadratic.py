@@ -134,6 +134,22 @@ def test_eigenvalue_is_bounded_from_above_and_not_far(rank_and_shape, dtype, sca
     assert (bound[:, 0] == 0.0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_forms_far_below_the_greatest_numbers_are_bounded(dtype):
+    """Rows with neurons of their own, down to 1e-20 of the first row's: their squares vanish in single precision."""
+    generator = torch.Generator().manual_seed(0)
+    jacobian = torch.randn(2, 200, 150, generator=generator, dtype=torch.float64)
+    weights = torch.rand(2, 5, 200, generator=generator, dtype=torch.float64)
+    for row, sizes in enumerate(torch.logspace(0, -20, 5, dtype=torch.float64)):
+        own = torch.arange(200) // 40 == row
+        jacobian[:, own] *= sizes
+        weights[:, row, ~own] = 0.0
+    roots = weights.sqrt().unsqueeze(-1) * jacobian.unsqueeze(1)
+    unit = roots.abs().amax(dim=(-2, -1), keepdim=True)
+    exact = (torch.linalg.matrix_norm(roots / unit, 2) * unit[..., 0, 0]) ** 2
+    assert (largest_eigenvalue(weights.to(dtype), jacobian.to(dtype)) >= exact * (1.0 - 1e-5)).all()
+
+
 @pytest.mark.parametrize("part", ["beside", "norm"])
 def test_the_test_catches_an_eigenvalue_without_a_part_of_the_rest(monkeypatch, part):
     honest = quadratic.rest_of
