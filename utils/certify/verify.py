@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bounds.alpha import STEP_BOUNDS, SlopeTable, slopes_pay, tune_slopes
+from ..bounds.alpha import STEP_BOUNDS, SlopeTable, nonlinear_nodes, slopes_pay, tune_slopes
 from ..bounds.curve import CurvedPass
 from ..bounds.curve_tuning import CURVED_STEP, VERDICT_STEPS, tune_curves
 from ..bounds.passes import BoundPass
@@ -246,7 +246,7 @@ class _CaseProblem:
             graph = graph.dense()
         except ValueError:  # curved bounds ask for matrices, of which one is too large
             return False
-        for steps in TUNED_STEPS if any(functions) else ():
+        for steps in TUNED_STEPS if any(node.curved for node in nonlinear_nodes(graph)) else ():
             if not pace.allows(1.0 + VERDICT_STEPS):
                 break
             curves = tune_curves(graph, boxes, rows, steps, curves, aim=aim, pace=pace)
