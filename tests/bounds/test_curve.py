@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import Threat, node_values, random_points
+from helpers import THREATS, Threat, node_values, random_points, steepest
 from test_alpha import CELLS, network, sampled_margins, sequences
 from torch import nn
 
@@ -160,6 +160,36 @@ def test_joint_bound_is_above_every_point_of_the_set(threat):
         assert (squares <= bound * (1 + 1e-9)).all()
         line = (torch.cat(lines, dim=-1) @ move.flatten(1)[..., None]).squeeze(-1).abs()
         assert (line + squares <= (deviation + beside) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("cell", [nn.RNN, nn.LSTM])
+@pytest.mark.parametrize("threat", [one for one in THREATS if one.clip is None], ids=str)
+def test_joint_loss_is_above_what_linear_parts_and_remainders_reach(cell, threat):
+    """Rows of one neuron, of some and of all; of every operand in two parts, as two nodes may have it."""
+    model = network(cell)
+    x, _ = sequences(model)
+    eps = torch.full(x.shape[:2], 0.3, dtype=torch.float64)
+    bounds = CurvedPass(unroll(model, x.shape[1], torch.float64).detach(), threat.around(x, eps))
+    nodes = list(bounds._linear)
+    known = [torch.cat(parts, dim=1) for parts in zip(*map(bounds._operand, nodes), strict=True)]
+    jacobian, _, remainder, center = known
+    low, high = (torch.cat(ends, dim=1) for ends in zip(*map(bounds.interval, nodes), strict=True))
+    size = jacobian.shape[1]
+    some = torch.rand(9, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights = torch.cat((torch.eye(size, dtype=torch.float64), some, some**8, torch.ones_like(some[:1])))
+    weights = weights.expand(len(x), -1, -1)
+    parts = list(zip(nodes, weights.split([node.size for node in nodes], dim=-1), strict=True))
+    bound = bounds._joint_loss([(node, share * w) for share in (0.7, 0.3) for node, w in parts])
+    reach = torch.maximum(high - center, center - low)
+    for row in range(weights.shape[1]):
+        delta = random_points(torch.zeros_like(x), eps, threat, 1, seed=row)[0]
+        for _ in range(8):
+            linear = (jacobian @ delta.flatten(1)[..., None]).squeeze(-1)
+            away = linear.abs() + remainder
+            reached = (weights[:, row] * torch.minimum(away, reach) ** 2).sum(dim=-1)
+            assert (reached <= bound[:, row] * (1 + 1e-9)).all()
+            gradient = ((weights[:, row] * away * linear.sign()).unsqueeze(-1) * jacobian).sum(dim=1)
+            delta = -steepest(gradient.view_as(x), eps, threat)
 
 
 @pytest.mark.parametrize(("cell", "options"), CELLS)
