@@ -75,7 +75,8 @@ def check_above() -> None:
 @pytest.mark.parametrize("part", ["beside", "norm"])
 def test_the_test_catches_lines_and_squares_without_a_part_of_the_rest(monkeypatch, part):
     """Without the squares outside of the leading directions, the bound is too low somewhere."""
-    monkeypatch.setattr(quadratic, "LEADING_BESIDE_LINES", 1)
+    for name in ("LEADING", "LEADING_BESIDE_LINES"):
+        monkeypatch.setattr(quadratic, name, 1)
     check_above()
     honest = quadratic.rest_of
     monkeypatch.setattr(quadratic, "rest_of", lambda *parts: honest(*parts)._replace(**{part: torch.zeros(())}))
@@ -93,7 +94,8 @@ def test_a_basis_that_misses_the_lines_is_sound(monkeypatch):
 def test_no_multiplier_gives_a_wrong_bound(monkeypatch, share, leading):
     """The best multiplier is only sought for tightness: of a wrong one there is no bound, or a sound one."""
     best = quadratic._best_multiplier
-    monkeypatch.setattr(quadratic, "LEADING_BESIDE_LINES", leading)
+    for name in ("LEADING", "LEADING_BESIDE_LINES"):
+        monkeypatch.setattr(quadratic, name, leading)
     monkeypatch.setattr(quadratic, "_best_multiplier", lambda *parts: share * best(*parts))
     check_above()
 
