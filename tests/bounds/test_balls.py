@@ -97,6 +97,12 @@ def check_sound(net: nn.Module, eps, x=None, labels=None) -> None:
                 assert ((value >= box[0]) & (value <= box[1])).all(), (method, node)
     bounds, rows = passes(net, x, labels, eps, kind=CurvedPass)
     assert (bounds.margin(rows) <= least + slack).all()
+    values = bounds.graph._values(met.flatten(0, 1)[:, None])
+    for node, operand in bounds._linear.items():
+        weights = torch.cat((torch.eye(node.size), torch.ones(1, node.size))).to(x).expand(len(x), -1, -1)
+        away = (values[node.index].unflatten(0, met.shape[:2]) - operand.center) ** 2
+        reached = (weights @ away.unsqueeze(-1)).squeeze(-1).amax(dim=0)
+        assert (reached <= bounds._ball_loss(node, weights) * (1 + 1e-9) + 1e-300).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers import THREATS, Threat, node_values, random_points, steepest
 from test_alpha import CELLS, network, sampled_margins, sequences
 from torch import nn
 
@@ -161,6 +162,36 @@ def test_joint_bound_is_above_every_point_of_the_set(threat):
         assert (line + squares <= (deviation + beside) * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize("cell", [nn.RNN, nn.LSTM])
+@pytest.mark.parametrize("threat", [one for one in THREATS if one.clip is None], ids=str)
+def test_joint_loss_is_above_what_linear_parts_and_remainders_reach(cell, threat):
+    """Rows of one neuron, of some and of all; of every operand in two parts, as two nodes may have it."""
+    model = network(cell)
+    x, _ = sequences(model)
+    eps = torch.full(x.shape[:2], 0.3, dtype=torch.float64)
+    bounds = CurvedPass(unroll(model, x.shape[1], torch.float64).detach(), threat.around(x, eps))
+    nodes = list(bounds._linear)
+    known = [torch.cat(parts, dim=1) for parts in zip(*map(bounds._operand, nodes), strict=True)]
+    jacobian, _, remainder, center = known
+    low, high = (torch.cat(ends, dim=1) for ends in zip(*map(bounds.interval, nodes), strict=True))
+    size = jacobian.shape[1]
+    some = torch.rand(9, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights = torch.cat((torch.eye(size, dtype=torch.float64), some, some**8, torch.ones_like(some[:1])))
+    weights = weights.expand(len(x), -1, -1)
+    parts = list(zip(nodes, weights.split([node.size for node in nodes], dim=-1), strict=True))
+    bound = bounds._joint_loss([(node, share * w) for share in (0.7, 0.3) for node, w in parts])
+    reach = torch.maximum(high - center, center - low)
+    for row in range(weights.shape[1]):
+        delta = random_points(torch.zeros_like(x), eps, threat, 1, seed=row)[0]
+        for _ in range(8):
+            linear = (jacobian @ delta.flatten(1)[..., None]).squeeze(-1)
+            away = linear.abs() + remainder
+            reached = (weights[:, row] * torch.minimum(away, reach) ** 2).sum(dim=-1)
+            assert (reached <= bound[:, row] * (1 + 1e-9)).all()
+            gradient = ((weights[:, row] * away * linear.sign()).unsqueeze(-1) * jacobian).sum(dim=1)
+            delta = -steepest(gradient.view_as(x), eps, threat)
+
+
 @pytest.mark.parametrize(("cell", "options"), CELLS)
 @pytest.mark.parametrize("norm", [1.0, 2.0, INF])
 @pytest.mark.parametrize("eps", [0.1, 0.6])
@@ -174,21 +205,7 @@ def test_curved_bounds_of_networks_are_sound(cell, options, norm, eps):
     least = sampled_margins(model, x, labels, eps, norm)
     attacked = pgd(model, x, labels, eps, norm=norm).margin
     first = CurvedPass(graph, perturbation)
-    generator = torch.Generator().manual_seed(5)
-    wild = [
-        curves
-        and Curves(
-            *(
-                tuple(t + 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in ts)
-                for ts in curves[:2]
-            ),
-            *(
-                tuple(t * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype)) for t in ts)
-                for ts in curves[2:]
-            ),
-        )
-        for curves in first.curves()
-    ]
+    wild = wild_curves(first)
     for bounds in (first, CurvedPass(graph, perturbation, wild)):
         margin = bounds.margin(rows)
         assert margin.isfinite().all()
@@ -197,6 +214,50 @@ def test_curved_bounds_of_networks_are_sound(cell, options, norm, eps):
         for node in bounds._linear:
             low, high = bounds.interval(node)
             assert (low <= high).all()
+
+
+def wild_curves(first: CurvedPass, seed: int = 5) -> list[Curves | None]:
+    """The curves of a pass with other slopes above than below, and other curvatures."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(t):
+        return t + 0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
+    def scaled(t):
+        return t * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype))
+
+    return [
+        own and Curves(*(tuple(map(moved, ts)) for ts in own[:2]), *(tuple(map(scaled, ts)) for ts in own[2:]))
+        for own in first.curves()
+    ]
+
+
+def farthest_from_linear(bounds: CurvedPass, points: torch.Tensor) -> float:
+    """Most that an operand is from  centre + J delta  at points of the set, (count, batch, T, n), in units of its R."""
+    operands = {operand for node in bounds._chosen for operand in node.parents}
+    most = 0.0
+    for point in points:
+        delta = (point - bounds.perturbation.x).flatten(1)
+        values = node_values(bounds.graph, point)
+        for node in operands:
+            known = bounds._operand(node)
+            away = (values[node.index] - known.center - (known.slopes @ delta[..., None]).squeeze(-1)).abs()
+            most = max(most, float((away / (known.remainder + 1e-12)).max()))
+    return most
+
+
+@pytest.mark.parametrize(("cell", "options"), CELLS)
+@pytest.mark.parametrize(("norm", "eps"), [(1.0, 0.3), (2.0, 0.3), (INF, 0.3), (2.0, 20.0)])
+def test_operands_are_linear_but_for_what_remains(cell, options, norm, eps):
+    """Also where the lines above operands have other slopes than those below, and centres were moved into boxes."""
+    model = network(cell, **options)
+    x, _ = sequences(model)
+    eps = torch.full(x.shape[:2], eps, dtype=torch.float64)
+    perturbation, graph = Perturbation(x, eps, norm), unroll(model, x.shape[1], torch.float64).detach()
+    points = random_points(x, eps, Threat(norm), 60, seed=3)
+    first = CurvedPass(graph, perturbation)
+    for bounds in (first, CurvedPass(graph, perturbation, wild_curves(first))):
+        assert 0.01 < farthest_from_linear(bounds, points) <= 1.0 + 1e-9
 
 
 def test_the_network_test_catches_a_joint_bound_that_forgets_the_remainders(monkeypatch):

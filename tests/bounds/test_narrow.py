@@ -42,7 +42,7 @@ def moves(norm: float, ball: str, eps: float) -> list[torch.Tensor]:
 
 
 def check_operands(norm: float, ball: str, eps: float = 0.1) -> None:
-    """Every operand of a curve, at points of the set, is where its linear part and the rest say; and so are squares."""
+    """Operands of curves, at points of the set, are where linear parts and the rest say; so are squares and lines."""
     model, x = wide(), normal(2, CHUNKS, WIDE, seed=7)
     graph = unroll(model.requires_grad_(False), CHUNKS)
     bounds = CurvedPass(graph, Perturbation(x, torch.full((2, CHUNKS), eps).double(), norm, ball))
@@ -52,6 +52,8 @@ def check_operands(norm: float, ball: str, eps: float = 0.1) -> None:
     jacobian = torch.cat([bounds._linear[node].slopes for node in chosen], dim=1)
     weights = normal(2, 5, jacobian.shape[1], seed=3).abs()
     most = bounds._joint_linear(weights, jacobian, None, bounds._frames)
+    lines = [3.0 * normal(2, 5, WIDE, seed=20 + t) for t in range(CHUNKS)]
+    most_beside = bounds._deviation(lines) + bounds._joint_linear(weights, jacobian, lines, bounds._frames)
     for move in moves(norm, ball, eps):
         y = torch.cat([(move[:, t, None] @ basis)[:, 0] for t, basis in enumerate(bounds._narrow.bases)], dim=-1)
         values = graph._values(x + move, tuple(chosen))
@@ -59,7 +61,10 @@ def check_operands(norm: float, ball: str, eps: float = 0.1) -> None:
             known = bounds._linear[node]
             away = (values[node.index] - known.center - (known.slopes @ y[..., None]).squeeze(-1)).abs()
             check_below(away, known.remainder + 1e-12, node.__class__.__name__)
-        check_below((weights * ((jacobian @ y[..., None]).squeeze(-1) ** 2)[:, None]).sum(dim=-1), most)
+        squares = (weights * ((jacobian @ y[..., None]).squeeze(-1) ** 2)[:, None]).sum(dim=-1)
+        check_below(squares, most)
+        line = sum((part @ move[:, t, :, None]).squeeze(-1) for t, part in enumerate(lines))
+        check_below(line.abs() + squares, most_beside)
 
 
 @pytest.mark.parametrize("norm, ball", SETS)

@@ -133,6 +133,23 @@ def test_certificates_at_the_radius_are_confirmed(name, tmp_path):
             assert rigorous <= margin + 1e-9 or threat.get("method") == "crown-ibp"
 
 
+@pytest.mark.parametrize("method", ["alpha", "curve"])
+def test_slopes_that_a_search_found_on_its_way_are_found_again(method, tmp_path):
+    """Where they double and triple radii, slopes tuned at the radius itself do not reach it."""
+    torch.manual_seed(34)
+    rnn = nn.RNN(1, 4, batch_first=True, nonlinearity="relu", bidirectional=True)
+    net = SequenceClassifier(rnn, nn.Linear(8, 2)).double().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter *= 4.0
+    x = torch.randn(3, 1, 1, dtype=torch.float64)
+    labels = net(x).argmax(dim=1)
+    how = {"method": method, "curve_steps": 2}
+    radius = certified_radius(net, x, labels, **how)
+    assert (radius > 2.0 * certified_radius(net, x, labels)).all()
+    paths = save_certificates(tmp_path, net, x, labels, 0.99 * radius, **how)
+    assert len(paths) == 3 and all(checker.check(path)[2] > 0 for path in paths)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_margins_are_rigorous_for_any_slopes(kind, tmp_path):
     """Slopes are hints: with random ones the margin is low, but it is below what an attack reaches, always."""

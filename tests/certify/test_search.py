@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -226,6 +227,25 @@ def test_curve_is_not_behind_tuned_slopes_where_curves_gain_little(monkeypatch):
     assert (radius("curve") >= tuned / 1.001).all()
     monkeypatch.setattr("utils.certify.radius.SURE_GAIN", 0.0)
     assert (radius("curve") < tuned / 1.001).any()  # curves alone do less
+
+
+@pytest.mark.parametrize(("norm", "gain"), [(2.0, 1.5), (float("inf"), 1.3)])
+def test_curve_is_not_behind_tuned_slopes_where_these_gain_much(norm, gain):
+    """Deep relu networks, where slopes gain more than curves do, or than these begin with."""
+    torch.manual_seed(1)
+    layers, sizes = [nn.Flatten()], [10, *[15] * 6, 3]
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers[-2].weight.data = gain * (2.0 / inputs) ** 0.5 * torch.randn(outputs, inputs)
+        layers[-2].bias.data -= 0.3 * torch.rand(outputs)
+    model = nn.Sequential(*layers[:-1]).double().requires_grad_(False)
+    x = torch.randn(6, 1, 10, dtype=torch.float64)
+    labels = model(x).argmax(dim=1)
+    crown, alpha, curve = (
+        search_radius(margin_problem(model, x, labels, method=method, norm=norm)).radius
+        for method in ("crown", "alpha", "curve")
+    )
+    assert (curve >= alpha / 1.001).all() and (curve > 1.01 * alpha).any() and (alpha > 1.1 * crown).any()
 
 
 def test_estimates_take_what_tuning_found_of_their_own_samples_alone():

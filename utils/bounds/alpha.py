@@ -63,6 +63,12 @@ def nonlinear_nodes(graph: Graph) -> list[NonLinear]:
     return [node for node in graph.nodes if isinstance(node, NonLinear)]
 
 
+def slopes_pay(graph: Graph) -> bool:
+    """Whether tuned slopes may gain much, and soon: where a function has kinks, or no curved bounds."""
+    functions = [node.curved for node in nonlinear_nodes(graph)]
+    return any(curved is None or not curved.smooth for curved in functions)
+
+
 def _slopes(relaxation: Relaxation | None):
     return relaxation and (relaxation.lower.slopes, relaxation.upper.slopes)
 

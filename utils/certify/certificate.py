@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .problem import MarginProblem, margin_problem
 FORMAT, VERSION = "recurrent-robustness-certificate", 1
 WEIGHTS_FORMAT = "recurrent-classifier-weights"
 TUNINGS = 3  # how often bounds are tuned, each time from those before, until a sample is certified
+SHARES = (0.25, 0.5, 0.7, 0.85, 1.0)  # of eps at which slopes are tuned at last, one after the other, as a search goes
 FOLDER_NAME, WEIGHTS_NAME = "certificates", "weights.npz"
 # Names of a time step's relaxed operations, in the order in which utils.network.unroll adds them to the graph.
 OPERATIONS = {
@@ -156,7 +158,7 @@ def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names:
     """``save_certificates`` for a problem that is set up already; eps is (batch,) or (batch, T).
 
     Of tuned bounds ("alpha", "curve", "bab") those that the problem has are tried first, then ones that are tuned at
-    eps, and for "bab" at last ones for every target by itself.
+    eps, for "bab" ones for every target by itself, and at last slopes that are tuned on the way up to eps.
     """
     check_model(problem.model)
     if isinstance(problem.model, SpeechClassifier) and problem.method.curved:
@@ -208,10 +210,10 @@ def _attempts(problem: MarginProblem, eps: Tensor) -> Iterator[Callable[[Tensor]
             problem.tune(eps[left], torch.float64, method.alpha_steps, left)
         yield from parts(left)
 
-    def planes(left: Tensor) -> _Found:
+    def planes(left: Tensor, share: float = 1.0) -> _Found:
         """Where curved bounds gain nothing, a radius may be that of alpha."""
         problem.curves = None
-        problem.tune(eps[left], torch.float64, method.alpha_steps, left)
+        problem.tune(share * eps[left], torch.float64, method.alpha_steps, left)
         yield from parts(left)
 
     def apart(left: Tensor) -> _Found:
@@ -226,6 +228,8 @@ def _attempts(problem: MarginProblem, eps: Tensor) -> Iterator[Callable[[Tensor]
         yield apart
     for _ in range(TUNINGS if method.curved else 0):
         yield planes
+    for share in SHARES if method.tuned else ():
+        yield partial(planes, share=share)
 
 
 def _apart(problem: MarginProblem, eps: Tensor) -> MarginProblem:

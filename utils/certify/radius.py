@@ -8,12 +8,12 @@ is begun that would end too late.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..bounds.alpha import STEP_BOUNDS
+from ..bounds.alpha import STEP_BOUNDS, slopes_pay
 from ..bounds.curve_tuning import CURVED_STEP, VERDICT_STEPS
 from ..clock import Pace, now, share_of
 from ..question.arguments import check_precision
@@ -37,7 +37,8 @@ ALPHA_OVERSHOOT, ALPHA_NEAR = 1.03, 1.004
 CURVE_ROUNDS, CURVE_OVERSHOOT = 2, 1.3
 CURVE_ALMOST, CURVE_NEAR, CURVE_NEARER = 1.03, 1.05, 1.02
 
-# Tuned slopes gain less than this factor over planes, as a rule: where curves gain more, "curve" leaves them out.
+# Tuned slopes of smooth functions gain less than this factor over planes, as a rule: where curves gain more, "curve"
+# leaves them out. Those of functions with kinks may gain any factor.
 SURE_GAIN = 1.25
 
 # Radii are foretold to these relative tolerances by estimates: in between, and before bounds are asked for. Bounds come
@@ -212,7 +213,7 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
     first, planes = search.first(problem, rows), Pace()
     found = search(problem, rows, first, pace=planes)  # whatever the limit
     start, planes.deadline = torch.full_like(found.low, torch.nan), deadline
-    curves_alone = problem.method.curved and not problem.method.branches
+    curves_alone, begun = problem.method.curved and not problem.method.branches, replace(found)
     if problem.method.tuned and not curves_alone:
         start = found.low.clone()
         _tune_slopes(problem, rows, search, found, first, planes)
@@ -225,7 +226,10 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
             start = found.low.clone()
             refine_radii(problem, rows, found, search, steps)
     if curves_alone:
-        _tune_slopes_of(found.low < SURE_GAIN * start, problem, rows, search, found, first, planes)
+        left = found.low < SURE_GAIN * start
+        if slopes_pay(problem.graph(search.dtype, rows[:1])):
+            left = start > 0
+        _tune_slopes_of(left, problem, rows, search, found, begun, first, planes)
     if splits:
         raise_radius(problem.part(rows), found, search.dtype, search.tol, search.max_eps, deadline)
     return RadiusResult(found.low, found.high, found.margin, found.evaluations, start)
@@ -268,15 +272,23 @@ def _tune_slopes(
 
 
 def _tune_slopes_of(
-    chosen: Tensor, problem: MarginProblem, rows: Tensor, search: _Searcher, found: Bracket, first: Tensor, bounds: Pace
+    chosen: Tensor,
+    problem: MarginProblem,
+    rows: Tensor,
+    search: _Searcher,
+    found: Bracket,
+    begun: Bracket,
+    first: Tensor,
+    bounds: Pace,
 ) -> None:
-    """Likewise, of some samples, chosen by a mask, without the curves that they have."""
+    """Likewise, of some samples, chosen by a mask, as if there were no curves: from where planes came to, ``begun``."""
     if not bool(chosen.any()):
         return
     curves, problem.curves = problem.curves, None
-    own = Bracket(found.low[chosen], found.high[chosen], found.margin[chosen], torch.zeros_like(rows[chosen]))
-    _tune_slopes(problem, rows[chosen], search, own, first[chosen], bounds)
-    found.replace(chosen, own)
+    by_slopes, best = begun.of(chosen), found.of(chosen)
+    _tune_slopes(problem, rows[chosen], search, by_slopes, first[chosen], bounds)
+    _take_better(best, by_slopes)
+    found.replace(chosen, best)
     problem.curves = curves
 
 

@@ -35,6 +35,11 @@ class Bracket:
         zeros = torch.zeros_like(margin_at_zero)
         return cls(zeros.clone(), zeros + torch.inf, margin_at_zero.clone(), torch.zeros_like(zeros, dtype=torch.long))
 
+    def of(self, chosen: Tensor) -> Bracket:
+        """Brackets of their own for some samples, chosen by a mask, without evaluations."""
+        parts = (self.low[chosen], self.high[chosen], self.margin[chosen])
+        return Bracket(*parts, torch.zeros_like(self.evaluations[chosen]))
+
     def see(self, rows: Tensor, eps: Tensor, margin: Tensor) -> None:
         """Narrow the brackets of ``rows`` by the points inside them, (m, LANES) with increasing eps.
 

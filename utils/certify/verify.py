@@ -14,14 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bounds.alpha import STEP_BOUNDS, SlopeTable, tune_slopes
+from ..bounds.alpha import STEP_BOUNDS, SlopeTable, nonlinear_nodes, slopes_pay, tune_slopes
 from ..bounds.curve import CurvedPass
 from ..bounds.curve_tuning import CURVED_STEP, VERDICT_STEPS, tune_curves
 from ..bounds.passes import BoundPass
 from ..choices.method import ALPHA_STEPS
 from ..clock import Pace, now, share_of
 from ..graph.convolution import Convolution
-from ..graph.nonlinear import NonLinear
 from ..network.onnx_graph import OnnxNetwork
 from ..network.symbolic import as_graph
 from .boxes import PART_SECONDS, PART_WORK, BoxSet, PartedPass, check_clock, work_per_row
@@ -235,8 +234,7 @@ class _CaseProblem:
         deadline = share_of(bounds.deadline, TUNED_SHARE)
         room = self._room(0.5 * (lower + upper))
         aim = float((self.limits + room).max())
-        functions = [node.curved for node in graph.nodes if isinstance(node, NonLinear)]
-        if any(curved is None or not curved.smooth for curved in functions):  # where planes gain something, and soon
+        if slopes_pay(graph):
             pace = Pace(deadline, STEP_BOUNDS * bounds.longest)
             self.slopes, _ = tune_slopes(graph, boxes, rows, ALPHA_STEPS, pace=pace)
             if bounds.allows() and bool(self._score(BoundPass(graph, boxes, slopes=self.slopes), room) > 0):
@@ -248,7 +246,7 @@ class _CaseProblem:
             graph = graph.dense()
         except ValueError:  # curved bounds ask for matrices, of which one is too large
             return False
-        for steps in TUNED_STEPS if any(functions) else ():
+        for steps in TUNED_STEPS if any(node.curved for node in nonlinear_nodes(graph)) else ():
             if not pace.allows(1.0 + VERDICT_STEPS):
                 break
             curves = tune_curves(graph, boxes, rows, steps, curves, aim=aim, pace=pace)

@@ -164,6 +164,14 @@ def test_the_tests_catch_a_broken_bound(monkeypatch, part, broken, own, beside):
         try_all()
 
 
+def test_a_root_that_was_not_found_gives_no_bound(monkeypatch):
+    lines, weights, jacobian, radii = problem(6, 12, 30)
+    honest = box_quadratic._root_of_gram
+    monkeypatch.setattr(box_quadratic, "_root_of_gram", lambda *parts: (0.5 * honest(*parts)[0], ~honest(*parts)[1]))
+    assert squares_over_box(weights, jacobian, radii)[:, 2:].isinf().all()
+    assert line_and_squares_over_box(lines, weights, jacobian, radii).isinf().all()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_estimates_are_near_and_not_above(shape):
     lines, weights, jacobian, radii = problem(*shape)

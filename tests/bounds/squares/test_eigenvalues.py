@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,26 @@ def test_a_bound_is_above_and_near(kind, m, dtype, scale):
     assert (bound >= truth - 1e-14 * size).all()
     near = 1e-9 if dtype == torch.float64 else 1e-4
     assert (bound <= truth + near * (size + torch.finfo(dtype).tiny) + 1e-140).all()  # squares below that vanish
+
+
+@pytest.mark.parametrize("m", [1, 7, 60])
+def test_what_is_proved_of_a_guess_holds_in_exact_arithmetic(m):
+    """Matrices of rank one of whole numbers, whose eigenvalue is known, and guesses a few units above and below it."""
+    vectors = torch.randint(-999, 1000, (40, m), generator=torch.Generator().manual_seed(m)).double()
+    vectors[:, 0] += 1000.0
+    matrices, greatest = vectors[..., None] @ vectors[:, None], (vectors**2).sum(dim=1)
+    size = eigenvalues._norm(matrices)
+    assert all(Fraction(float(norm)) >= Fraction(float(most)) for norm, most in zip(size, greatest, strict=True))
+    for units in (-64, -8, -1, 0, 1, 8, 64):
+        found = eigenvalues._proved(matrices, greatest * (1.0 + units * torch.finfo(torch.float64).eps), size)
+        assert (found >= greatest).all() and (found <= greatest * (1.0 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-160, 1.0, 1e100])
+def test_frobenius_norms_are_rounded_up(scale):
+    matrices = scale * symmetric("random", 9)
+    for matrix, norm in zip(matrices, eigenvalues._norm(matrices), strict=True):
+        assert Fraction(float(norm)) ** 2 >= sum(Fraction(float(number)) ** 2 for number in matrix.flatten())
 
 
 def check_norm_by_powers(kind: str, m: int, dtype: torch.dtype, scale: float) -> None:

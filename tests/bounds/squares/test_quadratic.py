@@ -66,14 +66,27 @@ def test_line_and_squares_is_above_every_point(shape):
             y = lines + 2.0 * moved
 
 
-def test_the_test_catches_a_form_without_its_rest(monkeypatch):
+def check_above() -> None:
+    for shape in SHAPES:
+        asked = problem(*shape)
+        assert (line_and_squares(*asked) >= exact_maximum(*asked) * (1.0 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("part", ["beside", "norm"])
+def test_the_test_catches_lines_and_squares_without_a_part_of_the_rest(monkeypatch, part):
     """Without the squares outside of the leading directions, the bound is too low somewhere."""
-    monkeypatch.setattr(quadratic, "LEADING", 1)
-    honest = torch.Tensor.clamp
-    monkeypatch.setattr(torch.Tensor, "clamp", lambda self, *a, **k: 0.0 * honest(self, *a, **k))
+    for name in ("LEADING", "LEADING_BESIDE_LINES"):
+        monkeypatch.setattr(quadratic, name, 1)
+    check_above()
+    honest = quadratic.rest_of
+    monkeypatch.setattr(quadratic, "rest_of", lambda *parts: honest(*parts)._replace(**{part: torch.zeros(())}))
     with pytest.raises(AssertionError):
-        for shape in SHAPES:
-            test_line_and_squares_is_above_the_maximum_and_near(shape, torch.float64)
+        check_above()
+
+
+def test_a_basis_that_misses_the_lines_is_sound(monkeypatch):
+    monkeypatch.setattr(quadratic, "_basis_of_lines", lambda lines, directions: directions)
+    check_above()
 
 
 @pytest.mark.parametrize("share", [-1.0, 0.0, 0.3, 0.7, 0.9, 1.0, 1.5, 100.0])
@@ -81,11 +94,10 @@ def test_the_test_catches_a_form_without_its_rest(monkeypatch):
 def test_no_multiplier_gives_a_wrong_bound(monkeypatch, share, leading):
     """The best multiplier is only sought for tightness: of a wrong one there is no bound, or a sound one."""
     best = quadratic._best_multiplier
-    monkeypatch.setattr(quadratic, "LEADING", leading)
+    for name in ("LEADING", "LEADING_BESIDE_LINES"):
+        monkeypatch.setattr(quadratic, name, leading)
     monkeypatch.setattr(quadratic, "_best_multiplier", lambda *parts: share * best(*parts))
-    for shape in SHAPES:
-        asked = problem(*shape)
-        assert (line_and_squares(*asked) >= exact_maximum(*asked) * (1.0 - 1e-9)).all()
+    check_above()
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e200])
@@ -134,15 +146,48 @@ def test_eigenvalue_is_bounded_from_above_and_not_far(rank_and_shape, dtype, sca
     assert (bound[:, 0] == 0.0).all()
 
 
-@pytest.mark.parametrize("part", ["beside", "norm"])
-def test_the_test_catches_an_eigenvalue_without_a_part_of_the_rest(monkeypatch, part):
-    honest = quadratic.rest_of
-    without = lambda *parts: honest(*parts)._replace(**{part: torch.zeros(())})  # noqa: E731
-    monkeypatch.setattr(quadratic, "rest_of", without)
-    monkeypatch.setattr(quadratic, "LEADING", 2)
-    with pytest.raises(AssertionError):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_forms_far_below_the_greatest_numbers_are_bounded(dtype):
+    """Rows with neurons of their own, down to 1e-20 of the first row's: their squares vanish in single precision."""
+    generator = torch.Generator().manual_seed(0)
+    jacobian = torch.randn(2, 200, 150, generator=generator, dtype=torch.float64)
+    weights = torch.rand(2, 5, 200, generator=generator, dtype=torch.float64)
+    for row, sizes in enumerate(torch.logspace(0, -20, 5, dtype=torch.float64)):
+        own = torch.arange(200) // 40 == row
+        jacobian[:, own] *= sizes
+        weights[:, row, ~own] = 0.0
+    roots = weights.sqrt().unsqueeze(-1) * jacobian.unsqueeze(1)
+    unit = roots.abs().amax(dim=(-2, -1), keepdim=True)
+    exact = (torch.linalg.matrix_norm(roots / unit, 2) * unit[..., 0, 0]) ** 2
+    assert (largest_eigenvalue(weights.to(dtype), jacobian.to(dtype)) >= exact * (1.0 - 1e-5)).all()
+
+
+def test_the_test_catches_an_eigenvalue_without_its_rest(monkeypatch):
+    def check() -> None:
         for rank_and_shape in FORMS:
-            test_eigenvalue_is_bounded_from_above_and_not_far(rank_and_shape, torch.float64, 1.0)
+            weights, jacobian = squares_of(*rank_and_shape)
+            exact = torch.linalg.eigvalsh(form_of(weights, jacobian))[..., -1]
+            assert (largest_eigenvalue(weights, jacobian) >= exact).all()
+
+    monkeypatch.setattr(quadratic, "LEADING", 2)
+    check()
+    monkeypatch.setattr(quadratic, "_squared_rest", lambda weights, jacobian, inner, guard: 0.0 * guard)
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("rank_and_shape", FORMS, ids=str)
+def test_what_a_basis_leaves_is_not_less_for_rounding(rank_and_shape):
+    """Norms in single precision against those of the same numbers in double, of bases that leave much and nothing."""
+    weights, jacobian, _ = quadratic.in_single(*squares_of(*rank_and_shape))
+    weights = weights[:, 1:]
+    for leading in (1, 8, 64):
+        basis = quadratic.leading_directions(weights, jacobian, leading)
+        inner, guard = quadratic.block(weights, jacobian @ basis), quadratic.rounding_guard(weights, jacobian)
+        whole = form_of(weights.double(), jacobian.double()).square().sum(dim=(-2, -1))
+        basis = torch.linalg.qr(basis.double())[0]
+        exact = whole - quadratic.block(weights.double(), jacobian.double() @ basis).square().sum(dim=(-2, -1))
+        assert (quadratic._squared_rest(weights, jacobian, inner, guard) >= exact).all()
 
 
 @pytest.mark.parametrize("rank_and_shape", FORMS, ids=str)

@@ -115,11 +115,12 @@ def _squared_rest(weights: Tensor, jacobian: Tensor, inner: Tensor, guard: Tenso
     """||A||_F^2 - ||B||_F^2, (batch, rows), in double precision, but for rounding no less.
 
     ``guard`` is for the rounding of sums as large as the trace, which A's Frobenius norm is not above.
+    Of forms far below the greatest w and J, squares vanish in single precision.
     """
     whole = _squared_norm(weights, jacobian).double()
     inside = torch.linalg.vector_norm(inner, dim=(-2, -1), dtype=torch.float64)
     trace = guard.double() / (GUARD_ULPS * torch.finfo(weights.dtype).eps)
-    return (whole - inside**2).clamp(min=0.0) + 2.0 * guard * trace
+    return (whole - inside**2).clamp(min=0.0) + 2.0 * guard * trace + _vanished(weights.dtype)
 
 
 def _squared_norm(weights: Tensor, jacobian: Tensor) -> Tensor:
@@ -277,7 +278,12 @@ def rest_of(weights: Tensor, head: Tensor, jacobian: Tensor) -> Rest:
     beside, square = (
         ((weights @ (one * outside)) * weights).sum(dim=-1).clamp(min=0.0) + lost for one in (inside, outside)
     )
-    return Rest(beside, (square + torch.finfo(square.dtype).tiny ** 0.75).sqrt())
+    return Rest(beside, (square + _vanished(square.dtype)).sqrt())
+
+
+def _vanished(dtype: torch.dtype) -> float:
+    """More than the squares of numbers whose squares are 0, however many neurons there are."""
+    return torch.finfo(dtype).tiny ** 0.75
 
 
 def rounding_guard(weights: Tensor, directions: Tensor) -> Tensor:
