@@ -62,7 +62,8 @@ class RadiusResult:
         margin: worst lower bound at ``radius`` less the slack for rounding (the clean one where radius is 0).
         evaluations: how many bounds were computed; estimates that only say where curved bounds begin do not count.
         start: of a tuned method, the radius of the method that it starts from: of "alpha" and "curve" that is "crown",
-            of "bab" what "curve" reached in the time that it had. NaN of the others.
+            of "bab" what "curve" reached in the time that it had, or "alpha" where neurons are split instead. NaN of
+            the others.
     """
 
     radius: Tensor
@@ -218,6 +219,7 @@ def _search_rows(problem: MarginProblem, rows: Tensor, search: _Searcher) -> Rad
         start = found.low.clone()
         _tune_slopes(problem, rows, search, found, first, planes)
     splits = problem.method.branches and can_split(problem.part(rows), found.low)
+    start = found.low.clone() if splits else start
     if problem.method.curved and not (splits and not curves_pay(problem)):
         until = share_of(deadline, CURVE_SHARE) if splits else deadline
         start, steps = found.low.clone(), Pace(until, CURVED_STEP * planes.longest)

@@ -27,8 +27,8 @@ TIME_LIMIT = 60.0  # seconds a sample of "bab", unless told otherwise
 
 
 def start_of(name: str) -> str:
-    """The method that a tuned one starts from."""
-    return "curve" if name == "bab" else "crown"
+    """The method that a tuned one starts from: "bab" from alpha where it splits neurons in place of tuning curves."""
+    return "curve or alpha" if name == "bab" else "crown"
 
 
 @dataclass(frozen=True)
