@@ -180,6 +180,14 @@ def write_certificates(folder: Path, problem: MarginProblem, eps: Tensor, names:
     return [paths[sample] for sample in sorted(paths)]
 
 
+def say_missing(radius: Tensor, written: Sequence[Path]) -> None:
+    """Print how many of the radii, (n,), have no certificate among the files written, if any; those of 0 never have."""
+    missing = int((radius > 0).sum()) - len(written)
+    if missing:
+        why = "what splitting gains is in no file, and tuning may go otherwise; --method alpha writes more"
+        print(f"{missing} of {len(radius)} radii have no certificate: {why}", flush=True)
+
+
 def check_model(model: nn.Module) -> None:
     """Raise ValueError unless the checker has rules for the model."""
     speech = isinstance(model, SpeechClassifier)

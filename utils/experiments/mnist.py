@@ -17,7 +17,7 @@ from torch import Tensor
 from data.mnist import SIDE, ImageData
 
 from ..certify.certificate import FOLDER_NAME as CERTIFICATES_NAME
-from ..certify.certificate import write_certificates
+from ..certify.certificate import say_missing, write_certificates
 from ..certify.problem import MarginProblem
 from ..choices.method import TUNED_METHODS, start_of
 from ..network.checkpoint import CheckpointError, Config, load_checkpoint, model_name
@@ -160,11 +160,7 @@ class Run:
                 names = [f"{row.index:05d}{suffix}" for row in own]
                 problem = self.problem_of([number[row.index] for row in own], frame)
                 radius = torch.tensor([row.radius for row in own], dtype=torch.float64, device=problem.x.device)
-                written = len(write_certificates(folder, problem, radius, names))
-                missing = int((radius > 0).sum()) - written
-                if missing:
-                    why = "what splitting gains is in no file, and tuning may go otherwise; --method alpha writes more"
-                    print(f"{missing} of {len(own)} radii have no certificate: {why}", flush=True)
+                say_missing(radius, write_certificates(folder, problem, radius, names))
 
     def rehearse(self) -> None:
         """The first image, for --dry-run."""

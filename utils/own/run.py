@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..certify.certificate import FOLDER_NAME as CERTIFICATES_NAME
-from ..certify.certificate import write_certificates
+from ..certify.certificate import say_missing, write_certificates
 from ..certify.interface import tuned_margins
 from ..certify.problem import MarginProblem
 from ..certify.radius import search_radius
@@ -131,7 +131,7 @@ class OwnRun:
         number = {key.index: sample for sample, key in enumerate(self.keys)}
         problem = self.problem_of([number[row.index] for row in rows])
         radius = torch.tensor([row.radius for row in rows], dtype=DTYPE, device=problem.x.device)
-        write_certificates(folder, problem, radius, [f"{row.index:05d}" for row in rows])
+        say_missing(radius, write_certificates(folder, problem, radius, [f"{row.index:05d}" for row in rows]))
 
     @property
     def unit(self) -> str:
