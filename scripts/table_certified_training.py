@@ -18,11 +18,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -89,97 +89,32 @@ if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from data.mnist import ImageData
 from utils.attack.pgd import AttackProblem, AttackResult
 from utils.certify import Effort, cascade
 from utils.certify.cascade import ATTACK_STAGES, CLEAN, STAGES
-from utils.experiments.plots import columns_of_panels, headline, images_text, norm_symbol, size_of_model, tidy
+from utils.experiments.cascade.report import (
+    accuracy_table,
+    architecture_of,
+    base,
+    effort_lines,
+    plot,
+    recipe_of,
+    stage_table,
+    summarize,
+)
+from utils.experiments.cascade.rows import BROKEN, LETTERS, VERIFIED, CascadeKey, CascadeRow, Group, column, letters_of
+from utils.experiments.plots import size_of_model
 from utils.experiments.table_run import Report, Table, run_table, stop_by_contradiction
-from utils.experiments.tables import OWN, Case, case_path, load_all_images, markdown_table, norm_text
-from utils.experiments.wording import clip_text, is_own, noun_of, short_unit, unit_of
-from utils.network.checkpoint import Config, load_checkpoint, model_name
+from utils.experiments.tables import Case, case_path, load_all_images, norm_text
+from utils.experiments.wording import clip_text, is_own, unit_of
+from utils.network.checkpoint import load_checkpoint
 from utils.own.case import own_case
-from utils.runs.rows import KeyedRow
 from utils.runs.work import Job, batches
 
 NAME = "certified_training"
-# A letter an image: the stage that settled it.
-LETTERS = {CLEAN: "w", "ibp": "i", "runner-up": "r", "pgd": "p", "crown-ibp": "m", "crown": "c", "alpha": "a"}
-LETTERS |= {"curve": "k", "bab": "b", "": "-"}
-WRONG, UNDECIDED, BROKEN = LETTERS[CLEAN], LETTERS[""], "".join(LETTERS[stage] for stage in ATTACK_STAGES)
-VERIFIED = "".join(LETTERS[stage] for stage in STAGES if stage not in ATTACK_STAGES)
-COLORS = ("tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:cyan")
-ORDINARY = "ordinary"
-STAGE_NAMES = {CLEAN: "wrong as it is", "runner-up": "PGD, runner-up", "pgd": "PGD, all classes"}
 BALL_WORDS = {"frame": "a ball around every slice", "sequence": "one ball around the image"}
-
-
-@dataclass(frozen=True)
-class CascadeKey:
-    """A model, a threat, a radius in pixel values, and a batch of the images drawn, which are sorted by number."""
-
-    model: str
-    norm: float
-    ball: str
-    eps: float
-    first: int
-    images: int
-
-    @property
-    def threat(self) -> tuple[float, str]:
-        return self.norm, self.ball
-
-
-@dataclass(frozen=True)
-class CascadeRow(CascadeKey, KeyedRow):
-    """The outcomes of a batch, a letter of ``LETTERS`` an image, and what each stage took.
-
-    That is: how many images it tried, and the processor's seconds.
-    """
-
-    KEY: ClassVar[type] = CascadeKey
-
-    outcomes: str
-    clean_tried: int
-    clean_seconds: float
-    ibp_tried: int
-    ibp_seconds: float
-    runner_up_tried: int
-    runner_up_seconds: float
-    pgd_tried: int
-    pgd_seconds: float
-    crown_ibp_tried: int
-    crown_ibp_seconds: float
-    crown_tried: int
-    crown_seconds: float
-    alpha_tried: int
-    alpha_seconds: float
-    curve_tried: int
-    curve_seconds: float
-    bab_tried: int
-    bab_seconds: float
-
-    def cost(self, stage: str, kind: str) -> float:
-        return getattr(self, column(stage, kind))
-
-
-def column(stage: str, kind: str) -> str:
-    """Where a row has what a stage took; ``kind`` is "tried" or "seconds"."""
-    return f"{stage.replace('-', '_')}_{kind}"
-
-
-def recipe_of(config: Config) -> dict[str, Any] | None:
-    """How a model was trained to be verified; None of an ordinary one."""
-    return config.get("certified") or None
-
-
-def architecture_of(config: Config) -> str:
-    """The name of a model of this cell, with these sizes, trained without a recipe; its head may read other states."""
-    return model_name({key: value for key, value in config.items() if key != "recipe"} | {"pooling": "last"})
 
 
 def default_models(args: argparse.Namespace) -> list[str]:
@@ -215,10 +150,6 @@ def threats_of(case: Case, cases: Sequence[Case], args: argparse.Namespace) -> l
     recipes = [recipe for recipe in (recipe_of(one.config) for one in like) if recipe]
     found = dict.fromkeys((float(recipe["p"]), recipe.get("ball", "frame")) for recipe in recipes)
     return list(found or {(inf, "frame"): None})
-
-
-def base(case: Case) -> str:
-    return case.name if case.is_own else architecture_of(case.config)
 
 
 def eps_of(threat: tuple[float, str], case: Case, cases: Sequence[Case], args: argparse.Namespace) -> list[float]:
@@ -265,9 +196,6 @@ def measure(case: Case, key: CascadeKey, args: argparse.Namespace) -> list[Casca
     return [CascadeRow(**vars(key), outcomes=letters, **costs)]
 
 
-Group = list[CascadeRow]  # all batches of a model and an eps
-
-
 def report(rows: list[CascadeRow], cases: list[Case], args: argparse.Namespace) -> Report:
     groups: dict[tuple, Group] = {}
     for row in sorted(rows, key=lambda row: (row.norm, row.ball, size_of_model(row.model), row.eps, row.first)):
@@ -306,11 +234,6 @@ def check_order(groups: dict[tuple, Group], cases: dict[str, Case], args: argpar
                 stop(cases[model], groups[model, threat, eps][0], sample, above[2], args)
 
 
-def letters_of(group: Group) -> str:
-    """The outcomes of all images, a letter each."""
-    return "".join(row.outcomes for row in group)
-
-
 def stop(case: Case, key: CascadeKey, sample: int, verified_eps: float, args: argparse.Namespace) -> None:
     """Find the attack on the image anew, and stop with it as the evidence."""
     own, threat = slice(sample, sample + 1), threat_words(key, args)
@@ -322,123 +245,6 @@ def stop(case: Case, key: CascadeKey, sample: int, verified_eps: float, args: ar
     facts = {"eps": key.eps, "verified at eps": verified_eps, "attack's margin": found.margins.item()}
     norm = threat.pop("norm")
     stop_by_contradiction(args.out_dir / folder_name(args), case, sample, norm, attack, False, facts, **threat)
-
-
-def summarize(group: Group, case: Case) -> dict[str, Any]:
-    letters, first = letters_of(group), group[0]
-    total = len(letters)
-    wrong, broken, verified = (sum(letter in kind for letter in letters) for kind in (WRONG, BROKEN, VERIFIED))
-    unbroken = total - wrong - broken
-    record = {"model": first.model, "architecture": base(case), "recipe": recipe_text(case.config)}
-    record |= {"norm": f"{first.norm:g}", "ball": first.ball, "eps": first.eps, "images": total}
-    record |= {"clean": 1 - wrong / total, "pgd": unbroken / total, "verified": verified / total}
-    record["verified_of_unbroken"] = verified / unbroken if unbroken else 1.0
-    record["undecided"] = letters.count(UNDECIDED) / total
-    record["processor_seconds"] = sum(row.cost(stage, "seconds") for row in group for stage in (CLEAN, *STAGES))
-    for stage in (CLEAN, *STAGES):
-        record[f"settled_by_{stage}"] = letters.count(LETTERS[stage]) / total
-        record[f"tried_by_{stage}"] = sum(row.cost(stage, "tried") for row in group)
-        record[f"{stage}_processor_seconds"] = sum(row.cost(stage, "seconds") for row in group)
-    return record
-
-
-def recipe_text(config: Config) -> str:
-    recipe = recipe_of(config)
-    if recipe is None:
-        return "–" if config["architecture"] == OWN else ORDINARY
-    ball = ", one ball" * (recipe.get("ball", "frame") == "sequence") + ", cut boxes" * bool(recipe.get("clip"))
-    return f"{recipe['loss']}, {norm_text(float(recipe['p']))} {float(recipe['train_eps']):g}{ball}"
-
-
-def accuracy_table(records: list[dict]) -> list[str]:
-    header = [
-        "model",
-        "training",
-        "eps",
-        "images",
-        "clean",
-        "PGD",
-        "verified",
-        "verified / PGD",
-        "undecided",
-        "seconds",
-    ]
-    cells = []
-    for record in records:
-        shares = [f"{100 * record[name]:.2f}" for name in ("clean", "pgd", "verified")]
-        ratio = f"{record['verified_of_unbroken']:.3f}" if record["pgd"] > 0 else "–"
-        row = [f"`{record['model']}`", record["recipe"], f"{record['eps']:g}", str(record["images"]), *shares, ratio]
-        cells.append([*row, f"{100 * record['undecided']:.2f}", f"{record['processor_seconds']:.3g}"])
-    return markdown_table(header, cells, text_columns=2)
-
-
-def stage_table(records: list[dict]) -> list[str]:
-    used = [stage for stage in (CLEAN, *STAGES) if any(r[f"tried_by_{stage}"] for r in records)]
-    cells = []
-    for record in records:
-        shares = [stage_cell(record, stage) for stage in used]
-        cells.append([f"`{record['model']}`", f"{record['eps']:g}", *shares])
-    return markdown_table(["model", "eps", *(STAGE_NAMES.get(stage, stage) for stage in used)], cells)
-
-
-def stage_cell(record: dict, stage: str) -> str:
-    """The share that a stage settled, in per cent, what it tried, and its seconds; a dash where nothing was left."""
-    tried, seconds = record[f"tried_by_{stage}"], record[f"{stage}_processor_seconds"]
-    return f"{100 * record[f'settled_by_{stage}']:.2f} ({tried}, {seconds:.2g} s)" if tried else "–"
-
-
-def effort_lines(args: argparse.Namespace) -> list[str]:
-    names = STAGE_NAMES | {"": "undecided"}
-    letters = ", ".join(f"`{letter}` {names.get(stage, stage)}" for stage, letter in LETTERS.items())
-    return [
-        f"Effort: a stage takes the most promising images of a batch of {args.batch_size} first, and gives up after",
-        f"{args.patience} in a row that it cannot settle (alpha and bab after a tenth of that). These two may take",
-        f"{args.time_limit:g} s an image each, and together {args.total_limit:g} s for a model at an eps.",
-        f"rows.csv has a letter an image, in the order of their numbers: {letters}.",
-    ]
-
-
-def plot(summary: list[dict], args: argparse.Namespace) -> Figure:
-    """Accuracies over eps, a panel for each architecture and threat, a colour for each of its models."""
-    panels: dict[tuple, list[dict]] = {}
-    for record in summary:
-        panels.setdefault((record["architecture"], record["norm"], record["ball"]), []).append(record)
-    columns = columns_of_panels(len(panels))
-    count = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(5.0, 0.8 + 3.1 * columns), 1.2 + 2.8 * count), layout="constrained")
-    every = figure.subplots(count, columns, squeeze=False, sharey=True)
-    for axes in every.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes, ((name, norm, ball), records) in zip(every.flat, panels.items(), strict=False):
-        plot_panel(axes, records)
-        axes.set_title(name + ", one ball" * (ball == "sequence"), fontsize=9)
-        axes.set_xlabel(rf"$\epsilon$ ({norm_symbol(norm)}, {short_unit(args)})", fontsize=9)
-    for axes in every[:, 0]:
-        axes.set_ylabel(f"share of {noun_of(args)} (%)", fontsize=9)
-    styles = {"clean": ":", "not broken by PGD": "--", "verified": "-"}
-    handles = [Line2D([], [], color="black", linestyle=style, label=name) for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    shown = images_text([record["images"] for record in summary], noun_of(args))
-    headline(figure, f"{shown}, all classes{f'; {clip_text(args)}' if args.clip else ''}")
-    return figure
-
-
-def plot_panel(axes: Axes, records: list[dict]) -> None:
-    colors = iter(COLORS)
-    for model in dict.fromkeys(record["model"] for record in records):
-        own = [record for record in records if record["model"] == model]
-        color = "black" if own[0]["recipe"] == ORDINARY else next(colors, "tab:gray")
-        eps, clean = [0.0, *(record["eps"] for record in own)], 100 * own[0]["clean"]
-        axes.plot(eps, [clean] * len(eps), ":", color=color, linewidth=1)
-        for kind, style in (("pgd", "--"), ("verified", "o-")):
-            label = {"label": own[0]["recipe"]} if kind == "verified" else {}
-            axes.plot(eps, [clean, *(100 * r[kind] for r in own)], style, color=color, markersize=3, **label)
-    axes.set_ylim(0, 103)
-    axes.set_xlim(left=0)
-    axes.locator_params(axis="x", nbins=5)
-    axes.tick_params(labelsize=8)
-    axes.legend(frameon=False, fontsize=7)
-    tidy(axes)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Tables of what a cascade of bounds and attacks makes of many images: their rows, and how people read them."""
