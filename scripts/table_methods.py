@@ -16,12 +16,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,8 +31,6 @@ from utils.experiments.table_arguments import add_run_arguments, finish_run_argu
 from utils.own.arguments import add_own_data, check_own_data
 from utils.runs.cli import ArgumentParser, answer_early, run_main
 
-# Each of these begins with what the one before it does, so it must not certify less, if there is time for that.
-NESTED = ("crown", *TUNED_METHODS)
 CHEAPEST_FIRST = tuple(dict.fromkeys(("ibp", "crown-ibp", *METHODS)))
 QUICK = {"alpha_steps": 6, "curve_steps": 2, "time_limit": 1.0}  # at most, with --quick
 
@@ -41,7 +38,9 @@ QUICK = {"alpha_steps": 6, "curve_steps": 2, "time_limit": 1.0}  # at most, with
 def get_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     add_run_arguments(parser, norms=(2.0, inf), batch_size=10)
-    parser.add_argument("--methods", choices=METHODS, nargs="+", default=NESTED, help="methods to compare")
+    parser.add_argument(
+        "--methods", choices=METHODS, nargs="+", default=("crown", *TUNED_METHODS), help="methods to compare"
+    )
     parser.add_argument(
         "--targeted", action="store_true", help="keep away from one random class an image, not from all others"
     )
@@ -60,59 +59,20 @@ def get_args() -> argparse.Namespace:
 if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from data.mnist import ImageData
 from utils.attack.pgd import AttackResult, RadiusAttackResult, attack_radius
 from utils.certify import certified_radius
-from utils.experiments.plots import columns_of_panels, headline, images_text, norm_symbol, size_of_model, stairs, tidy
+from utils.experiments.methods.report import effort_line, method_table, model_table, order_lines, plot, summarize
+from utils.experiments.methods.rows import TOL, Group, MethodKey, MethodRow, shortfalls
+from utils.experiments.plots import size_of_model
 from utils.experiments.table_run import Report, Table, batch_jobs, run_table, stop_by_contradiction
-from utils.experiments.tables import Case, load_case, markdown_table, norm_text
-from utils.experiments.wording import is_own, noun_of, short_unit
+from utils.experiments.tables import Case, load_case, norm_text
+from utils.experiments.wording import is_own
 from utils.own.case import own_case
-from utils.runs.bound_rows import statistics
-from utils.runs.rows import KeyedRow
 
 NAME = "methods"
-COLORS = {"ibp": "tab:gray", "crown-ibp": "tab:brown", "crown": "tab:blue", "alpha": "tab:green"}
-COLORS |= {"curve": "tab:purple", "bab": "black"}
-TOL = 1e-3  # the search's: a radius is at most this share below what its method could certify
-
-
-@dataclass(frozen=True)
-class MethodKey:
-    """A test image, the class to keep away from ("all" for every other), a model, a norm and a method."""
-
-    model: str
-    norm: float
-    index: int
-    label: int
-    target: int | str
-    method: str
-
-
-@dataclass(frozen=True)
-class MethodRow(MethodKey, KeyedRow):
-    """The method's radius and the attack's, in pixel values, and times, shared evenly among the images of a batch.
-
-    ``seconds`` are those of the clock, ``processor_seconds`` those of all of the process's threads. The attack is made
-    once for all methods of an image.
-    """
-
-    KEY: ClassVar[type] = MethodKey
-
-    radius: float
-    attack: float
-    seconds: float
-    processor_seconds: float
-    attack_seconds: float
-
-    @property
-    def share(self) -> float:
-        return self.radius / self.attack
 
 
 def plan(cases: list[Case], args: argparse.Namespace) -> Table:
@@ -196,43 +156,6 @@ def check_attack(
             stop_by_contradiction(folder, case, batch[place], norm, own, targeted=args.targeted, facts=facts)
 
 
-def cheaper_method(method: str, methods: Sequence[str]) -> str | None:
-    """The next cheaper of ``methods``, which ``method`` begins with; None if there is none."""
-    before = [name for name in NESTED if name in methods]
-    return before[before.index(method) - 1] if method in before[1:] else None
-
-
-def least_method(method: str, methods: Sequence[str]) -> str | None:
-    """That which ``method`` must not fall behind: the next cheaper one.
-
-    For bab that is the cheapest: its limit counts all that it does, and may leave no time for curves.
-    """
-    if method == "bab":
-        return NESTED[0] if NESTED[0] in methods else None
-    return cheaper_method(method, methods)
-
-
-def falls_short(row: MethodRow, cheaper: MethodRow) -> bool:
-    """Whether a radius is below the cheaper method's by more than the ends of two searches can lie apart."""
-    return row.radius < cheaper.radius / (1.0 + TOL)
-
-
-def shortfalls(rows: Sequence[MethodRow], methods: Sequence[str]) -> list[str]:
-    """A line for every radius that falls short of the cheaper method's on the same image."""
-    place = {row.key: row for row in rows}
-    lines = []
-    for row in rows:
-        method = least_method(row.method, methods)
-        cheaper = method and place[MethodKey(**vars(row.key) | {"method": method})]
-        if cheaper and falls_short(row, cheaper):
-            where = f"{row.model}, {norm_text(row.norm)}, image {row.index}"
-            lines.append(f"{where}: {row.method} certifies {row.radius:.6g}, {method} {cheaper.radius:.6g}")
-    return lines
-
-
-Group = dict[str, list[MethodRow]]  # rows of a model and a norm by method, images in the same order
-
-
 def report(rows: list[MethodRow], args: argparse.Namespace) -> Report:
     groups: dict[tuple[str, float], Group] = {}
     for row in sorted(rows, key=lambda row: (row.norm, size_of_model(row.model))):
@@ -258,114 +181,6 @@ def report(rows: list[MethodRow], args: argparse.Namespace) -> Report:
     lines += ["", effort_line(args), "", *order_lines(rows, args)]
     lines = [line.replace("image", "input") for line in lines] if is_own(args) else lines
     return Report(summary, lines, plot(groups, against, args))
-
-
-def summarize(group: Group, method: str) -> dict:
-    rows = group[method]
-    radius, attack = (statistics([getattr(row, name) for row in rows]) for name in ("radius", "attack"))
-    cheaper = cheaper_method(method, list(group))
-    pairs = list(zip(rows, group[cheaper], strict=True)) if cheaper else []
-    record = {"model": rows[0].model, "norm": f"{rows[0].norm:g}", "method": method, "images": len(rows)}
-    record |= {"radius_mean": radius["mean"], "radius_std": radius["std"]}
-    record |= {"attack_mean": attack["mean"], "attack_std": attack["std"]}
-    record |= {"ratio_of_means": radius["mean"] / attack["mean"]}
-    record |= {"mean_of_ratios": statistics([row.share for row in rows])["mean"]}
-    for name in ("seconds", "processor_seconds", "attack_seconds"):
-        record[name] = statistics([getattr(row, name) for row in rows])["mean"]
-    record["cheaper"] = cheaper or ""
-    record["below_cheaper"] = sum(falls_short(*pair) for pair in pairs) if cheaper else ""
-    return record
-
-
-def model_table(records: list[dict]) -> list[str]:
-    header = ["model", "method", "images", "radius", "PGD", "radius / PGD, of means", "mean of ratios"]
-    header += ["s per image", "processor s", "below the cheaper method's"]
-    cells = []
-    for record in records:
-        radius, attack = (f"{record[f'{n}_mean']:.3g} ± {record[f'{n}_std']:.2g}" for n in ("radius", "attack"))
-        ratios = [f"{record[name]:.3f}" for name in ("ratio_of_means", "mean_of_ratios")]
-        seconds = [f"{record[name]:.2g}" for name in ("seconds", "processor_seconds")]
-        below = f"{record['below_cheaper']} of {record['images']}" if record["cheaper"] else "–"
-        cells.append(
-            [f"`{record['model']}`", record["method"], str(record["images"]), radius, attack, *ratios, *seconds, below]
-        )
-    return markdown_table(header, cells, text_columns=2)
-
-
-def method_table(records: list[dict]) -> list[str]:
-    """The trade-off of each method, all models counting alike."""
-    names = {"ratio_of_means": ".3f", "mean_of_ratios": ".3f", "seconds": ".2g", "processor_seconds": ".2g"}
-    cells = []
-    for method in dict.fromkeys(record["method"] for record in records):
-        own = [record for record in records if record["method"] == method]
-        means = [f"{statistics([record[name] for record in own])['mean']:{form}}" for name, form in names.items()]
-        cells.append([method, *means])
-    return markdown_table(["method", "radius / PGD, of means", "mean of ratios", "s per image", "processor s"], cells)
-
-
-def effort_line(args: argparse.Namespace) -> str:
-    efforts = {"alpha": f"{args.alpha_steps} steps", "curve": f"{args.curve_steps} steps"}
-    efforts["bab"] = f"{args.time_limit:g} s an image"
-    words = [f"{name} {effort}" for name, effort in efforts.items() if name in args.methods]
-    return "; ".join([f"Effort: radii are searched to a relative tolerance of {TOL:g}", *words]) + "."
-
-
-def order_lines(rows: list[MethodRow], args: argparse.Namespace) -> list[str]:
-    """Whether every tuned method certifies what the cheaper one does; the images on which one does not."""
-    found = shortfalls(rows, args.methods)
-    if not found:
-        return ["On no image is a radius below the cheaper method's by more than that tolerance."]
-    head = f"**{len(found)} radii are below the cheaper method's by more than that tolerance, which must not be:**"
-    return [head, "", *(f"- {words}" for words in found)]
-
-
-def plot(groups: dict[tuple[str, float], Group], against: str, args: argparse.Namespace) -> Figure:
-    """Certified share of the images over eps, with the attack's above: a panel for each model and norm."""
-    norms = list(dict.fromkeys(norm for _, norm in groups))
-    models = list(dict.fromkeys(model for model, _ in groups))
-    columns = columns_of_panels(len(models))
-    lines = -(-len(models) // columns)
-    figure = Figure(figsize=(max(5.0, 0.8 + 2.7 * columns), 0.9 + 2.3 * lines * len(norms)), layout="constrained")
-    every = figure.subplots(lines * len(norms), columns, squeeze=False, sharey=True)
-    for axes in every.flat:
-        axes.set_visible(False)
-    for (model, norm), group in groups.items():
-        line, column = divmod(models.index(model), columns)
-        axes = every[line + lines * norms.index(norm), column]
-        axes.set_visible(True)
-        plot_panel(axes, group)
-        axes.set_title(model, fontsize=9)
-        axes.set_xlabel(rf"$\epsilon$ ({norm_symbol(norm)}, {short_unit(args)})", fontsize=9)
-    for axes in every[:, 0]:
-        axes.set_ylabel(f"share of {noun_of(args)} (%)", fontsize=9)
-    handles, names = every[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(columns + 1, 3), frameon=False, fontsize=9)
-    shown = images_text([len(rows) for group in groups.values() for rows in group.values()], noun_of(args))
-    headline(
-        figure, f"{shown} a model, against {against};", "every slice in a ball of its own; planes, tuned by alpha on"
-    )
-    return figure
-
-
-def plot_panel(axes: Axes, group: Group) -> None:
-    """Shares of one model: what lies between the best certificate and the attack is undecided."""
-    radii = {method: np.array([row.radius for row in rows]) for method, rows in group.items()}
-    attack = np.array([row.attack for row in next(iter(group.values()))])
-    every = np.concatenate([attack, *radii.values()])
-    end = every[np.isfinite(every)].max()
-    eps = np.unique(np.concatenate([[0.0], every.clip(max=2 * end)]))
-    low, high = (100 * (values > eps[:, None]).mean(axis=1) for values in (list(radii.values())[-1], attack))
-    axes.fill_between(eps, low, high, step="post", color="tab:gray", alpha=0.15, linewidth=0, label="undecided")
-    # An endless radius ends beyond the axis. Cheaper methods are thinner and on top, so that equal curves are all seen.
-    stairs(axes, attack.clip(max=2 * end), len(attack), color="tab:red", linestyle="--", label="not broken by PGD")
-    for number, (method, values) in enumerate(radii.items()):
-        style = {"color": COLORS.get(method, "tab:orange"), "linewidth": 1.2 + 0.6 * number, "zorder": 3 - 0.1 * number}
-        stairs(axes, values.clip(max=2 * end), len(values), label=f"certified by {method}", **style)
-    axes.set_xlim(0, 1.02 * end)
-    axes.set_ylim(0, 103)
-    axes.locator_params(axis="x", nbins=5)
-    axes.tick_params(labelsize=8)
-    tidy(axes)
 
 
 def main() -> None:
