@@ -335,6 +335,25 @@ def test_recurrent_networks_are_split_where_few_neurons_are_open():
     assert not can_split(problem, torch.tensor([1.0], dtype=DTYPE))
 
 
+def test_modules_of_ones_own_are_known_to_be_recurrent():
+    """Whichever way a network is read: its graph says so, in every precision."""
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stock = network("rnn")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stock.head(self.stock.rnn(x)[0].mean(dim=1))
+
+    torch.manual_seed(0)
+    x = torch.rand(1, 2, 2)
+    for model in (network("rnn"), Reader()):
+        problem = margin_problem(model, x, model(x).argmax(dim=1), method="bab")
+        assert all(problem.graph(dtype).recurrent for dtype in (torch.float32, DTYPE))
+        assert not can_split(problem, torch.tensor([1.0], dtype=DTYPE))
+
+
 def test_radii_of_recurrent_networks_grow_by_splitting(monkeypatch):
     """Whatever share of the neurons is open; with bounds that are too high, attacks are inside."""
     model, problem = question("rnn", INF, 0)

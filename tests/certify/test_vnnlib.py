@@ -488,15 +488,51 @@ def test_splitting_neurons_proves_what_one_bound_does_not(tmp_path, seed):
     assert problem.proved_by_splitting(case.lower[None], case.upper[None])
 
 
+def rnn_file(path, inputs: int, width: int, steps: int, seed: int) -> OnnxNetwork:
+    """A relu RNN with three outputs, whose first state is zero, as an ONNX file."""
+    torch.manual_seed(seed)
+    rnn = nn.RNN(inputs, width, nonlinearity="relu", batch_first=True)
+    model = SequenceClassifier(rnn, nn.Linear(width, 3), pooling="mean").requires_grad_(False).double()
+    model.rnn.weight_hh_l0 *= 2.0
+    return read_onnx(export_onnx(model, steps, path))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_splitting_neurons_of_a_recurrent_network_proves_more(tmp_path, monkeypatch, seed):
+    """Where few neurons are open; where more are than ``FEW`` allows it is not tried."""
+    network, x = rnn_file(tmp_path / "net.onnx", 6, 16, 4, seed), 0.3 * normal(1, 24, seed=1)
+    label = int(network.outputs(x).argmax())
+
+    def problem(eps: float) -> tuple:
+        write_robustness(tmp_path / "p.vnnlib", x.flatten() - eps, x.flatten() + eps, label, num_classes=3)
+        (case,) = read_vnnlib(tmp_path / "p.vnnlib").cases
+        return _CaseProblem(network, case, now() + 60.0), (case.lower[None], case.upper[None])
+
+    low, high = 0.0, 4.0  # planes prove the first and not the second
+    for _ in range(12):
+        eps = 0.5 * (low + high)
+        one, box = problem(eps)
+        low, high = (eps, high) if float(one.bound(*box)[0]) > 0 else (low, eps)
+    one, box = problem(1.04 * high)
+    assert float(one.bound(*box)[0]) < 0
+    monkeypatch.setattr("utils.certify.splitting.question.FEW", 0.0)
+    assert not one.proved_by_splitting(*box)
+    monkeypatch.setattr("utils.certify.splitting.question.FEW", 1.0)
+    assert one.proved_by_splitting(*box)
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
 @pytest.mark.parametrize("broken", [False, True])
-def test_no_proof_by_split_neurons_is_wrong(tmp_path, monkeypatch, broken):
+def test_no_proof_by_split_neurons_is_wrong(tmp_path, monkeypatch, broken, recurrent):
     """Limits around what a grid reaches, alone and with another; bounds that are too high prove too much."""
+    monkeypatch.setattr("utils.certify.splitting.question.FEW", 1.0)
     if broken:
         own = verify.split_rows
         monkeypatch.setattr("utils.certify.verify.split_rows", lambda *given: own(*given) + 0.05)
     wrong, proved = 0, 0
     for seed in range(2):
-        network = relu_file(tmp_path / "net.onnx", 3, 5, seed)
+        path = tmp_path / "net.onnx"
+        network = rnn_file(path, 1, 4, 3, seed) if recurrent else relu_file(path, 3, 5, seed)
         points = torch.cartesian_prod(*[torch.linspace(-0.5, 0.5, 21, dtype=torch.float64)] * 3)
         outputs = network.outputs(points)
         for shift in (-0.02, 0.005):

@@ -676,6 +676,7 @@ class Builder:
         state_nodes = tuple(self._pieces(row, single=True)[0] for row in rows[len(inputs) :])
         rows = rows[: len(inputs)]
         cell = self._cell(kind, weights, nonlinearity)
+        self.graph.recurrent = True
         first = rows[0]
         normalised = not all(row.is_plain for row in rows) and all(
             bool((row.ids != CONSTANT).all() and (row.scale != 0).all())
@@ -778,6 +779,7 @@ def pruned(graph: Graph, output: Node) -> Graph:
                 needed.add(parent)
                 open_nodes.append(parent)
     smaller = Graph()
+    smaller.recurrent = graph.recurrent
     for node in graph.nodes[: output.index + 1]:
         if isinstance(node, Frame):
             node.child_weights = []  # of what is left only: adding a child appends its own
@@ -789,6 +791,7 @@ def pruned(graph: Graph, output: Node) -> Graph:
 def as_graph(graph: Graph, dtype: torch.dtype, device: torch.device | str = "cpu", relaxation: str | None = None):
     """The same graph in another precision, on another device, its gate products relaxed in another way if given."""
     other = Graph()
+    other.recurrent = graph.recurrent
     cast: dict[int, Tensor] = {}
 
     def converted(value):
