@@ -35,7 +35,7 @@ SHIFTED = "--hidden-scale 0.1 --hidden-shift 0.9"
 LARGE = "--batch-size 512"
 SOONER = f"--overshoot 1 {SHIFTED} --input-rate 3 --adam-beta2 0.99"
 MODELS = [
-    ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 60, SOONER),
+    ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 100, f"{SOONER} {LARGE}"),
     ("lstm_{}_64", 7, "ibp", "inf", 0.1, 60, ""),
     ("gru_{}_64", 7, "ibp", "inf", 0.1, 60, ""),
     ("rnn_{}_64_tanh", 7, "ibp", "inf", 0.1, 160, f"{SHIFTED} {LARGE}"),
