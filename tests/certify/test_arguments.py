@@ -62,6 +62,7 @@ STATES = {
     "inference": torch.inference_mode,
     "deterministic": lambda: changed(torch.use_deterministic_algorithms, True, False),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "short products": lambda: changed(torch.set_float32_matmul_precision, "medium", "highest"),
 }
 
 

@@ -15,6 +15,7 @@ from ..network.constants.groups import SeveralReadings, groups_of
 from ..network.models import SequenceClassifier
 from ..network.reading import Network, graph_of
 from ..perturbation.moves import FrameBalls
+from ..precision import without_cudnn
 from ..question.question import Question
 from ..question.threat import threat_of
 
@@ -85,8 +86,7 @@ class AttackProblem:
     def margins(self, x: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:
         """All margins (m, ..., n_specs) of the chosen samples at inputs x, (m, ..., T, n), in the precision of x."""
         rows = self.rows[chosen].to(x.dtype)
-        # cuDNN's recurrent layers have no gradient in evaluation mode.
-        with torch.backends.cudnn.flags(enabled=False):
+        with without_cudnn():
             logits = self._logits(x, chosen)
         margins, offsets = torch.einsum("b...c,bsc->b...s", logits, rows), self.question.offsets
         if offsets is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..bounds.alpha import STEP_BOUNDS, slopes_pay
 from ..bounds.curve_tuning import CURVED_STEP, VERDICT_STEPS
 from ..clock import Pace, now, share_of
+from ..precision import full_precision
 from ..question.arguments import check_precision
 from .bab import ALPHA_SHARE, CURVE_SHARE, TUNED_SHARE, curves_pay, refine_radii
 from .counts import search_counts
@@ -73,6 +74,7 @@ class RadiusResult:
     start: Tensor
 
 
+@full_precision()
 def search_radius(
     problem: MarginProblem,
     *,

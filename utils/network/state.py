@@ -8,13 +8,19 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
+
 _set_by_user: list[tuple[torch.dtype, torch.device]] = []
 
 
 @contextmanager
 def plain_state() -> Iterator[None]:
-    """No autocast, no inference mode, float32 and the CPU by default; around a call, also as a decorator."""
+    """No autocast, no inference mode, float32 and the CPU by default; around a call, also as a decorator.
+
+    Products of float32 are of float32, whatever precision the user or the device's libraries take for them.
+    """
     with ExitStack() as stack:
+        stack.enter_context(full_precision())
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))  # which would let gradients be recorded
             stack.enter_context(torch.no_grad())

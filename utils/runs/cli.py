@@ -65,10 +65,16 @@ def add_common_arguments(
 
 
 def apply_common_arguments(args: argparse.Namespace) -> torch.device:
-    """Seed torch, set its thread count and return the device. Raises ValueError if the device is not there."""
+    """Seed torch, set its thread count and return the device. Raises ValueError if the device is not there.
+
+    On a GPU, too, products of float32 are of float32 from now on.
+    """
     import torch
 
+    from ..precision import use_full_precision
+
     device = resolve_device(args)
+    use_full_precision()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
