@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from on_device import run_on
 from rounding import round_otherwise
 
 
@@ -9,12 +10,15 @@ def pytest_addoption(parser):
     parser.addoption("--torch-threads", type=int, default=1, help="threads of PyTorch in the tests' own process")
     parser.addoption("--full", action="store_true", help="with the repetitions that are only insurance")
     parser.addoption("--other-rounding", action="store_true", help="matrix products have other last bits, by chance")
+    parser.addoption("--device", default=None, help="run public functions and scripts there: cuda (tests/on_device.py)")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "real_rounding: rows of this process against those of another one, bit by bit")
     if config.getoption("--other-rounding"):
         round_otherwise()
+    if config.getoption("--device"):
+        run_on(torch.device(config.getoption("--device")))
 
 
 def pytest_runtest_setup(item):
