@@ -31,7 +31,7 @@ from utils.runs.ranks import joined
 from utils.runs.results import check_writable
 from utils.training.certified.objective import Certified
 from utils.training.loop import Objective, plot_history, rehearse, train
-from utils.training.mnist import accuracies, check_slices, evaluate, hold_back, make_config
+from utils.training.mnist import accuracies, check_slices, evaluate, hold_back, make_config, shift_of_frames
 from utils.training.state import TrainingState
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         # Train; every epoch is kept, and --resume goes on from the last one.
         state = TrainingState(path, args, labels[0])
         seen = hold_back(frames, labels, args.held_back)  # the training set's, and what is watched meanwhile
-        history = train(model, *seen, args, state, objective, ranks)
+        history = train(model, *seen, args, state, objective, ranks, shift_of_frames(args.shift))
 
         # Evaluate, save and draw.
         if ranks.first:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from on_device import run_on
 from rounding import round_otherwise
 
 
@@ -10,7 +9,7 @@ def pytest_addoption(parser):
     parser.addoption("--torch-threads", type=int, default=1, help="threads of PyTorch in the tests' own process")
     parser.addoption("--full", action="store_true", help="with the repetitions that are only insurance")
     parser.addoption("--other-rounding", action="store_true", help="matrix products have other last bits, by chance")
-    parser.addoption("--device", default=None, help="run public functions and scripts there: cuda (tests/on_device.py)")
+    parser.addoption("--device", default=None, help="cuda or pretended: run public functions and scripts there")
 
 
 def pytest_configure(config):
@@ -18,7 +17,9 @@ def pytest_configure(config):
     if config.getoption("--other-rounding"):
         round_otherwise()
     if config.getoption("--device"):
-        run_on(torch.device(config.getoption("--device")))
+        from on_device import run_on
+
+        run_on(torch.device(config.getoption("--device"), 0))
 
 
 def pytest_runtest_setup(item):

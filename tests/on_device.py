@@ -1,7 +1,8 @@
 """The suite on another device: public functions get their models and tensors there, and hand their results back.
 
 ``bash scripts/test.sh --device cuda`` runs every test with the functions below as they are on a GPU, and every script
-that a test runs in its own process with ``--device cuda``. What a test expects stays what it is.
+that a test runs in its own process with ``--device cuda``. What a test expects stays what it is. ``--device pretended``
+does so on any machine (tests/elsewhere.py).
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import functools
 import importlib
 import inspect
 import sys
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 
+import scripts_in_process
 import torch
+from elsewhere import DEVICE as PRETENDED
+from elsewhere import SecondDevice
 from torch import Tensor, nn
 
 from utils.graph.graph import Graph
@@ -50,14 +55,27 @@ def run_on(device: torch.device) -> None:
         source = importlib.import_module(module)
         for name in names:
             _replace(getattr(source, name), device)
-    add = cli.add_common_arguments
+    if device == PRETENDED:
+        cli.resolve_device = lambda args: device
+        scripts_in_process.run = _pretended(scripts_in_process.run)
+    else:
+        add = cli.add_common_arguments
 
-    @functools.wraps(add)
-    def added(parser, *args, **kwargs):
-        add(parser, *args, **kwargs)
-        parser.set_defaults(device=str(device))
+        @functools.wraps(add)
+        def added(parser, *args, **kwargs):
+            add(parser, *args, **kwargs)
+            parser.set_defaults(device=str(device))
 
-    cli.add_common_arguments = added
+        cli.add_common_arguments = added
+
+
+def _pretended(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with SecondDevice():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _replace(function, device: torch.device) -> None:
@@ -77,8 +95,9 @@ def _there(function, device: torch.device):
         given = list(_tensors([args, kwargs]))
         if any(tensor.device.type != "cpu" for tensor in given):
             return function(*args, **kwargs)
-        args, kwargs = moved((args, kwargs), device, {})
-        return moved(function(*args, **kwargs), torch.device("cpu"), {})
+        with SecondDevice() if device == PRETENDED else nullcontext():
+            args, kwargs = moved((args, kwargs), device, {})
+            return moved(function(*args, **kwargs), torch.device("cpu"), {})
 
     call.__signature__ = inspect.signature(function)
     return call

@@ -17,7 +17,8 @@ from utils.training.certified.clean_pass import clean_pass
 from utils.training.certified.losses import LOSSES
 from utils.training.certified.objective import Certified
 from utils.training.certified.recipe import Recipe
-from utils.training.cnn import random_change, settle_statistics
+from utils.training.changes import random_change
+from utils.training.cnn import settle_statistics
 
 MNIST, CIFAR = "cnn/train_cnn_mnist_classifier.py", "cnn/train_cnn_cifar_classifier.py"
 SMALL = ("--width", 2, "--batch-size", 50, "--threads", 1)

@@ -795,8 +795,9 @@ def as_graph(graph: Graph, dtype: torch.dtype, device: torch.device | str = "cpu
     cast: dict[int, Tensor] = {}
 
     def converted(value):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return cast.setdefault(id(value), usable_tensor(value).to(device, dtype))
+        if isinstance(value, Tensor):
+            kind = dtype if value.is_floating_point() else value.dtype  # which of the others are places and masks
+            return cast.setdefault(id(value), usable_tensor(value).to(device, kind))
         if isinstance(value, tuple):
             return tuple(converted(part) for part in value)
         return value

@@ -29,7 +29,15 @@ def add_training_arguments(parser: argparse.ArgumentParser, hidden_size: int = 6
     group.add_argument(
         "--time-step", type=positive_int, default=time_step, help="frames an image is cut into; must divide 28"
     )
+    add_shift_argument(parser.add_argument_group("changed images"))
     add_loop_arguments(parser)
+
+
+def add_shift_argument(group, shift: int = 0) -> None:
+    """Add --shift."""
+    group.add_argument(
+        "--shift", type=non_negative_int, default=shift, metavar="PIXELS", help="largest random shift of an image"
+    )
 
 
 def add_mlp_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,9 +76,7 @@ def add_cnn_training_arguments(parser: argparse.ArgumentParser, shift: int = 0, 
     """Add the flags of a CNN's train script and the common ones; by default images are shifted and flipped so."""
     add_cnn_model_arguments(parser.add_argument_group("model"))
     group = parser.add_argument_group("changed images")
-    group.add_argument(
-        "--shift", type=non_negative_int, default=shift, metavar="PIXELS", help="largest random shift of an image"
-    )
+    add_shift_argument(group, shift)
     group.add_argument(
         "--flip", action=argparse.BooleanOptionalAction, default=flip, help="mirror half of the images at random"
     )

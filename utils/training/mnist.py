@@ -13,7 +13,8 @@ from ..network.checkpoint import Config
 from ..runs.cli import json_value
 from .certified.arguments import recipe_facts
 from .certified.recipe import Recipe
-from .loop import History, Objective, accuracy, training_facts
+from .changes import random_change
+from .loop import Change, History, Objective, accuracy, training_facts
 
 MOVED = ("perturb", "perturb_eps", "perturb_norm", "perturb_method")  # flags of training against moves of weights
 
@@ -52,11 +53,20 @@ def make_config(
         "bias": True,
         "activation": activation,
         "pooling": getattr(args, "pooling", "last"),
+        **({"shift": args.shift} if args.shift else {}),
         "input_mean": 0.0,
         "input_std": 1.0,
         **data_facts(args, data),
         **({} if recipe is None else recipe_facts(recipe) | {"held_back": args.held_back}),
     }
+
+
+def shift_of_frames(shift: int) -> Change | None:
+    """Moves the image of each sequence, (batch, T, 784 / T), by up to ``shift`` pixels along both axes."""
+    change = random_change(shift, flip=False)
+    if change is None:
+        return None
+    return lambda x, random: change(x.reshape(len(x), 1, SIDE, SIDE), random).reshape(x.shape)
 
 
 def hold_back(frames: list[Tensor], labels: list[Tensor], count: int | None) -> tuple[list[Tensor], list[Tensor]]:
