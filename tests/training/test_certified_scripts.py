@@ -86,7 +86,7 @@ def test_training_for_the_bound_pays_and_its_figures_are_true(tmp_path, data):
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, data, monkeypatch):
     from utils.training.certified.objective import Certified
 
-    flags = (*SMALL, *BALLS, "--epochs", 4, "--data-dir", data)
+    flags = (*SMALL, *BALLS, "--shift", 1, "--epochs", 4, "--data-dir", data)
     assert call(RNN, *flags, "--save-dir", tmp_path / "whole").code == 0
     stock, calls = Certified.measure, []
 

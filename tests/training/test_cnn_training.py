@@ -11,6 +11,7 @@ from mnist_files import write_mnist_folder
 from test_bound_scripts import assert_one_line, call
 from torch import nn
 
+from data.mnist import as_frames
 from utils.certify import certified_margin
 from utils.network import CNN_KINDS, load_checkpoint, make_cnn
 from utils.training.certified.clean_pass import clean_pass
@@ -19,6 +20,7 @@ from utils.training.certified.objective import Certified
 from utils.training.certified.recipe import Recipe
 from utils.training.changes import random_change
 from utils.training.cnn import settle_statistics
+from utils.training.mnist import shift_of_frames
 
 MNIST, CIFAR = "cnn/train_cnn_mnist_classifier.py", "cnn/train_cnn_cifar_classifier.py"
 SMALL = ("--width", 2, "--batch-size", 50, "--threads", 1)
@@ -127,6 +129,16 @@ def test_shifts_and_mirror_images_are_those_and_no_others():
     still = random_change(1, False)(image.expand(400, -1, -1, -1), torch.Generator().manual_seed(0))
     assert len({next(i for i, one in enumerate(known) if torch.equal(one, changed)) for changed in still}) == 9
     assert random_change(0, False) is None
+
+
+def test_slices_of_an_image_are_moved_together():
+    images = torch.rand(1, 1, 28, 28).expand(200, -1, -1, -1)
+    frames = as_frames(images.squeeze(1), 7)
+    moved = shift_of_frames(1)(frames, torch.Generator().manual_seed(0))
+    wanted = random_change(1, False)(images, torch.Generator().manual_seed(0))
+    assert torch.equal(moved, as_frames(wanted.squeeze(1), 7)) and moved.shape == frames.shape
+    assert len({tuple(one.flatten().tolist()) for one in moved}) == 9
+    assert shift_of_frames(0) is None
 
 
 # --- the scripts ---
