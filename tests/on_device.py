@@ -14,6 +14,7 @@ import inspect
 import sys
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
+from unittest import mock
 
 import scripts_in_process
 import torch
@@ -56,7 +57,6 @@ def run_on(device: torch.device) -> None:
         for name in names:
             _replace(getattr(source, name), device)
     if device == PRETENDED:
-        cli.resolve_device = lambda args: device
         scripts_in_process.run = _pretended(scripts_in_process.run)
     else:
         add = cli.add_common_arguments
@@ -72,7 +72,7 @@ def run_on(device: torch.device) -> None:
 def _pretended(function):
     @functools.wraps(function)
     def call(*args, **kwargs):
-        with SecondDevice():
+        with SecondDevice(), mock.patch.object(cli, "resolve_device", return_value=PRETENDED):
             return function(*args, **kwargs)
 
     return call

@@ -8,10 +8,11 @@ import pytest
 import torch
 from elsewhere import DEVICE, SecondDevice
 from on_device import moved
+from test_certificate import run_checker
 from torch import nn
 
 from utils.attack import attack_radius, pgd
-from utils.certify import certified_margin, certified_radius, decide
+from utils.certify import certified_margin, certified_radius, decide, save_certificates
 from utils.models import SequenceClassifier
 from utils.network import symbolic
 
@@ -73,6 +74,16 @@ def test_answers_are_those_of_the_cpu(name, question):
     arguments = given(name)
     here = QUESTIONS[question](*arguments).detach()
     torch.testing.assert_close(there(QUESTIONS[question], arguments).detach(), here, rtol=1e-4, atol=1e-6)
+
+
+def test_certificates_of_frames_that_are_exact(tmp_path, capsys):
+    """Their hints are made of nothing that is on the device."""
+    model, x, labels = given("lstm")
+    with SecondDevice():
+        arguments = moved((model, x, labels), DEVICE, {})
+        paths = save_certificates(tmp_path, *arguments, [1e-3] * 3, frames=[2])
+    code, output, errors = run_checker(capsys, *paths)
+    assert code == 0 and len(paths) == 3, output + errors
 
 
 def test_masks_that_stay_behind_are_noticed():

@@ -363,7 +363,7 @@ def _node_hints(
     """Slopes and curvatures, (batch or 1, 2, operands, size) each."""
     if not isinstance(node, kind) or len(node.parents) != operands:
         raise RuntimeError(f"node {node.index} of the graph is not the {name} of a cell: certificates do not fit it")
-    none = torch.zeros(1, 2, operands, node.size, dtype=torch.float64)
+    none = torch.zeros(1, 2, operands, node.size, dtype=torch.float64, device=bounds.perturbation.x.device)
     if bounds.is_exact(node):
         return none, none
     lower, upper = bounds.relaxation(node)
