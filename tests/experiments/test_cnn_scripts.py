@@ -22,7 +22,7 @@ from utils.experiments import cnn as cnn_runs
 from utils.network.checkpoint import build_model, load_checkpoint, model_name, save_checkpoint
 from utils.runs.bound_rows import read_bound_rows
 from utils.runs.results import read_record
-from utils.training.cnn import as_images
+from utils.training.images.cnn import as_images
 
 INF = float("inf")
 BOUND = "cnn/bound_cnn.py"

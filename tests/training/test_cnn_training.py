@@ -18,8 +18,8 @@ from utils.training.certified.clean_pass import clean_pass
 from utils.training.certified.losses import LOSSES
 from utils.training.certified.objective import Certified
 from utils.training.certified.recipe import Recipe
-from utils.training.changes import random_change
-from utils.training.cnn import settle_statistics
+from utils.training.images.changes import random_change
+from utils.training.images.cnn import settle_statistics
 from utils.training.mnist import shift_of_frames
 
 MNIST, CIFAR = "cnn/train_cnn_mnist_classifier.py", "cnn/train_cnn_cifar_classifier.py"

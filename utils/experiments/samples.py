@@ -15,7 +15,7 @@ from data.mnist import ImageData, as_frames
 
 from ..network.checkpoint import Classifier, Config
 from ..perturbation.lp_ball import INF
-from ..training.cnn import as_images
+from ..training.images.cnn import as_images
 
 Form = Callable[[Tensor], Tensor]  # images, (n, 28, 28) or (n, 3, 32, 32), as a model takes them
 

@@ -13,7 +13,7 @@ from ..network.checkpoint import Config
 from ..runs.cli import json_value
 from .certified.arguments import recipe_facts
 from .certified.recipe import Recipe
-from .changes import random_change
+from .images.changes import random_change
 from .loop import Change, History, Objective, accuracy, training_facts
 
 MOVED = ("perturb", "perturb_eps", "perturb_norm", "perturb_method")  # flags of training against moves of weights

@@ -10,12 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.mnist import ImageData
 
-from ..choices.tables import CNN_WIDTHS
-from ..network.checkpoint import Config
-from .certified.arguments import recipe_facts
-from .certified.recipe import Recipe
-from .loop import EVALUATION_BATCH
-from .mnist import data_facts
+from ...choices.tables import CNN_WIDTHS
+from ...network.checkpoint import Config
+from ..certified.arguments import recipe_facts
+from ..certified.recipe import Recipe
+from ..loop import EVALUATION_BATCH
+from ..mnist import data_facts
 
 
 def as_images(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loop import Change
+from ..loop import Change
 
 
 def random_change(shift: int, flip: bool) -> Change | None:

@@ -1,0 +1,1 @@
+"""What trainings on images share: changes of images, and convolutional networks."""
