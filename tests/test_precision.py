@@ -28,6 +28,8 @@ def older() -> list:
 @pytest.fixture(params=("as torch begins", "high", "medium", "all", "apart"))
 def shortened(request):
     before = precisions()
+    torch.set_float32_matmul_precision("highest")
+    BACKENDS.cudnn.allow_tf32 = True  # scripts of other tests may have changed it
     if request.param == "all":
         BACKENDS.fp32_precision = "tf32"
     elif request.param == "apart":
