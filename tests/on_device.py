@@ -124,7 +124,7 @@ def moved(value, device: torch.device, known: dict):
     elif isinstance(value, nn.Module):
         found = _copy(value, device)
     elif isinstance(value, Graph):
-        first = next(_tensors([vars(node) for node in value.nodes]), None)
+        first = next(filter(Tensor.is_floating_point, _tensors([vars(node) for node in value.nodes])), None)
         found = value if first is None else as_graph(value, first.dtype, device)
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         found = type(value)(*(moved(part, device, known) for part in value))

@@ -24,6 +24,7 @@ from ..graph.graph import Graph
 from ..jacobian.shells import SHELLS, ShellPass
 from ..network.reading import Network, graph_of
 from ..perturbation.sets import Perturbation
+from ..precision import full_precision
 from ..question.question import Question
 from ..question.threat import Threat, threat_of
 from ..relaxation.curves import Curves
@@ -319,6 +320,7 @@ def select_curves(table: CurveTable, rows: Tensor, dtype: torch.dtype | None = N
     return [entry and Curves(*entry) for entry in select(table, rows, dtype)]
 
 
+@full_precision()  # a network is read here
 def margin_problem(
     model: nn.Module | Graph,
     x: Tensor,
