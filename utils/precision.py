@@ -7,71 +7,99 @@ factor by up to 2^-11, 5e-4 of it: margins in float32 leave room for 1e-4 of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 
 _FULL = ("ieee", "none")  # none: as the library does by itself, in full
-_KERNELS: list[Any] = [torch.backends.cuda.matmul]
-for _library in (torch.backends.cudnn, torch.backends.mkldnn):
-    _KERNELS += [part for name in ("matmul", "conv", "rnn") if (part := getattr(_library, name, None)) is not None]
+_PRODUCTS = ("matmul", "conv", "rnn")
+_LIBRARIES = ("cuda", "mkldnn")  # cuda: cuBLAS and cuDNN
+# torch.backends has no name for all of mkldnn's (what seems to be one sets those of all libraries), and can be locked.
+_precision, _set_precision = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+
+_TURN = threading.RLock()  # what is set holds for all threads
+_open: list[ExitStack] = []  # what the calls that are under way undo in the end
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Around a call, also as a decorator; what the user had set holds again afterwards."""
-    with ExitStack() as stack:
-        for undo in use_full_precision():
-            stack.callback(undo)
+    """Around a call, also as a decorator; what the user had set holds again afterwards.
+
+    Calls in several threads take turns: one that ended would take the precision from those that go on.
+    """
+    with _TURN, ExitStack() as undo:
+        _open.append(undo)
+        undo.callback(_open.pop)
+        use_full_precision(undo)
         yield
 
 
-def use_full_precision() -> list[Callable[[], None]]:
-    """From now on; what undoes it, to be called in the opposite order.
-
-    Torch has two interfaces for this. Where only the older one was used it must stay so, as its getters fail when they
-    do not agree with the newer one (and ``torch.compile`` asks them); the newer one says what kernels do in the end.
-    """
-    if all(kernels.fp32_precision in _FULL for kernels in _KERNELS):
-        return []
-    undo = [_setter(kernels, kernels.fp32_precision) for kernels in _KERNELS]
-    undo += _older(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
-    undo += _older(lambda: torch.backends.cudnn.allow_tf32, _allow_in_cudnn, False)
-    for kernels in _KERNELS:
-        if kernels.fp32_precision not in _FULL:
-            kernels.fp32_precision = "ieee"
-    return undo
-
-
-def _setter(kernels: Any, precision: str) -> Callable[[], None]:
-    def restore() -> None:
-        if kernels.fp32_precision != precision:
-            kernels.fp32_precision = precision
-
-    return restore
-
-
-def _older(get: Callable[[], Any], set_to: Callable[[Any], None], value: Any) -> list[Callable[[], None]]:
+@contextmanager
+def full_again() -> Iterator[None]:
+    """Around a user's own forward, which may set what it likes: a call that goes on is in full precision after it."""
     try:
-        before = get()
+        yield
+    finally:
+        if _open:
+            use_full_precision(_open[-1])
+
+
+def use_full_precision(undo: ExitStack | None = None) -> None:
+    """From now on, or until ``undo`` is closed.
+
+    Libraries are told as a whole: kernels that follow them follow again afterwards, only those with a precision of
+    their own are told one by one. Matrix products are told by torch's older interface, as its getter fails where that
+    does not agree with the newer one (and ``torch.compile`` asks it).
+    """
+    undo = undo or ExitStack()
+    if not any(map(_short, _LIBRARIES)):
+        return
+    try:
+        products = torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer interface was used
-        return []
-    set_to(value)
-    return [lambda: set_to(before)]
+        products = "highest"
+    if products != "highest":
+        for library in _LIBRARIES:  # what the older interface sets back it sets of both
+            undo.callback(_set_precision, library, "matmul", _own(library, "matmul", (library, "all")))
+        undo.callback(torch.set_float32_matmul_precision, products)
+        torch.set_float32_matmul_precision("highest")
+    for library in _LIBRARIES:
+        if _short(library):
+            _tell(library, "all", _own(library, "all", ("generic", "all")), undo)
+        for product in _short(library):
+            _tell(library, product, _precision(library, product), undo)
 
 
-def _allow_in_cudnn(allow: bool) -> None:
-    torch.backends.cudnn.allow_tf32 = allow
+def products_are_full() -> bool:
+    """Whether products of float32 matrices are of float32 now; torch's own getter can fail (see above)."""
+    return not any("matmul" in _short(library) for library in _LIBRARIES)
+
+
+def _short(library: str) -> list[str]:
+    """Which products a library takes in a shorter format."""
+    return [product for product in _PRODUCTS if _precision(library, product) not in _FULL]
+
+
+def _own(library: str, products: str, followed: tuple[str, str]) -> str:
+    """Their own precision, none where it is that of what they follow: one set to the same looks no different."""
+    precision = _precision(library, products)
+    return "none" if precision == _precision(*followed) else precision
+
+
+def _tell(library: str, products: str, before: str, undo: ExitStack) -> None:
+    undo.callback(_set_precision, library, products, before)
+    _set_precision(library, products, "ieee")
 
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """Gradients of recurrent layers in evaluation mode, which cuDNN has not; its other settings are left alone."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
+    with _TURN:
+        before = torch.backends.cudnn.enabled
+        torch._C._set_cudnn_enabled(False)  # torch.backends.cudnn can be locked
+        try:
+            yield
+        finally:
+            torch._C._set_cudnn_enabled(before)

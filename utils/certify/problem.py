@@ -99,6 +99,7 @@ class MarginProblem:
         graph = graph if torch.is_grad_enabled() else graph.detach()
         return graph.dense() if dense else graph
 
+    @full_precision()
     def clean_margins(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """Margins of the chosen samples' unperturbed input, (m, n_specs)."""
         return self._in_parts(lambda own: self._margins_at(self.x[own].to(dtype), dtype, own), dtype, chosen)
@@ -118,6 +119,7 @@ class MarginProblem:
         offsets = self.question.offsets
         return margins if offsets is None else margins + offsets[chosen].to(margins)
 
+    @full_precision()
     def slack(self, dtype: torch.dtype, chosen: Tensor | slice = slice(None)) -> Tensor:
         """What the chosen samples' margins must exceed to count as positive, (m, n_specs); see ``SLACK``."""
 
@@ -139,6 +141,7 @@ class MarginProblem:
             size = torch.where(scales[chosen] > 0, size / scales[chosen].clamp(min=1e-300), 0.0)
         return torch.finfo(x.dtype).eps * (size.amax(dim=2) * self.threat.frames[chosen]).amax(dim=1).to(dtype)
 
+    @full_precision()
     def margins(
         self, eps: Tensor, dtype: torch.dtype, chosen: Tensor | slice = slice(None), sound: bool = True
     ) -> Tensor:
@@ -202,6 +205,7 @@ class MarginProblem:
         perturbation = self.threat.part(chosen).around(self.x[chosen].to(dtype), eps)
         return perturbation if self.method.takes_any_set else perturbation.uncut
 
+    @full_precision()
     @torch.no_grad()
     def tune(
         self,
@@ -226,6 +230,7 @@ class MarginProblem:
             store(table, part, tuned, len(self.x))
         self.slopes = table
 
+    @full_precision()
     @torch.no_grad()
     def tune_curves(
         self, eps: Tensor, dtype: torch.dtype, steps: int, chosen: Tensor | slice = slice(None), **until: Any

@@ -23,7 +23,6 @@ from ..clock import Pace, now, share_of
 from ..graph.convolution import Convolution
 from ..network.onnx_graph import OnnxNetwork
 from ..network.symbolic import as_graph
-from ..precision import full_precision
 from .boxes import PART_SECONDS, PART_WORK, BoxSet, PartedPass, check_clock, work_per_row
 from .problem import SLACK
 from .splitting import SplitQuestion, few_change_sides, has_pieces, split_rows
@@ -80,7 +79,6 @@ class Verifier:
         self.session = network.session()
         self.boxes = 0
 
-    @full_precision()
     def run(self) -> Verdict:
         """The verdict; sat and unsat are final, whatever time is left."""
         try:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from ..precision import full_precision
+from ..precision import full_again, full_precision
 
 _set_by_user: list[tuple[torch.dtype, torch.device]] = []
 
@@ -17,7 +17,8 @@ _set_by_user: list[tuple[torch.dtype, torch.device]] = []
 def plain_state() -> Iterator[None]:
     """No autocast, no inference mode, float32 and the CPU by default; around a call, also as a decorator.
 
-    Products of float32 are of float32, whatever precision the user or the device's libraries take for them.
+    Products of float32 are of float32, whatever precision the user or the device's libraries take for them. All of
+    this is the process's own, so that calls in several threads take turns.
     """
     with ExitStack() as stack:
         stack.enter_context(full_precision())
@@ -37,7 +38,7 @@ def plain_state() -> Iterator[None]:
 @contextmanager
 def user_defaults() -> Iterator[None]:
     """The default type and device that the outermost ``plain_state`` found: a user's own forward may rely on them."""
-    with _defaults(*user_state()):
+    with full_again(), _defaults(*user_state()):
         yield
 
 

@@ -16,6 +16,7 @@ from ..choices.method import Method
 from ..network.modules import usable_model
 from ..network.state import plain_state
 from ..perturbation.lp_ball import INF
+from ..precision import full_precision
 from ..question.arguments import as_norm
 from ..question.question import Question
 from ..question.threat import Threat
@@ -131,6 +132,7 @@ class WeightProblem(MarginProblem):
         return torch.full((len(samples),), torch.finfo(precision).eps, dtype=dtype, device=self.x.device)
 
 
+@full_precision()  # a network is read here
 def weight_problem(
     model: nn.Module,
     x: Tensor,

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...precision import products_are_full
 from .eigenvalues import eigh_guess, norm_by_powers
 
 LEADING = 64  # directions in the basis, measured against 32, 128
@@ -257,7 +258,7 @@ def in_single(weights: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor
     longest = jacobian.detach().abs().amax(dim=(-2, -1))[:, None, None]
     unit = (largest.double() * longest.double() ** 2).squeeze(-1)
     largest, longest = (torch.where(one > 0, one, 1.0) for one in (largest, longest))
-    single = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+    single = torch.float32 if products_are_full() else torch.float64
     return (weights / largest).to(single), (jacobian / longest).to(single), unit
 
 
