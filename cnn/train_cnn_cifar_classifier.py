@@ -32,8 +32,8 @@ from utils.runs.results import check_writable
 from utils.training.certified.objective import Certified
 from utils.training.images.changes import random_change
 from utils.training.images.cnn import as_images, make_cnn_config, settle_statistics
+from utils.training.images.mnist import accuracies, evaluate, hold_back
 from utils.training.loop import Objective, plot_history, rehearse, train
-from utils.training.mnist import accuracies, evaluate, hold_back
 from utils.training.state import TrainingState
 
 
@@ -47,6 +47,7 @@ def main() -> None:
         data = load_cifar10(args.data_dir)
         images = [as_images(part).to(device) for part in (data.train_x, data.test_x)]
         labels = [classes.to(device) for classes in (data.train_y, data.test_y)]
+        change = random_change(args.shift, args.flip)
 
         # Build.
         config = make_cnn_config(args, data, recipe)
@@ -54,13 +55,13 @@ def main() -> None:
         objective.prepare(model)
         path = args.save_dir / model_name(config) / "cnn"
         if args.dry_run:
-            return rehearse(model, images[0], labels[0], args, path, objective)
+            return rehearse(model, images[0], labels[0], args, path, objective, change)
         check_writable(path.parent)
 
         # Train; every epoch is kept, and --resume goes on from the last one.
         state = TrainingState(path, args, labels[0])
         seen = hold_back(images, labels, args.held_back)  # the training set's, and what is watched meanwhile
-        history = train(model, *seen, args, state, objective, ranks, random_change(args.shift, args.flip))
+        history = train(model, *seen, args, state, objective, ranks, change)
         settle_statistics(model, seen[0][0])
 
         # Evaluate, save and draw.

@@ -30,8 +30,8 @@ from utils.runs.cli import apply_common_arguments
 from utils.runs.ranks import joined
 from utils.runs.results import check_writable
 from utils.training.certified.objective import Certified
+from utils.training.images.mnist import accuracies, check_slices, evaluate, hold_back, make_config, shift_of_frames
 from utils.training.loop import Objective, plot_history, rehearse, train
-from utils.training.mnist import accuracies, check_slices, evaluate, hold_back, make_config, shift_of_frames
 from utils.training.state import TrainingState
 
 
@@ -46,6 +46,7 @@ def main() -> None:
         data = load_mnist(args.data_dir)
         frames = [as_frames(images, args.time_step).to(device) for images in (data.train_x, data.test_x)]
         labels = [classes.to(device) for classes in (data.train_y, data.test_y)]
+        change = shift_of_frames(args.shift)
 
         # Build.
         config = make_config(args, "gru", None, data, recipe)
@@ -53,13 +54,13 @@ def main() -> None:
         objective.prepare(model)
         path = args.save_dir / model_name(config) / "gru"
         if args.dry_run:
-            return rehearse(model, frames[0], labels[0], args, path, objective)
+            return rehearse(model, frames[0], labels[0], args, path, objective, change)
         check_writable(path.parent)
 
         # Train; every epoch is kept, and --resume goes on from the last one.
         state = TrainingState(path, args, labels[0])
         seen = hold_back(frames, labels, args.held_back)  # the training set's, and what is watched meanwhile
-        history = train(model, *seen, args, state, objective, ranks, shift_of_frames(args.shift))
+        history = train(model, *seen, args, state, objective, ranks, change)
 
         # Evaluate, save and draw.
         if ranks.first:

@@ -16,7 +16,7 @@ from data.mnist import as_frames, load_mnist
 from utils.certify import certified_margin
 from utils.network.checkpoint import load_checkpoint
 from utils.network.models import SequenceClassifier
-from utils.training.mnist import hold_back
+from utils.training.images.mnist import hold_back
 
 RNN = "vanilla_rnn/train_rnn_mnist_classifier.py"
 LSTM = "lstm/train_lstm_mnist_classifier.py"
@@ -106,9 +106,24 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, data, monk
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+@pytest.mark.parametrize(("script", "checkpoint"), [(RNN, "rnn"), (LSTM, "lstm"), (GRU, "gru")])
+def test_images_are_shifted_where_that_is_asked_for(tmp_path, data, script, checkpoint):
+    found, flags = [], (*SMALL, *BALLS, "--epochs", 1, "--data-dir", data)
+    for shift in ((), ("--shift", 1)):
+        folder = tmp_path / f"shift{len(shift)}"
+        assert call(script, *flags, *shift, "--save-dir", folder).code == 0
+        path = next(folder.rglob(checkpoint))
+        found.append((weights(path), load_checkpoint(path)[1].get("shift")))
+    (still, none), (moved, one) = found
+    assert none is None and one == 1
+    assert any(not torch.allclose(a, b) for a, b in zip(still, moved, strict=True))
+    outcome = call(script, *flags, "--shift", 28, "--dry-run")
+    assert outcome.code == 2 and "--shift 28 moves images of 28 x 28 pixels out of their frame" in outcome.err
+
+
 @pytest.mark.full
 def test_two_processes_train_the_weights_of_one(tmp_path, data):
-    flags = [str(word) for word in (*SMALL, *BALLS, "--epochs", 2, "--data-dir", data)]
+    flags = [str(word) for word in (*SMALL, *BALLS, "--shift", 1, "--epochs", 2, "--data-dir", data)]
     assert call(RNN, *flags, "--save-dir", tmp_path / "one").code == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(ROOT / RNN), *flags, "--save-dir", str(tmp_path / "two")]

@@ -20,7 +20,7 @@ from utils.training.certified.objective import Certified
 from utils.training.certified.recipe import Recipe
 from utils.training.images.changes import random_change
 from utils.training.images.cnn import settle_statistics
-from utils.training.mnist import shift_of_frames
+from utils.training.images.mnist import shift_of_frames
 
 MNIST, CIFAR = "cnn/train_cnn_mnist_classifier.py", "cnn/train_cnn_cifar_classifier.py"
 SMALL = ("--width", 2, "--batch-size", 50, "--threads", 1)

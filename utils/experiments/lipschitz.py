@@ -26,7 +26,7 @@ from ..runs.ranks import Ranks, joined
 from ..runs.results import Record, check_writable, digest, exclusive, replacing
 from ..runs.rows import KeyedRow
 from ..runs.work import Job, batches, explained, find_rows
-from ..training.mnist import check_slices
+from ..training.images.mnist import check_slices
 from .lipschitz_arguments import describe_function, radii
 from .plots import DPI, headline, norm_symbol, tidy
 from .samples import Samples

@@ -27,7 +27,7 @@ from ..runs.cli import apply_common_arguments, checkpoint_facts, run_facts, utc_
 from ..runs.ranks import Ranks, joined
 from ..runs.results import CSV_NAME, EXAMPLES_NAME, Record, check_writable, digest, exclusive, read_record, replacing
 from ..runs.work import Job, batches, explained, find_rows
-from ..training.mnist import check_slices
+from ..training.images.mnist import check_slices
 from .arguments import check_arguments
 from .plots import plot_results
 from .samples import Samples

@@ -33,7 +33,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, hidden_size: int = 6
     add_loop_arguments(parser)
 
 
-def add_shift_argument(group, shift: int = 0) -> None:
+def add_shift_argument(group: argparse._ArgumentGroup, shift: int = 0) -> None:
     """Add --shift."""
     group.add_argument(
         "--shift", type=non_negative_int, default=shift, metavar="PIXELS", help="largest random shift of an image"
@@ -83,7 +83,7 @@ def add_cnn_training_arguments(parser: argparse.ArgumentParser, shift: int = 0, 
     add_loop_arguments(parser)
 
 
-def add_cnn_model_arguments(group) -> None:
+def add_cnn_model_arguments(group: argparse._ArgumentGroup) -> None:
     """Add --model, --width and --batch-norm."""
     group.add_argument("--model", choices=tuple(CNN_WIDTHS), default="small", help="kind of network")
     widths = ", ".join(f"{width} for {kind}" for kind, width in CNN_WIDTHS.items())
@@ -95,7 +95,7 @@ def add_cnn_model_arguments(group) -> None:
     )
 
 
-def add_mlp_model_arguments(group) -> None:
+def add_mlp_model_arguments(group: argparse._ArgumentGroup) -> None:
     """Add --layers, --activation and --leaky-slope."""
     group.add_argument(
         "--layers", type=positive_int, nargs="+", default=[20, 20], metavar="N", help="sizes of the hidden layers"
@@ -106,7 +106,7 @@ def add_mlp_model_arguments(group) -> None:
     )
 
 
-def add_recipe_argument(group) -> None:
+def add_recipe_argument(group: argparse._ArgumentGroup) -> None:
     """Add --lipschitz, of scripts that read models, and --recipe."""
     group.add_argument("--recipe", metavar="NAME", help="of a model from certified training: ibp_0_1")
     group.add_argument("--lipschitz", action="store_true", help="the model that was trained with --lipschitz-weight")

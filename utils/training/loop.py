@@ -118,11 +118,17 @@ def train_and_save(
 
 
 def rehearse(
-    net: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, path: Path, objective: Objective | None = None
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    args: argparse.Namespace,
+    path: Path,
+    objective: Objective | None = None,
+    change: Change | None = None,
 ) -> None:
     """One training step, for --dry-run: the last of the schedule, with all that the loss has in the end."""
     objective = objective or Objective()
-    optimizer = make_optimizer(net, args, 1, objective)
+    optimizer = make_optimizer(net, args, 1, objective, change)
     train_epoch(Loss(net, objective), x[: args.batch_size], y[: args.batch_size], optimizer, progress=1.0)
     print(f"dry run: one step done, nothing written; the model would go to {path}")
 

@@ -10,13 +10,18 @@ from ..loop import Change
 
 
 def random_change(shift: int, flip: bool) -> Change | None:
-    """Moves each image by up to ``shift`` pixels along both axes, zeros coming in, and mirrors every second one."""
+    """Moves each image by up to ``shift`` pixels along both axes, zeros coming in, and mirrors every second one.
+
+    The change raises ValueError where that can leave nothing of an image.
+    """
     if not shift and not flip:
         return None
 
     def change(images: Tensor, random: torch.Generator) -> Tensor:
         """(batch, channels, height, width)."""
         height, width = images.shape[2:]
+        if shift >= min(height, width):
+            raise ValueError(f"--shift {shift} moves images of {height} x {width} pixels out of their frame")
         rows, columns = (_places(images, random, shift, size) for size in (height, width))
         if flip:
             mirrored = torch.rand(len(images), generator=random).to(images.device) < 0.5

@@ -15,7 +15,7 @@ from ...network.checkpoint import Config
 from ..certified.arguments import recipe_facts
 from ..certified.recipe import Recipe
 from ..loop import EVALUATION_BATCH
-from ..mnist import data_facts
+from .mnist import data_facts
 
 
 def as_images(x: Tensor) -> Tensor:

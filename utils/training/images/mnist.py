@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from data.mnist import SIDE, ImageData, as_frames
 
-from ..network.checkpoint import Config
-from ..runs.cli import json_value
-from .certified.arguments import recipe_facts
-from .certified.recipe import Recipe
-from .images.changes import random_change
-from .loop import Change, History, Objective, accuracy, training_facts
+from ...network.checkpoint import Config
+from ...runs.cli import json_value
+from ..certified.arguments import recipe_facts
+from ..certified.recipe import Recipe
+from ..loop import Change, History, Objective, accuracy, training_facts
+from .changes import random_change
 
 MOVED = ("perturb", "perturb_eps", "perturb_norm", "perturb_method")  # flags of training against moves of weights
 
