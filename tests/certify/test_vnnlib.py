@@ -101,8 +101,6 @@ REFUSED = {
     "(assert (<= Y_0 1e-999999999999))": "is too large or too small a number",
     "(assert (<= (* 1e300 1e300 Y_0) 1))": "too large for float64",
     "(assert (<= (* 1e-300 1e-300 Y_0) -1e-320))": "too small for float64",
-    "(assert (= X_0 Y_0))": "inputs are supported in bounds",
-    "(assert (< X_0 X_1))": "inputs are supported in bounds",
     '(assert (<= Y_0 "1"))': "is no number",
     "(assert (<= Y_0 |1))": "| is no number",
     "(assert (<= Y[0] 1))": "Y[0] is not declared",
@@ -110,8 +108,9 @@ REFUSED = {
     "(assert (<= Y_2 1))": "Y_2 is not declared",
     "(assert (<= Y_0 nan))": "nan is no number",
     "(assert (<= (* Y_0 Y_1) 1))": "is not linear",
-    "(assert (<= X_0 Y_0))": "inputs are supported in bounds",
-    "(assert (<= (+ X_0 X_1) 1))": "inputs are supported in bounds",
+    "(assert (<= (* X_0 Y_1) 1))": "is not linear",
+    "(declare-const X_2 Real)(assert (<= X_2 X_1))": "X_2 has no lower bound",
+    "(assert (<= (+ (* 1e-300 X_0) Y_0) 1))": "too small for float64",
     "(assert (<= Y_0 1)": "parenthesis is not closed",
     "(assert (<= Y_0 1)))": "closes that was not opened",
     "(declare-const X_1 Real)": "declared twice",
@@ -139,7 +138,9 @@ def random_formula(draw: random.Random, depth: int) -> str:
         return f"({draw.choice(('and', 'or'))} {' '.join(parts)})"
     number = lambda: str(draw.randint(-8, 8) / 4)  # noqa: E731
     relation = draw.choice(("<=", ">=", "<", ">", "=", "=="))
-    if draw.random() < 0.4:
+    if draw.random() < 0.2:
+        sides = [f"(- (* {number()} X_1) Y_0)", draw.choice((f"(* X_0 {number()})", "(+ X_0 Y_1)", number()))]
+    elif draw.random() < 0.4:
         sides = [draw.choice(("X_0", "(* 2 X_1)", "(- X_0)", "(+ X_1 0.5)")), number()]
     else:
         sides = [f"(+ (* {number()} Y_0) (- Y_1) (* Y_0 0.5))", draw.choice((number(), f"(* Y_1 {number()})"))]
@@ -194,6 +195,16 @@ def test_formulas_mean_what_they_say():
                 closed = [((case.lower <= point) & (point <= case.upper)).all() for case in prop.cases]
                 assert any(closed), formula
     assert 500 < held < 8000
+
+
+def test_where_any_constraint_compares_inputs_all_rows_have_columns_for_them():
+    first, second = parsed("(assert (or (<= (+ X_0 X_1) (* 2 Y_1)) (and (<= X_0 0) (<= Y_0 3))))").cases
+    assert [(rows.tolist(), limits.tolist()) for rows, limits in first.conjunctions] == [([[0, -2, 1, 1]], [0])]
+    assert [(rows.tolist(), limits.tolist()) for rows, limits in second.conjunctions] == [([[1, 0, 0, 0]], [3])]
+    prop = parsed("(assert (< X_0 X_1))")
+    assert prop.strict and not prop.compares_outputs_only
+    y = torch.zeros(2, dtype=torch.float64)
+    assert [prop.holds_for(torch.tensor([x, 0.25]).double(), y) for x in (0.0, 0.25, 0.5)] == [True, False, False]
 
 
 def test_chains_and_differences():
@@ -353,19 +364,50 @@ def test_a_linear_network_at_the_edge(tmp_path):
             assert parsed(text).holds_for(found.x, network.graph.evaluate(found.x[None, None])[0])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_inputs_and_outputs_of_a_relu_network_against_a_grid(tmp_path, seed):
+    """A row of both, alone and where a second one says which half of the box counts; and one of inputs alone."""
+    network = relu_file(tmp_path / "net.onnx", 2, 8, seed, outputs=2)
+    x = torch.cartesian_prod(torch.linspace(-1, 1, 401), torch.linspace(0, 0.5, 201)).double()
+    z = torch.cat((network.outputs(x), x), dim=1)
+    row = normal(4, seed=seed)
+    found, half = z @ row, x[:, 0] <= x[:, 1]
+    factors = dict(zip(("Y_0", "Y_1", "X_0", "X_1"), row.tolist(), strict=True))
+    for least, where in ((found.min(), ""), (found[half].min(), "(assert (<= X_0 X_1))")):
+        room = 0.02 * (1.0 + found.abs().max())
+        for limit, result in ((least + room, "sat"), (least - room, "unsat")):
+            prop = parsed(f"{where}(assert {atom(factors, limit)})")
+            answer = verdict(network, prop)
+            assert answer.result == result
+            assert result == "unsat" or prop.holds_for(answer.x, network.outputs(answer.x[None])[0])
+    assert found[half].min() > found.min() + 1e-3 or seed  # the half is another question
+    assert verdict(network, parsed("(assert (>= (+ X_0 X_1) 1.5001))")).result == "unsat"
+    assert verdict(network, parsed("(assert (>= (+ X_0 X_1) 1.4999))")).result == "sat"
+
+
 def nets(tmp_path):
     """Small random recurrent classifiers as ONNX files."""
-    for number, kind in enumerate((nn.RNN, nn.LSTM, nn.GRU)):
+    for number, kind in enumerate((nn.RNN, nn.LSTM, nn.GRU, "relu")):
         torch.manual_seed(number)
-        rnn, head = kind(2, 3, batch_first=True), nn.Linear(3, 3)
+        relu = {"nonlinearity": "relu"} if kind == "relu" else {}
+        kind = nn.RNN if relu else kind
+        rnn, head = kind(2, 3, batch_first=True, **relu), nn.Linear(3, 3)
         model = SequenceClassifier(rnn, head).requires_grad_(False)
         for parameter in model.parameters():
             parameter *= 2.0
-        yield read_onnx(export_onnx(model, 2, tmp_path / f"{kind.__name__}.onnx"))
+        yield read_onnx(export_onnx(model, 2, tmp_path / f"{number}.onnx"))
+
+
+def atom(row: dict[str, float], limit: torch.Tensor) -> str:
+    return f"(<= (+ {' '.join(f'(* {decimal(factor)} {name})' for name, factor in row.items())}) {decimal(limit)})"
+
+
+OUTPUTS, INPUTS = [f"Y_{k}" for k in range(3)], [f"X_{k}" for k in range(4)]
 
 
 @pytest.mark.parametrize("tuned_sides", [24, 0])  # boxes are split only, or bounded by tuned bounds before
-def test_no_verdict_is_wrong(tmp_path, monkeypatch, tuned_sides):
+@pytest.mark.parametrize("names", [OUTPUTS, OUTPUTS + INPUTS], ids=["outputs", "outputs beside inputs"])
+def test_no_verdict_is_wrong(tmp_path, monkeypatch, names, tuned_sides):
     """Random properties: what is proved survives sampling, what is broken is broken in float64 and onnxruntime."""
     monkeypatch.setattr("utils.certify.verify.TUNED_SIDES", tuned_sides)
     counts = dict.fromkeys(("sat", "unsat", "unknown", "timeout"), 0)
@@ -375,19 +417,19 @@ def test_no_verdict_is_wrong(tmp_path, monkeypatch, tuned_sides):
         lower, upper = center - 0.2 * (1 + number % 3), center + 0.2 * (1 + number % 3)
         points = lower + (upper - lower) * torch.rand(4000, 4, generator=generator, dtype=torch.float64)
         outputs = network.outputs(points)
-        first, second = (outputs @ row for row in normal(2, 3, seed=100 + number))
+        values = torch.cat((outputs, points), dim=1)[:, : len(names)]
+        rows = normal(2, len(names), seed=100 + number)
+        first, second = (values @ row for row in rows)
         # Limits around what samples reach: sometimes just met, sometimes just missed.
-        shift = (-0.02, -1e-4, 0.0, 1e-4, 0.02)[number % 5] * (1.0 + first.abs().max())
-        rows = normal(2, 3, seed=100 + number)
+        # Of rows with inputs samples miss the corners, where these are least.
+        wider = 1.0 if names == OUTPUTS else 10.0
+        shift = (-0.02, -1e-4, 0.0, 1e-4, 0.02)[number % 5] * wider * (1.0 + first.abs().max())
         limits = torch.stack((first.min() + shift, second.quantile(0.5 + 0.1 * (number % 4))))
-        text = "".join(f"(declare-const X_{k} Real)" for k in range(4)) + "".join(
-            f"(declare-const Y_{k} Real)" for k in range(3)
-        )
+        text = "".join(f"(declare-const {name} Real)" for name in OUTPUTS + INPUTS)
         for k in range(4):
             text += f"(assert (>= X_{k} {decimal(lower[k])}))(assert (<= X_{k} {decimal(upper[k])}))"
         atoms = [
-            f"(<= (+ {' '.join(f'(* {decimal(c)} Y_{k})' for k, c in enumerate(row.tolist()))}) {decimal(limit)})"
-            for row, limit in zip(rows, limits, strict=True)
+            atom(dict(zip(names, row.tolist(), strict=True)), limit) for row, limit in zip(rows, limits, strict=True)
         ]
         text += (
             f"(assert (and {atoms[0]} {atoms[1]}))"
@@ -401,7 +443,7 @@ def test_no_verdict_is_wrong(tmp_path, monkeypatch, tuned_sides):
         if found.result == "unsat":
             assert not any(broken)
             case = prop.cases[0]
-            assert all((outputs @ r.T > b).any(dim=1).all() for r, b in case.conjunctions)
+            assert all((values @ r.T > b).any(dim=1).all() for r, b in case.conjunctions)
         if found.result == "sat":
             assert prop.holds_for(found.x, network.outputs(found.x[None])[0])
             assert prop.holds_for(found.x, network.runtime_outputs(found.x[None])[0], 1e-5)
@@ -418,7 +460,14 @@ def test_bounds_that_are_wrong_would_be_noticed(tmp_path, monkeypatch):
         "utils.certify.verify._CaseProblem.attack", lambda self, *args: torch.empty(0, self.case.lower.numel())
     )
     with pytest.raises(AssertionError):
-        test_no_verdict_is_wrong(tmp_path, monkeypatch, 24)
+        test_no_verdict_is_wrong(tmp_path, monkeypatch, OUTPUTS, 24)
+
+
+def test_inputs_that_are_left_out_of_a_row_would_be_noticed(tmp_path, monkeypatch):
+    stock = Graph.beside_inputs
+    monkeypatch.setattr(Graph, "beside_inputs", lambda self, outputs, inputs: stock(self, outputs, 0.5 * inputs))
+    with pytest.raises(AssertionError):
+        test_no_verdict_is_wrong(tmp_path, monkeypatch, OUTPUTS + INPUTS, 24)
 
 
 def test_tuned_bounds_that_are_wrong_would_be_noticed(tmp_path, monkeypatch):
@@ -430,7 +479,7 @@ def test_tuned_bounds_that_are_wrong_would_be_noticed(tmp_path, monkeypatch):
         "utils.certify.verify._CaseProblem.attack", lambda self, *args: torch.empty(0, self.case.lower.numel())
     )
     with pytest.raises(AssertionError):
-        test_no_verdict_is_wrong(tmp_path, monkeypatch, 0)
+        test_no_verdict_is_wrong(tmp_path, monkeypatch, OUTPUTS, 0)
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, pytest.param(nn.LSTM, marks=pytest.mark.full), "relu"])
@@ -458,9 +507,9 @@ def test_tuning_proves_more_of_wide_boxes(tmp_path, monkeypatch, kind):
     assert verdict(network, read_vnnlib(tmp_path / "p.vnnlib"), seconds=0.0).result == "timeout"
 
 
-def relu_file(path, inputs: int, width: int, seed: int) -> OnnxNetwork:
-    """A relu network of two hidden layers and three outputs as an ONNX file."""
-    sizes, generator = (inputs, width, width, 3), torch.Generator().manual_seed(seed)
+def relu_file(path, inputs: int, width: int, seed: int, outputs: int = 3) -> OnnxNetwork:
+    """A relu network of two hidden layers as an ONNX file."""
+    sizes, generator = (inputs, width, width, outputs), torch.Generator().manual_seed(seed)
     nodes, given, last = [], {}, "x"
     for k, (start, end) in enumerate(itertools.pairwise(sizes)):
         given |= {f"w{k}": torch.randn(end, start, generator=generator) * (2.0 / start) ** 0.5}
@@ -470,7 +519,9 @@ def relu_file(path, inputs: int, width: int, seed: int) -> OnnxNetwork:
         if k < 2:
             nodes.append(helper.make_node("Relu", [last], [f"h{k}"]))
             last = f"h{k}"
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, n)) for name, n in (("x", inputs), (last, 3))]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, n)) for name, n in (("x", inputs), (last, sizes[-1]))
+    ]
     tensors = [numpy_helper.from_array(value.numpy(), name) for name, value in given.items()]
     graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))

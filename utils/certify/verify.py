@@ -1,9 +1,10 @@
 """Verdicts on VNN-LIB properties: counter-examples by attack, proofs by bounds, tuned, and over parts of boxes.
 
-A property is "unsat", proved, if the boxes can be covered by boxes in each of which, for every conjunction of output
+A property is "unsat", proved, if the boxes can be covered by boxes in each of which, for every conjunction of
 constraints, one constraint's least violation ``rows @ Y - limits`` is bounded above 0 (by more than a slack for
-rounding). It is "sat" if an input is found that satisfies a conjunction, in float64 and, where onnxruntime can run the
-file, there too. Everything else is "unknown", or "timeout": whatever takes long looks at the clock.
+rounding). Where inputs are compared too, a last layer adds their part of every row. It is "sat" if an input is found
+that satisfies a conjunction, in float64 and, where onnxruntime can run the file, there too. Everything else is
+"unknown", or "timeout": whatever takes long looks at the clock.
 """
 
 from __future__ import annotations
@@ -173,18 +174,23 @@ class _CaseProblem:
 
     def __init__(self, network: OnnxNetwork, case: Case, deadline: float = math.inf):
         self.network, self.case, self.deadline = network, case, deadline
-        self.rows = torch.cat([rows for rows, _ in case.conjunctions])
+        self.graph, self.rows, self.inputs = network.graph, torch.cat([rows for rows, _ in case.conjunctions]), None
         self.limits = torch.cat([limits for _, limits in case.conjunctions])
         sizes = torch.tensor([len(limits) for _, limits in case.conjunctions])
         self.owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         self.conjunctions = len(sizes)
-        self.part = max(1, int(PART_WORK / 3 / work_per_row(network.graph)))  # inputs that are attacked at once
+        self.outputs = self.rows
+        if len(self.rows) and self.rows.shape[1] > network.graph.output.size:
+            self.outputs, self.inputs = self.rows.split((network.graph.output.size, network.num_inputs), dim=1)
+            self.graph = network.graph.beside_inputs(self.outputs, self.inputs)
+            self.rows = torch.eye(len(self.rows), dtype=DTYPE)
+        self.part = max(1, int(PART_WORK / 3 / work_per_row(self.graph)))  # inputs that are attacked at once
         self.slopes: SlopeTable | None = None  # of planes over the whole box, once they are tuned
         self.with_equalities = [k for k, part in enumerate(case.conjunctions) if _has_equality(*part)]
 
     def violations(self, x: Tensor) -> Tensor:
         """(..., rows) at inputs (..., n); a conjunction is satisfied where all of its own are <= 0."""
-        outputs = self.network.graph.evaluate(self.network.frames(x.reshape(-1, x.shape[-1])))
+        outputs = self.graph.evaluate(self.network.frames(x.reshape(-1, x.shape[-1])))
         return (outputs @ self.rows.T - self.limits).reshape(*x.shape[:-1], -1)
 
     def worst(self, violations: Tensor) -> Tensor:
@@ -206,7 +212,7 @@ class _CaseProblem:
             )
         if not len(self.limits):
             return torch.full((len(lower),), -torch.inf, dtype=DTYPE), slopes
-        return self._score(PartedPass(self.network.graph, self._boxes(lower, upper)), self._room(center)), slopes
+        return self._score(PartedPass(self.graph, self._boxes(lower, upper)), self._room(center)), slopes
 
     def _boxes(self, lower: Tensor, upper: Tensor) -> BoxSet:
         return BoxSet(self.network.frames(lower), self.network.frames(upper), self.deadline)
@@ -218,7 +224,9 @@ class _CaseProblem:
 
     def _room(self, center: Tensor) -> Tensor:
         """For rounding, as ``utils.certify.SLACK`` says, (boxes, rows)."""
-        terms = self.network.graph.term_sizes(self.network.frames(center), self.rows[None])
+        terms = self.network.graph.term_sizes(self.network.frames(center), self.outputs[None])
+        if self.inputs is not None:
+            terms = terms + center.abs() @ self.inputs.abs().T
         return SLACK[DTYPE] * (1.0 + terms + self.limits.abs())
 
     @torch.no_grad()
@@ -230,7 +238,7 @@ class _CaseProblem:
         """
         if not len(self.limits):
             return False
-        graph, boxes, rows = self.network.graph, self._boxes(lower, upper), self.rows[None]
+        graph, boxes, rows = self.graph, self._boxes(lower, upper), self.rows[None]
         deadline = share_of(bounds.deadline, TUNED_SHARE)
         room = self._room(0.5 * (lower + upper))
         aim = float((self.limits + room).max())
@@ -257,7 +265,7 @@ class _CaseProblem:
     @torch.no_grad()
     def proved_by_splitting(self, lower: Tensor, upper: Tensor) -> bool:
         """Whether splitting neurons of one box proves its case in time: of every conjunction the likeliest row."""
-        graph, boxes = self.network.graph, self._boxes(lower, upper)
+        graph, boxes = self.graph, self._boxes(lower, upper)
         if not has_pieces(graph) or len(self.owner.unique()) < self.conjunctions:  # one without constraints holds
             return False
         whole = PartedPass(graph, boxes, slopes=self.slopes)
@@ -339,7 +347,7 @@ class _CaseProblem:
             check_clock(self.deadline)
             with torch.enable_grad():
                 at = x.clone().requires_grad_()
-                violated = rows @ self.network.graph.evaluate(self.network.frames(at[None]))[0] - limits
+                violated = rows @ self.graph.evaluate(self.network.frames(at[None]))[0] - limits
                 active = (violated > 0).nonzero().squeeze(-1).tolist()
                 slopes = [torch.autograd.grad(violated[k], at, retain_graph=True)[0] for k in active]
             if not active:

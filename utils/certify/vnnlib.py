@@ -2,7 +2,7 @@
 
 A property describes the counter-examples: it is "sat" if some input X in its boxes makes the outputs Y satisfy its
 constraints, and "unsat", which is what a safe network gives, if none does. Read are declarations of X_i and Y_j, or
-VNN-LIB 2.0's of one network, and assertions of <=, >=, <, > and = between sums of outputs or inputs and numbers,
+VNN-LIB 2.0's of one network, and assertions of <=, >=, <, > and = between sums of outputs, inputs and numbers,
 nested in "and" and "or". Sums are exact; what is left of them is rounded to the nearest float64.
 """
 
@@ -39,11 +39,12 @@ class PropertyError(ValueError):
 
 @dataclass
 class Case:
-    """A box of inputs, lower and upper (n,), and conjunctions of output constraints: ``rows @ Y <= limits`` each.
+    """A box of inputs, lower and upper (n,), and conjunctions of linear constraints: ``rows @ Y <= limits`` each.
 
-    A counter-example is an X in the box whose Y satisfies all constraints of some conjunction. ``inner_lower`` and
-    ``inner_upper`` leave out the sides that < and > exclude: X must be there, a proof is of the whole box. A limit
-    of ``rows @ Y < limit`` is the float64 below it, which means the same for float64 numbers.
+    Where a property has constraints of several inputs, or of inputs and outputs, all rows are of Y and X, (m + n,).
+    A counter-example is an X in the box that satisfies, with its Y, all constraints of some conjunction.
+    ``inner_lower`` and ``inner_upper`` leave out the sides that < and > exclude: X must be there, a proof is of the
+    whole box. A limit of ``rows @ Y < limit`` is the float64 below it, which means the same for float64 numbers.
     """
 
     lower: Tensor
@@ -72,7 +73,8 @@ class Property:
         for case in self.cases:
             inside = bool(((x >= case.inner_lower - tolerance) & (x <= case.inner_upper + tolerance)).all())
             for rows, limits in case.conjunctions:
-                if inside and bool((rows @ y <= limits + tolerance * (1.0 + limits.abs())).all()):
+                values = y if rows.shape[1] == len(y) else torch.cat((y, x))
+                if inside and bool((rows @ values <= limits + tolerance * (1.0 + limits.abs())).all()):
                     return True
         return False
 
@@ -81,6 +83,8 @@ class Property:
         """Whether all constraints are of the form Y_i <= Y_j or Y_i < Y_j, which no softmax changes."""
         parts = [part for case in self.cases for part in case.conjunctions]
         for rows, limits in parts:
+            if rows.shape[1] > self.num_outputs:
+                return False
             ordered = rows.sort(dim=1).values
             pairs = (ordered[:, 0] == -1) & (ordered[:, -1] == 1) & ((rows != 0).sum(dim=1) == 2)
             if not bool((((limits == 0) | (limits == BELOW_ZERO)) & pairs).all()):
@@ -107,9 +111,9 @@ class Bound:
 
 @dataclass(frozen=True)
 class Row:
-    """``sum coefficients * Y <= limit``; if strict, the limit is the float64 below the one that is not reached."""
+    """``sum coefficients * variables <= limit``; if strict, the limit is the float64 below what is not reached."""
 
-    coefficients: tuple[tuple[int, float], ...]
+    coefficients: tuple[tuple[Variable, float], ...]
     limit: float
     strict: bool
 
@@ -122,7 +126,7 @@ def read_vnnlib(path: str | Path, deadline: float = math.inf) -> Property:
 
     Raises:
         TimeoutError: the deadline, of ``utils.clock``, is over.
-        PropertyError: it is no VNN-LIB property, or has something else than boxes and linear output constraints.
+        PropertyError: it is no VNN-LIB property, or has something else than boxes and linear constraints.
     """
     path = Path(path)
     try:
@@ -161,11 +165,12 @@ def parse_vnnlib(text: str, deadline: float = math.inf) -> Property:
         if not numbers or numbers != set(range(len(numbers))):
             raise PropertyError(f"{kind}_0, {kind}_1 ... must be declared without a gap")
     boxes: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+    columns = _columns(formulas, counts)
     for conjunction in _product(formulas):
         box = _box([atom for atom in conjunction if isinstance(atom, Bound)], counts["X"])
         if box is not None:
             rows = [atom for atom in conjunction if isinstance(atom, Row)]
-            boxes.setdefault(box, []).append(_rows(rows, counts["Y"]))
+            boxes.setdefault(box, []).append(_rows(rows, columns))
     cases = [
         Case(_vector(box[0]), _vector(box[1]), parts, _vector(box[2]), _vector(box[3])) for box, parts in boxes.items()
     ]
@@ -329,21 +334,25 @@ def _combined(first: Linear, second: Linear, factor: int | Fraction) -> Linear:
 
 
 def _atom(constraint: Linear, strict: bool) -> Bound | Row:
-    """``constraint <= 0``, or < 0, as a bound of an input or a row of outputs."""
+    """``constraint <= 0``, or < 0, as a bound of one input, or a row."""
     limit = -constraint.get(CONSTANT, Fraction(0))
     factors = {name: value for name, value in constraint.items() if name != CONSTANT and value != 0}
-    inputs = [name for name in factors if name[0] == "X"]
-    if not inputs:
-        coefficients = {number: _float(value) for (_, number), value in factors.items()}
-        if any(abs(value) < SMALLEST_FACTOR for value in coefficients.values()):
-            raise PropertyError("a factor of an output is too small for float64")
-        limit = _float(limit)
-        return Row(tuple(coefficients.items()), math.nextafter(limit, -math.inf) if strict else limit, strict)
-    if len(factors) > 1:
-        shown = ", ".join(f"{kind}_{number}" for kind, number in list(factors)[:3])
-        raise PropertyError(f"inputs are supported in bounds X_i <= number only, not with {shown}")
-    factor = factors[inputs[0]]
-    return Bound(inputs[0][1], factor > 0, limit / factor, strict)
+    if len(factors) == 1:
+        ((kind, number), factor) = next(iter(factors.items()))
+        if kind == "X":
+            return Bound(number, factor > 0, limit / factor, strict)
+    coefficients = {name: _float(value) for name, value in factors.items()}
+    if any(abs(value) < SMALLEST_FACTOR for value in coefficients.values()):
+        raise PropertyError("a factor of a variable is too small for float64")
+    limit = _float(limit)
+    return Row(tuple(coefficients.items()), math.nextafter(limit, -math.inf) if strict else limit, strict)
+
+
+def _columns(formulas: list[list[Conjunction]], counts: dict[str, int]) -> dict[str, range]:
+    """Where the rows of a property have the outputs and, if any constraint is of them, the inputs."""
+    rows = (atom for cases in formulas for part in cases for atom in part if isinstance(atom, Row))
+    compared = any(kind == "X" for row in rows for (kind, _), _ in row.coefficients)
+    return {"Y": range(counts["Y"]), "X": range(counts["Y"], counts["Y"] + counts["X"] * compared)}
 
 
 def _box(bounds: list[Bound], count: int) -> tuple[tuple[float, ...], ...] | None:
@@ -371,10 +380,10 @@ def _box(bounds: list[Bound], count: int) -> tuple[tuple[float, ...], ...] | Non
     return (lower, upper, *inner)
 
 
-def _rows(atoms: list[Row], count: int) -> tuple[Tensor, Tensor]:
-    """Output constraints of a conjunction: rows and limits."""
-    rows = torch.zeros(len(atoms), count, dtype=torch.float64)
+def _rows(atoms: list[Row], columns: dict[str, range]) -> tuple[Tensor, Tensor]:
+    """Linear constraints of a conjunction: rows and limits."""
+    rows = torch.zeros(len(atoms), columns["X"].stop, dtype=torch.float64)
     for row, atom in enumerate(atoms):
-        for number, value in atom.coefficients:
-            rows[row, number] = value
+        for (kind, number), value in atom.coefficients:
+            rows[row, columns[kind][number]] = value
     return rows, _vector([atom.limit for atom in atoms])

@@ -68,6 +68,18 @@ class Graph:
             other.add(twin)
         return other
 
+    def beside_inputs(self, outputs: Tensor, inputs: Tensor) -> Graph:
+        """A graph that ends with ``outputs @ output + inputs @ x``, (k,), for x all frames one after the other, (T n,).
+
+        Matrices (k, size) and (k, T n).
+        """
+        other = self.rebuilt(copy.copy)
+        other.samples = None
+        frames = sorted(other.frames, key=lambda frame: frame.frame)
+        weights = inputs.split([frame.size for frame in frames], dim=1)
+        other.add(Linear((other.output, *frames), (outputs, *weights), outputs.new_zeros(len(outputs))))
+        return other
+
     def reduced_weight(self, frame: Frame, weight: Tensor) -> Tensor:
         """``weight`` times an orthonormal basis of the space spanned by the rows of all weights that meet the frame."""
         children = frame.child_weights
