@@ -170,16 +170,19 @@ class Verifier:
 
 
 class _CaseProblem:
-    """A case's constraints, stacked: the violations ``rows @ Y - limits`` of all its conjunctions."""
+    """A case's constraints, stacked: the violations ``rows @ Y - limits`` of all its conjunctions.
+
+    Where these are of inputs too, ``outputs @ Y + inputs @ X`` is what the graph ends with, and rows pick from it.
+    """
 
     def __init__(self, network: OnnxNetwork, case: Case, deadline: float = math.inf):
         self.network, self.case, self.deadline = network, case, deadline
-        self.graph, self.rows, self.inputs = network.graph, torch.cat([rows for rows, _ in case.conjunctions]), None
+        self.rows = torch.cat([rows for rows, _ in case.conjunctions])
+        self.graph, self.outputs, self.inputs = network.graph, self.rows, None
         self.limits = torch.cat([limits for _, limits in case.conjunctions])
         sizes = torch.tensor([len(limits) for _, limits in case.conjunctions])
         self.owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         self.conjunctions = len(sizes)
-        self.outputs = self.rows
         if len(self.rows) and self.rows.shape[1] > network.graph.output.size:
             self.outputs, self.inputs = self.rows.split((network.graph.output.size, network.num_inputs), dim=1)
             self.graph = network.graph.beside_inputs(self.outputs, self.inputs)
