@@ -51,7 +51,7 @@ if __name__ == "__main__":
 import torch
 
 from data.mnist import load_mnist
-from utils.certify.vnnlib_write import write_robustness
+from utils.certify.vnnlib import write_robustness
 from utils.experiments.samples import draw_samples
 from utils.network.checkpoint import load_checkpoint
 from utils.network.onnx_export import export_onnx

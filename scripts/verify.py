@@ -66,8 +66,7 @@ import torch
 
 from utils.bounds.memory import layer_table
 from utils.certify.verify import Verdict, Verifier
-from utils.certify.vnnlib import read_vnnlib
-from utils.certify.vnnlib_write import counter_example
+from utils.certify.vnnlib import counter_example, read_vnnlib
 from utils.clock import now
 from utils.network.onnx_graph import OnnxNetwork, import_onnx, read_onnx
 from utils.runs.results import replacing

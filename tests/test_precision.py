@@ -3,8 +3,10 @@
 import argparse
 import copy
 import itertools
+import os
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -202,6 +204,39 @@ def test_threads_take_turns(shortened):
         thread.join()
     assert len(seen) == 2 * len(KERNELS) and set(seen) <= FULL
     assert not set(precisions()) <= FULL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_a_process_with_a_call_under_way_has_turns_of_its_own(shortened):
+    inside, done, before = threading.Event(), threading.Event(), precisions()
+
+    def other():
+        with full_precision():
+            inside.set()
+            done.wait(20)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            own = precisions()
+            with full_precision():
+                code = 0 if own == before and set(precisions()) <= FULL else 2
+        finally:
+            os._exit(code)
+    for _ in range(100):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, 9)
+    done.set()
+    thread.join()
+    assert ended and os.waitstatus_to_exitcode(status) == 0
 
 
 def test_scripts_set_it_for_good(shortened):

@@ -7,6 +7,7 @@ factor by up to 2^-11, 5e-4 of it: margins in float32 leave room for 1e-4 of the
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,11 +24,27 @@ _TURN = threading.RLock()  # what is set holds for all threads
 _open: list[ExitStack] = []  # what the calls that are under way undo in the end
 
 
+def _after_fork() -> None:
+    """A child has only the thread that forked: what another one had set is undone, and its turn is over."""
+    global _TURN
+    if _TURN.acquire(blocking=False):  # nobody's, or the forking thread's own
+        _TURN.release()
+        return
+    _TURN = threading.RLock()
+    for undo in reversed(_open[:]):
+        undo.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Around a call, also as a decorator; what the user had set holds again afterwards.
 
-    Calls in several threads take turns: one that ended would take the precision from those that go on.
+    Calls in several threads take turns: one that ended would take the precision from those that go on. So a thread that
+    holds a lock must not ask for a bound of a model whose forward waits for that lock.
     """
     with _TURN, ExitStack() as undo:
         _open.append(undo)

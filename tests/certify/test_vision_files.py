@@ -17,7 +17,7 @@ from utils.bounds.memory import layer_table
 from utils.bounds.neurons import windows
 from utils.bounds.passes import BoundPass
 from utils.certify import certified_margin, certified_radius
-from utils.certify.vnnlib_write import write_robustness
+from utils.certify.vnnlib import write_robustness
 from utils.graph.convolution import Convolution
 from utils.graph.nodes import Linear
 from utils.network.trace import trace

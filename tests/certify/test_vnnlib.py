@@ -20,8 +20,16 @@ from torch import nn
 
 from utils.bounds import BoundPass, tune_slopes
 from utils.certify import certified_radius
-from utils.certify.vnnlib import Case, Property, PropertyError, parse_vnnlib, read_vnnlib
-from utils.certify.vnnlib_write import counter_example, decimal, write_robustness
+from utils.certify.vnnlib import (
+    Case,
+    Property,
+    PropertyError,
+    counter_example,
+    decimal,
+    parse_vnnlib,
+    read_vnnlib,
+    write_robustness,
+)
 from utils.clock import Pace, now
 from utils.graph.graph import Graph
 from utils.network.models import SequenceClassifier
@@ -1032,3 +1040,51 @@ def test_a_network_that_onnxruntime_cannot_run_has_a_verdict_and_a_word(tmp_path
     x = torch.tensor([float(v) for v in re.findall(r"X_\d+ ([^)]*)", out)]).reshape(1, 3, 2)
     (y,) = onnx.reference.ReferenceEvaluator(model).run(["y"], {"x": x.numpy()})
     assert y[0, 0, 0] >= y[0, 0, 1]
+
+
+def test_sums_of_a_counter_example_are_exact():
+    """Float64 would lose the small term; what only it gets wrong is no counter-example."""
+    text = "(assert (<= (+ (* 3 X_0) X_1) 27021597764222976))"
+    prop = parse_vnnlib(DECLARED + "(assert (= X_0 9007199254740992))(assert (= X_1 1))" + text)
+    x, y = torch.tensor([2.0**53, 1.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    assert not prop.holds_for(x, y) and 3 * x[0] + x[1] <= 27021597764222976
+    at = parse_vnnlib(DECLARED + "(assert (= X_0 9007199254740992))(assert (= X_1 0))" + text)
+    assert at.holds_for(x * torch.tensor([1.0, 0.0]), y)
+    outputs = parsed("(assert (<= (+ Y_0 Y_1) 0))")
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert outputs.holds_for(zero, torch.tensor([-1e30, 1e30], dtype=torch.float64))
+    assert not outputs.holds_for(zero, torch.tensor([float("nan"), 0.0], dtype=torch.float64))
+    assert outputs.holds_for(zero, torch.tensor([-float("inf"), 0.0], dtype=torch.float64))
+
+
+def test_numbers_alone_are_decided_as_they_are_read():
+    assert parsed("(assert (< X_0 X_0))").cases == [] and parsed("(assert (>= 0 1))").cases == []
+    (case,) = parsed("(assert (<= X_0 X_0))(assert (<= 1 2))(assert (<= Y_0 1))").cases
+    assert [len(limits) for _, limits in case.conjunctions] == [1]
+
+
+def test_an_alternative_without_rows_beside_rows_of_inputs(tmp_path):
+    network = linear_file(tmp_path / "net.onnx", torch.eye(2), torch.zeros(2))
+    text = "(assert (or (<= X_0 0) (and (>= X_0 0.5) (<= X_0 X_1) (>= Y_0 5))))"
+    assert verdict(network, parsed(text)).result == "sat"
+
+
+@pytest.mark.parametrize("text", ["(<= (+ X_0 X_1) -5)", "(<= Y_0 -100)"])
+def test_many_boxes_end_in_time(tmp_path, text):
+    network = next(nets(tmp_path))
+    names = [f"(declare-const {name} Real)" for name in OUTPUTS + INPUTS]
+    box = "".join(f"(assert (>= X_{k} -1))(assert (<= X_{k} 1))" for k in range(4))
+    parts = " ".join(f"(and (>= X_0 {k / 3000}) (<= X_0 {(k + 1) / 3000}) {text})" for k in range(3000))
+    prop = parse_vnnlib("".join(names) + box + f"(assert (or {parts}))")
+    started = now()
+    assert verdict(network, prop, seconds=0.3).result in ("timeout", "unsat")
+    assert now() - started < 2.0
+
+
+def test_equalities_among_thousands_of_rows_are_found_at_once():
+    rows = torch.randn(3000, 700, dtype=torch.float64)
+    started = now()
+    for last, expected in ((-rows[:1], [0]), (rows[:1], [])):
+        case = Case(rows[0], rows[0], [(torch.cat((rows, last)), torch.zeros(3001, dtype=torch.float64))])
+        assert case.with_equalities == expected
+    assert now() - started < 5.0

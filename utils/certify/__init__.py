@@ -23,8 +23,7 @@ from .substitution import (
     substitution_margins,
 )
 from .verify import Verifier
-from .vnnlib import read_vnnlib
-from .vnnlib_write import counter_example, write_robustness
+from .vnnlib import counter_example, read_vnnlib, write_robustness
 
 __all__ = [
     "METHODS",

@@ -92,9 +92,11 @@ class Verifier:
         return verdict
 
     def _decide(self) -> Verdict:
-        problems = [_CaseProblem(self.network, case, self.deadline) for case in self.property.cases]
-        for problem in problems:
+        problems = []
+        for case in self.property.cases:
             check_clock(self.deadline)
+            problem = _CaseProblem(self.network, case, self.deadline)
+            problems.append(problem)
             lower, upper = problem.case.lower[None], problem.case.upper[None]
             found = self._confirmed(problem.attack(lower, upper, RESTARTS, STEPS, self.generator))
             if found is not None:
@@ -183,18 +185,23 @@ class _CaseProblem:
         sizes = torch.tensor([len(limits) for _, limits in case.conjunctions])
         self.owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         self.conjunctions = len(sizes)
-        if len(self.rows) and self.rows.shape[1] > network.graph.output.size:
-            self.outputs, self.inputs = self.rows.split((network.graph.output.size, network.num_inputs), dim=1)
+        size = network.graph.output.size
+        if not len(self.rows):
+            self.outputs = self.rows = self.rows[:, :size]
+        elif self.rows.shape[1] > size:
+            self.outputs, self.inputs = self.rows[:, :size], self.rows[:, size:]
             self.graph = network.graph.beside_inputs(self.outputs, self.inputs)
             self.rows = torch.eye(len(self.rows), dtype=DTYPE)
-        self.part = max(1, int(PART_WORK / 3 / work_per_row(self.graph)))  # inputs that are attacked at once
+        work = work_per_row(self.graph) + 2 * self.rows.numel()
+        self.part = max(1, int(PART_WORK / 3 / work))  # inputs that are attacked at once
         self.slopes: SlopeTable | None = None  # of planes over the whole box, once they are tuned
-        self.with_equalities = [k for k, part in enumerate(case.conjunctions) if _has_equality(*part)]
+        self.with_equalities = case.with_equalities
 
     def violations(self, x: Tensor) -> Tensor:
         """(..., rows) at inputs (..., n); a conjunction is satisfied where all of its own are <= 0."""
         outputs = self.graph.evaluate(self.network.frames(x.reshape(-1, x.shape[-1])))
-        return (outputs @ self.rows.T - self.limits).reshape(*x.shape[:-1], -1)
+        found = outputs @ self.rows.T if self.inputs is None else outputs
+        return (found - self.limits).reshape(*x.shape[:-1], -1)
 
     def worst(self, violations: Tensor) -> Tensor:
         """Largest violation of each conjunction, (..., conjunctions); without constraints it is satisfied anywhere."""
@@ -361,12 +368,6 @@ class _CaseProblem:
         near = torch.minimum(torch.maximum(x + spread * x.abs(), lower), upper)
         worst, _ = self._goal_gradients(near, torch.full((NEIGHBOURS,), goal))
         return near[worst.argsort()[:50]]
-
-
-def _has_equality(rows: Tensor, limits: Tensor) -> bool:
-    """Whether one constraint is another's opposite."""
-    both = torch.cat((rows, limits[:, None]), dim=1)
-    return bool((both[:, None] == -both[None]).all(dim=-1).any())
 
 
 def _long_axes(shape: tuple[int, ...]) -> list[int]:

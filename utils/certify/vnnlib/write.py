@@ -7,8 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
 
 def write_robustness(
     path: str | Path, lower: Tensor, upper: Tensor, label: int, num_classes: int, targets: list[int] | None = None

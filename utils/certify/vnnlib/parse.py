@@ -1,9 +1,8 @@
-"""VNN-LIB properties: input boxes and what must not happen to the outputs in them.
+"""VNN-LIB as it is read: a text becomes a property.
 
-A property describes the counter-examples: it is "sat" if some input X in its boxes makes the outputs Y satisfy its
-constraints, and "unsat", which is what a safe network gives, if none does. Read are declarations of X_i and Y_j, or
-VNN-LIB 2.0's of one network, and assertions of <=, >=, <, > and = between sums of outputs, inputs and numbers,
-nested in "and" and "or". Sums are exact; what is left of them is rounded to the nearest float64.
+Read are declarations of X_i and Y_j, or VNN-LIB 2.0's of one network, and assertions of <=, >=, <, > and = between sums
+of outputs, inputs and numbers, nested in "and" and "or". Sums of numbers are exact; what is left of them is rounded to
+the nearest float64.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..clock import now
-from ..runs.unpack import unpacked
+from ...clock import now
+from ...runs.unpack import unpacked
+from .properties import Case, Property
 
 MAX_CASES = 100_000
 TOKEN = re.compile(r""";[^\n]*|"[^"]*"|\|[^|]*\||\[[^\[\]()]*\]|[()]|[^\s()\[\];"|]+|\S""")
@@ -29,70 +29,12 @@ ELEMENT = re.compile(r"(\w+)\[((?:[0-9]+(?:,[0-9]+)*)?)\]", re.ASCII)  # of VNN-
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
 MAX_EXPONENT = 400  # float64 holds numbers up to 1e308 and down to 5e-324
 SMALLEST_FACTOR = 1e-290  # below, float64 has fewer digits
-BELOW_ZERO = -5e-324  # the float64 below 0
 MAX_DIGITS, MAX_ELEMENTS = 1000, 10_000_000
 
 
 class PropertyError(ValueError):
     """A property that cannot be read; the message is one line."""
 
-
-@dataclass
-class Case:
-    """A box of inputs, lower and upper (n,), and conjunctions of linear constraints: ``rows @ Y <= limits`` each.
-
-    Where a property has constraints of several inputs, or of inputs and outputs, all rows are of Y and X, (m + n,).
-    A counter-example is an X in the box that satisfies, with its Y, all constraints of some conjunction.
-    ``inner_lower`` and ``inner_upper`` leave out the sides that < and > exclude: X must be there, a proof is of the
-    whole box. A limit of ``rows @ Y < limit`` is the float64 below it, which means the same for float64 numbers.
-    """
-
-    lower: Tensor
-    upper: Tensor
-    conjunctions: list[tuple[Tensor, Tensor]]
-    inner_lower: Tensor = None
-    inner_upper: Tensor = None
-
-    def __post_init__(self):
-        self.inner_lower = self.lower if self.inner_lower is None else self.inner_lower
-        self.inner_upper = self.upper if self.inner_upper is None else self.inner_upper
-
-
-@dataclass
-class Property:
-    """``strict`` says whether a constraint is < or >; the shapes are those that VNN-LIB 2.0 declares."""
-
-    num_inputs: int
-    num_outputs: int
-    cases: list[Case]
-    strict: bool = False
-    input_shape: tuple[int, ...] | None = None
-
-    def holds_for(self, x: Tensor, y: Tensor, tolerance: float = 0.0) -> bool:
-        """Whether input x, (n,), with outputs y, (m,), is a counter-example."""
-        for case in self.cases:
-            inside = bool(((x >= case.inner_lower - tolerance) & (x <= case.inner_upper + tolerance)).all())
-            for rows, limits in case.conjunctions:
-                values = y if rows.shape[1] == len(y) else torch.cat((y, x))
-                if inside and bool((rows @ values <= limits + tolerance * (1.0 + limits.abs())).all()):
-                    return True
-        return False
-
-    @property
-    def compares_outputs_only(self) -> bool:
-        """Whether all constraints are of the form Y_i <= Y_j or Y_i < Y_j, which no softmax changes."""
-        parts = [part for case in self.cases for part in case.conjunctions]
-        for rows, limits in parts:
-            if rows.shape[1] > self.num_outputs:
-                return False
-            ordered = rows.sort(dim=1).values
-            pairs = (ordered[:, 0] == -1) & (ordered[:, -1] == 1) & ((rows != 0).sum(dim=1) == 2)
-            if not bool((((limits == 0) | (limits == BELOW_ZERO)) & pairs).all()):
-                return False
-        return True
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 Variable = tuple[str, int]  # X or Y, and its number
 CONSTANT: Variable = ("", 0)
@@ -141,8 +83,7 @@ def parse_vnnlib(text: str, deadline: float = math.inf) -> Property:
     formulas: list[list[Conjunction]] = [[[]]]
     shape = None
     for command in _expressions(text):
-        if now() > deadline:
-            raise TimeoutError("the time limit is reached")
+        _check_clock(deadline)
         match command:
             case ["declare-const", str(name), "Real"] | ["declare-fun", str(name), [], "Real"]:
                 if name in names:
@@ -167,6 +108,7 @@ def parse_vnnlib(text: str, deadline: float = math.inf) -> Property:
     boxes: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
     columns = _columns(formulas, counts)
     for conjunction in _product(formulas):
+        _check_clock(deadline)
         box = _box([atom for atom in conjunction if isinstance(atom, Bound)], counts["X"])
         if box is not None:
             rows = [atom for atom in conjunction if isinstance(atom, Row)]
@@ -176,6 +118,11 @@ def parse_vnnlib(text: str, deadline: float = math.inf) -> Property:
     ]
     strict = any(atom.strict for cases in formulas for conjunction in cases for atom in conjunction)
     return Property(counts["X"], counts["Y"], cases, strict, shape)
+
+
+def _check_clock(deadline: float) -> None:
+    if now() > deadline:
+        raise TimeoutError("the time limit is reached")
 
 
 def _vector(numbers) -> Tensor:
@@ -260,7 +207,8 @@ def _cases(formula, names: dict[str, Variable]) -> list[Conjunction]:
             pairs = list(itertools.pairwise(values if relation[0] != ">" else values[::-1]))
             if relation[0] == "=":
                 pairs += [pair[::-1] for pair in pairs]
-            return [[_atom(_combined(low, high, -1), relation in ("<", ">")) for low, high in pairs]]
+            atoms = [_atom(_combined(low, high, -1), relation in ("<", ">")) for low, high in pairs]
+            return [] if False in atoms else [[atom for atom in atoms if atom is not True]]
         case ["!=", left, right]:
             return [*_cases(["<", left, right], names), *_cases([">", left, right], names)]
         case _:
@@ -333,10 +281,12 @@ def _combined(first: Linear, second: Linear, factor: int | Fraction) -> Linear:
     return total
 
 
-def _atom(constraint: Linear, strict: bool) -> Bound | Row:
-    """``constraint <= 0``, or < 0, as a bound of one input, or a row."""
+def _atom(constraint: Linear, strict: bool) -> Bound | Row | bool:
+    """``constraint <= 0``, or < 0, as a bound of one input, a row, or, of numbers alone, whether it holds."""
     limit = -constraint.get(CONSTANT, Fraction(0))
     factors = {name: value for name, value in constraint.items() if name != CONSTANT and value != 0}
+    if not factors:
+        return limit > 0 or (limit == 0 and not strict)
     if len(factors) == 1:
         ((kind, number), factor) = next(iter(factors.items()))
         if kind == "X":
