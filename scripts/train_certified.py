@@ -32,18 +32,18 @@ KINDS = {
 # fewer and calmer steps, images moved by a pixel, and what relu RNNs learn sooner by.
 HALF = "--small-box 0.5"
 SHIFTED = "--hidden-scale 0.1 --hidden-shift 0.9"
-LARGE, SLOWER = "--batch-size 512", "--lr 5e-3"
+LARGE, LARGER, SLOWER = "--batch-size 512", "--batch-size 1024", "--lr 5e-3"
 MOVED = "--shift 1"
 SOONER = f"--overshoot 1 {SHIFTED} --input-rate 3 --adam-beta2 0.99"
 MODELS = [
-    ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 100, f"{SOONER} {LARGE}"),
-    ("lstm_{}_64", 7, "ibp", "inf", 0.1, 60, ""),
+    ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 200, f"{SOONER} {LARGER}"),
+    ("lstm_{}_64", 7, "ibp", "inf", 0.1, 300, LARGE),
     ("gru_{}_64", 7, "ibp", "inf", 0.1, 40, f"{SLOWER} --input-penalty 3e-4"),
     ("rnn_{}_64_tanh", 7, "ibp", "inf", 0.1, 160, f"{SHIFTED} {LARGE}"),
     ("rnn_{}_128_relu_mean", 7, "sabr", "inf", 0.02, 200, f"{HALF} {LARGE} {MOVED}"),
     ("lstm_{}_64", 7, "sabr", "inf", 0.02, 40, f"{HALF} {MOVED}"),
     ("gru_{}_64", 7, "sabr", "inf", 0.02, 40, f"{SLOWER} {HALF} {MOVED}"),
-    ("rnn_{}_64_tanh", 7, "sabr", "inf", 0.02, 120, f"{HALF} {SHIFTED} {LARGE} {MOVED}"),
+    ("rnn_{}_64_tanh", 7, "sabr", "inf", 0.02, 300, f"{HALF} {SHIFTED} {LARGE} {MOVED}"),
     ("rnn_{}_128_relu_mean", 7, "ibp", "2", 0.2, 30, ""),
     ("lstm_{}_64", 7, "ibp", "2", 0.2, 40, ""),
     ("gru_{}_64", 7, "ibp", "2", 0.2, 15, ""),
