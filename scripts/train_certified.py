@@ -38,7 +38,7 @@ SOONER = f"--overshoot 1 {SHIFTED} --input-rate 3 --adam-beta2 0.99"
 MODELS = [
     ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 200, f"{SOONER} {LARGER}"),
     ("lstm_{}_64", 7, "ibp", "inf", 0.1, 300, LARGE),
-    ("gru_{}_64", 7, "ibp", "inf", 0.1, 40, f"{SLOWER} --input-penalty 3e-4"),
+    ("gru_{}_64", 7, "ibp", "inf", 0.1, 300, f"{LARGE} --input-penalty 3e-4"),
     ("rnn_{}_64_tanh", 7, "ibp", "inf", 0.1, 160, f"{SHIFTED} {LARGE}"),
     ("rnn_{}_128_relu_mean", 7, "sabr", "inf", 0.02, 200, f"{HALF} {LARGE} {MOVED}"),
     ("lstm_{}_64", 7, "sabr", "inf", 0.02, 40, f"{HALF} {MOVED}"),
