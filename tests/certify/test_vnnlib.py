@@ -413,6 +413,25 @@ def atom(row: dict[str, float], limit: torch.Tensor) -> str:
 OUTPUTS, INPUTS = [f"Y_{k}" for k in range(3)], [f"X_{k}" for k in range(4)]
 
 
+def test_what_a_graph_beside_its_inputs_computes_and_bounds(tmp_path):
+    """The frames in their order; a box of no width gives the value, one with a side that moves holds all of it."""
+    outputs, inputs = normal(5, 3, seed=1), normal(5, 4, seed=2)
+    for network in nets(tmp_path):
+        graph, x = network.graph.beside_inputs(outputs, inputs), normal(6, 4, seed=3)
+        expected = network.outputs(x) @ outputs.T + x @ inputs.T
+        torch.testing.assert_close(graph.evaluate(network.frames(x)), expected, rtol=0, atol=1e-12)
+        assert graph.recurrent == network.graph.recurrent and len(network.graph.nodes) == len(graph.nodes) - 1
+        rows = torch.eye(5, dtype=torch.float64)[None]
+        still = BoxSet(*(network.frames(x) for _ in range(2)))
+        torch.testing.assert_close(BoundPass(graph, still).margin(rows), expected, rtol=0, atol=1e-9)
+        lower, upper = x.clone(), x.clone()
+        upper[:, 2] += 0.5
+        least = BoundPass(graph, BoxSet(network.frames(lower), network.frames(upper))).margin(rows)
+        for share in torch.linspace(0, 1, 101, dtype=torch.float64):
+            at = lower + share * (upper - lower)
+            assert bool((network.outputs(at) @ outputs.T + at @ inputs.T >= least).all())
+
+
 @pytest.mark.parametrize("tuned_sides", [24, 0])  # boxes are split only, or bounded by tuned bounds before
 @pytest.mark.parametrize("names", [OUTPUTS, OUTPUTS + INPUTS], ids=["outputs", "outputs beside inputs"])
 def test_no_verdict_is_wrong(tmp_path, monkeypatch, names, tuned_sides):

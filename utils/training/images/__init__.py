@@ -1,1 +1,1 @@
-"""What trainings on images share: changes of images, and convolutional networks."""
+"""What trainings on images share: changes of images, checkpoints' configs, and convolutional networks."""
