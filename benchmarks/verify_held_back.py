@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from data.mnist import as_frames, load_mnist
 from utils.certify import Effort, cascade
 from utils.network.checkpoint import Config, load_checkpoint
-from utils.training.images.mnist import hold_back
+from utils.training.held_back import hold_back
 
 STAGES = ("ibp", "runner-up", "crown")
 

@@ -29,9 +29,9 @@ from utils.runs.cli import apply_common_arguments
 from utils.runs.ranks import joined
 from utils.runs.results import check_writable
 from utils.training.certified.objective import Certified
+from utils.training.held_back import accuracies, evaluate, hold_back
 from utils.training.images.changes import random_change
 from utils.training.images.cnn import as_images, make_cnn_config, settle_statistics
-from utils.training.images.mnist import accuracies, evaluate, hold_back
 from utils.training.loop import Objective, plot_history, rehearse, train
 from utils.training.state import TrainingState
 

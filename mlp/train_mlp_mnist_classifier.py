@@ -33,7 +33,8 @@ from utils.runs.results import check_writable
 from utils.training.certified.objective import Certified
 from utils.training.certified.weights import objective_of
 from utils.training.datasets import load_images
-from utils.training.images.mnist import accuracies, evaluate, hold_back, make_mlp_config
+from utils.training.held_back import accuracies, evaluate, hold_back
+from utils.training.images.mnist import make_mlp_config
 from utils.training.loop import plot_history, rehearse, train
 from utils.training.state import TrainingState
 

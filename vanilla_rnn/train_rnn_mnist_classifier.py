@@ -31,7 +31,8 @@ from utils.runs.cli import apply_common_arguments
 from utils.runs.ranks import joined
 from utils.runs.results import check_writable
 from utils.training.certified.objective import Certified
-from utils.training.images.mnist import accuracies, check_slices, evaluate, hold_back, make_config, shift_of_frames
+from utils.training.held_back import accuracies, evaluate, hold_back
+from utils.training.images.mnist import check_slices, make_config, shift_of_frames
 from utils.training.loop import Objective, plot_history, rehearse, train
 from utils.training.state import TrainingState
 

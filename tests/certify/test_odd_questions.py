@@ -12,7 +12,7 @@ from torch import nn
 from utils.bounds import passes as bounds
 from utils.certify import MarginProblem, bab, certified_margin, certified_radius, margin_problem
 from utils.certify.bab import decide
-from utils.certify.verify import DTYPE
+from utils.certify.case_problem import DTYPE
 from utils.choices import ATTACKS, METHODS
 from utils.network.models import SequenceClassifier
 

@@ -125,9 +125,10 @@ def test_verdicts(verify):
 
 
 def test_a_wrong_verdict_is_caught(verify, monkeypatch):
-    monkeypatch.setattr("utils.certify.verify.BoundPass.margin", lambda self, rows: torch.full((1, 3), 1e3).double())
+    high = torch.full((1, 3), 1e3).double()
+    monkeypatch.setattr("utils.certify.case_problem.BoundPass.margin", lambda self, rows: high)
     monkeypatch.setattr(
-        "utils.certify.verify._CaseProblem.attack", lambda self, *args: torch.empty(0, self.case.lower.numel())
+        "utils.certify.case_problem.CaseProblem.attack", lambda self, *args: torch.empty(0, self.case.lower.numel())
     )
     with pytest.raises(AssertionError):
         check_verdict(verify, 0.4)

@@ -41,9 +41,10 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from utils.certify import verify  # noqa: E402
+from utils.certify import case_problem  # noqa: E402
 from utils.certify.boxes import BoxSet, PartedPass  # noqa: E402
-from utils.certify.verify import Verifier, _CaseProblem, inside_float32  # noqa: E402
+from utils.certify.case_problem import CaseProblem, inside_float32  # noqa: E402
+from utils.certify.verify import Verifier  # noqa: E402
 from utils.network.onnx_export import export_onnx  # noqa: E402
 from utils.network.onnx_graph import OnnxNetwork, read_onnx  # noqa: E402
 
@@ -481,10 +482,10 @@ def test_no_verdict_is_wrong(tmp_path, monkeypatch, names, tuned_sides):
 def test_bounds_that_are_wrong_would_be_noticed(tmp_path, monkeypatch):
     """The property test has teeth: with bounds above the truth, something is proved that sampling refutes."""
     monkeypatch.setattr(
-        "utils.certify.verify.BoundPass.margin", lambda self, rows: torch.full((1, rows.shape[1]), 1e3).double()
+        "utils.certify.case_problem.BoundPass.margin", lambda self, rows: torch.full((1, rows.shape[1]), 1e3).double()
     )
     monkeypatch.setattr(
-        "utils.certify.verify._CaseProblem.attack", lambda self, *args: torch.empty(0, self.case.lower.numel())
+        "utils.certify.case_problem.CaseProblem.attack", lambda self, *args: torch.empty(0, self.case.lower.numel())
     )
     with pytest.raises(AssertionError):
         test_no_verdict_is_wrong(tmp_path, monkeypatch, OUTPUTS, 24)
@@ -500,10 +501,10 @@ def test_inputs_that_are_left_out_of_a_row_would_be_noticed(tmp_path, monkeypatc
 def test_tuned_bounds_that_are_wrong_would_be_noticed(tmp_path, monkeypatch):
     """The same where only the tuned bounds are wrong."""
     monkeypatch.setattr(
-        "utils.certify.verify.CurvedPass.margin", lambda self, rows: torch.full((1, rows.shape[1]), 1e3)
+        "utils.certify.case_problem.CurvedPass.margin", lambda self, rows: torch.full((1, rows.shape[1]), 1e3)
     )
     monkeypatch.setattr(
-        "utils.certify.verify._CaseProblem.attack", lambda self, *args: torch.empty(0, self.case.lower.numel())
+        "utils.certify.case_problem.CaseProblem.attack", lambda self, *args: torch.empty(0, self.case.lower.numel())
     )
     with pytest.raises(AssertionError):
         test_no_verdict_is_wrong(tmp_path, monkeypatch, OUTPUTS, 0)
@@ -561,7 +562,7 @@ def test_splitting_neurons_proves_what_one_bound_does_not(tmp_path, seed):
     label = int(network.outputs(x).argmax())
     write_robustness(tmp_path / "p.vnnlib", x.flatten() - eps, x.flatten() + eps, label, num_classes=3)
     (case,) = read_vnnlib(tmp_path / "p.vnnlib").cases
-    problem = _CaseProblem(network, case, now() + 60.0)
+    problem = CaseProblem(network, case, now() + 60.0)
     assert float(problem.bound(case.lower[None], case.upper[None])[0]) < 0
     assert problem.proved_by_splitting(case.lower[None], case.upper[None])
 
@@ -584,7 +585,7 @@ def test_splitting_neurons_of_a_recurrent_network_proves_more(tmp_path, monkeypa
     def problem(eps: float) -> tuple:
         write_robustness(tmp_path / "p.vnnlib", x.flatten() - eps, x.flatten() + eps, label, num_classes=3)
         (case,) = read_vnnlib(tmp_path / "p.vnnlib").cases
-        return _CaseProblem(network, case, now() + 60.0), (case.lower[None], case.upper[None])
+        return CaseProblem(network, case, now() + 60.0), (case.lower[None], case.upper[None])
 
     low, high = 0.0, 4.0  # planes prove the first and not the second
     for _ in range(12):
@@ -605,8 +606,8 @@ def test_no_proof_by_split_neurons_is_wrong(tmp_path, monkeypatch, broken, recur
     """Limits around what a grid reaches, alone and with another; bounds that are too high prove too much."""
     monkeypatch.setattr("utils.certify.splitting.question.FEW", 1.0)
     if broken:
-        own = verify.split_rows
-        monkeypatch.setattr("utils.certify.verify.split_rows", lambda *given: own(*given) + 0.05)
+        own = case_problem.split_rows
+        monkeypatch.setattr("utils.certify.case_problem.split_rows", lambda *given: own(*given) + 0.05)
     wrong, proved = 0, 0
     for seed in range(2):
         path = tmp_path / "net.onnx"
@@ -620,7 +621,7 @@ def test_no_proof_by_split_neurons_is_wrong(tmp_path, monkeypatch, broken, recur
             first, second = (f"(<= Y_{k} {decimal(limit)})" for k, limit in enumerate(limits))
             prop = parse_vnnlib(text + f"(assert (or (and {first} {second}) {first}))")
             (case,) = prop.cases
-            done = _CaseProblem(network, case, now() + 60.0).proved_by_splitting(case.lower[None], case.upper[None])
+            done = CaseProblem(network, case, now() + 60.0).proved_by_splitting(case.lower[None], case.upper[None])
             proved += done
             wrong += done and any(prop.holds_for(x, y) for x, y in zip(points, outputs, strict=True))
     assert proved and (wrong > 0) == broken
@@ -633,7 +634,7 @@ def test_a_conjunction_without_constraints_is_never_disproved(tmp_path):
     side = torch.full((3,), 0.5, dtype=torch.float64)
     for conjunctions, proved in (((never,), True), ((never, anywhere), False), ((anywhere, never), False)):
         case = Case(-side, side, list(conjunctions))
-        problem = _CaseProblem(network, case, now() + 60.0)
+        problem = CaseProblem(network, case, now() + 60.0)
         assert problem.proved_by_splitting(case.lower[None], case.upper[None]) == proved
 
 
@@ -817,7 +818,7 @@ def test_the_time_limit_is_kept_whatever_takes_long(slow, tmp_path, monkeypatch)
     if slow == "bound":
         delayed("BoxSet.frame_deviation", 0.5)
     if slow == "tuning":
-        monkeypatch.setattr("utils.certify.verify.TUNED_SHARE", 1.0)
+        monkeypatch.setattr("utils.certify.case_problem.TUNED_SHARE", 1.0)
         delayed("BoxSet.frame_deviation", 0.02)
     if slow == "splitting":
         monkeypatch.setattr("utils.certify.verify.TUNED_SIDES", 99)

@@ -16,7 +16,7 @@ from data.mnist import as_frames, load_mnist
 from utils.certify import certified_margin
 from utils.network.checkpoint import load_checkpoint
 from utils.network.models import SequenceClassifier
-from utils.training.images.mnist import hold_back
+from utils.training.held_back import hold_back
 
 RNN = "vanilla_rnn/train_rnn_mnist_classifier.py"
 LSTM = "lstm/train_lstm_mnist_classifier.py"

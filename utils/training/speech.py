@@ -16,7 +16,7 @@ from ..runs.cli import apply_common_arguments
 from ..runs.results import check_writable
 from .certified.recipe import Recipe
 from .certified.speech import CertifiedSpeech, speech_recipe, speech_recipe_facts
-from .images.mnist import accuracies, evaluate, hold_back
+from .held_back import accuracies, evaluate, hold_back
 from .loop import plot_history, rehearse, train, train_and_save, training_facts
 from .state import TrainingState
 from .tasks import speech_model_name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 import torch
-from torch import Tensor, nn
 
 from data.mnist import SIDE, ImageData, as_frames
 
@@ -13,7 +12,7 @@ from ...network.checkpoint import Config
 from ...runs.cli import json_value
 from ..certified.arguments import recipe_facts
 from ..certified.recipe import Recipe
-from ..loop import Change, History, Objective, accuracy, training_facts
+from ..loop import Change, training_facts
 from .changes import random_change
 
 MOVED = ("perturb", "perturb_eps", "perturb_norm", "perturb_method")  # flags of training against moves of weights
@@ -69,37 +68,6 @@ def shift_of_frames(shift: int) -> Change | None:
     return lambda x, random: change(x.reshape(len(x), 1, SIDE, SIDE), random).reshape(x.shape)
 
 
-def hold_back(frames: list[Tensor], labels: list[Tensor], count: int | None) -> tuple[list[Tensor], list[Tensor]]:
-    """[training, watched] sequences and labels from [training, test] ones.
-
-    With a count so many of the training set, the same for every seed, are watched in place of the test set, so that
-    what is chosen by the training curve is not chosen by the test set.
-
-    Raises:
-        ValueError: nothing would be left to train on.
-    """
-    if count is None:
-        return frames, labels
-    if count >= len(labels[0]):
-        raise ValueError(f"--held-back {count} leaves nothing of {len(labels[0])} training images")
-    order = torch.randperm(len(labels[0]), generator=torch.Generator().manual_seed(1)).to(labels[0].device)
-    parts = order[count:], order[:count]
-    return [frames[0][part] for part in parts], [labels[0][part] for part in parts]
-
-
-def evaluate(
-    model: nn.Module, frames: list[Tensor], labels: list[Tensor], objective: Objective, history: History
-) -> dict[str, float]:
-    """Accuracies, 0 to 1, of [training, test] sequences; of the test set also what the objective watches.
-
-    Of certified training also the last ones of the images held back.
-    """
-    measured = {f"test_{name}": value for name, value in objective.measure(model, frames[1], labels[1]).items()}
-    if history.verified:
-        measured |= {"held_back_accuracy": history.accuracy[-1], "held_back_verified": history.verified[-1]}
-    return {"train_accuracy": accuracy(model, frames[0], labels[0])} | measured
-
-
 def data_facts(args: argparse.Namespace, data: ImageData) -> Config:
     """What a config says of the data, and of how the training went over them."""
     return {
@@ -111,17 +79,3 @@ def data_facts(args: argparse.Namespace, data: ImageData) -> Config:
         "test_size": len(data.test_y),
         **training_facts(args),
     }
-
-
-def accuracies(config: Config) -> str:
-    """What a training says in the end, of a config with what ``evaluate`` found."""
-    text = f"test accuracy {config['test_accuracy']:.4f}, training accuracy {config['train_accuracy']:.4f}"
-    if "certified" not in config:
-        return text
-    recipe = config["certified"]
-    group = "image" if config["architecture"] in ("cnn", "mlp") else recipe["ball"]
-    ball = f"l_{float(recipe['p']):g} {recipe['train_eps']:g} around every {group}"
-    if float(recipe["p"]) == 0.0:
-        ball = f"{recipe['train_eps']:g} changed values of every {group}"
-    kept = f"held back: {config['held_back_verified']:.4f} verified, {config['held_back_accuracy']:.4f} clean"
-    return f"verified test accuracy {config['test_verified']:.4f} ({ball}), {text}; {kept}"
