@@ -22,6 +22,7 @@ class Recipe:
         clip: whether balls are cut to [0, 1].
         overshoot: the balls grow to ``overshoot * eps``.
         clean, ramp: shares of the steps: without perturbation, and after which eps has its full size.
+        falls: how often the rate falls once eps has its full size; before each it is at its largest.
         smooth: the ramp starts flat (its first quarter a power of time) instead of at once.
         kappa: share of the clean cross entropy in the loss, (at the start of the ramp, from its end on).
         beta: likewise, share of backward bounds against intervals (crown-ibp).
@@ -45,6 +46,7 @@ class Recipe:
     overshoot: float = 1.1
     clean: float = 0.05
     ramp: float = 0.7
+    falls: int = 1
     smooth: bool = False
     kappa: tuple[float, float] = (0.0, 0.0)
     beta: tuple[float, float] = (1.0, 0.0)
@@ -89,7 +91,11 @@ def smoothed(share: float, bend: float = 0.25, power: int = 4) -> float:
 
 
 def rate_factor(recipe: Recipe, progress: float) -> float:
-    """Share of the largest learning rate: all of it until the ramp ends, then falling in a line to a fiftieth."""
+    """Share of the largest learning rate: all of it until the ramp ends, then falling in a line to a fiftieth.
+
+    Where it falls more than once it begins anew at all of it (warm restarts, Loshchilov and Hutter 2017, in lines).
+    """
     if progress <= recipe.ramp:
         return 1.0
-    return max(0.02, (1.0 - progress) / max(1e-12, 1.0 - recipe.ramp))
+    ahead = recipe.falls * max(0.0, 1.0 - progress) / max(1e-12, 1.0 - recipe.ramp)  # falls, parts of one too
+    return max(0.02, ahead if ahead <= 1.0 else ahead % 1.0 or 1.0)
