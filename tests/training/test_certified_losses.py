@@ -173,6 +173,19 @@ def test_schedules():
     assert [rate_factor(recipe, at) for at in (0.0, 0.6, 0.8, 1.0)] == pytest.approx([1.0, 1.0, 0.5, 0.02])
 
 
+def test_the_rate_falls_as_often_as_is_asked():
+    """Once it is as without; else every fall goes through all of the rates, of the training's own steps too."""
+    recipe, steps = Recipe(ramp=0.4, falls=3), 1000
+    objective = Certified(recipe)
+    rates = torch.tensor([objective.rate(step, steps) for step in range(steps)])
+    assert bool((rates[:401] == 1.0).all())
+    fall = torch.linspace(1.0, 0.0, 201)[:-1].clamp(min=0.02)
+    others = (rates[400:] - fall.repeat(3)).abs() > 1e-6
+    assert int(others.sum()) <= 2  # rounding: a step earlier or later at the two new beginnings
+    once = torch.tensor([rate_factor(recipe, step / steps) for step in range(steps)])
+    torch.testing.assert_close(once[400:], torch.linspace(1.0, 0.0, 601)[:-1].clamp(min=0.02))
+
+
 def test_a_smooth_ramp_has_no_corner():
     steps = torch.linspace(0, 1, 10001).tolist()
     values = [smoothed(step) for step in steps]

@@ -43,7 +43,7 @@ class Certified(Objective):
         return Batch(model, x, y, recipe, moment, check)
 
     def rate(self, step: int, total_steps: int) -> float:
-        return rate_factor(self.recipe, step / total_steps)
+        return rate_factor(self.recipe, step / total_steps, self.recipe.falls)
 
     def rates(self, model: nn.Module) -> dict[nn.Parameter, float]:
         """Weights that meet the input learn faster: the few that outweigh the ball have a long way to go."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .ramp import between, check_recipe, ramp_share
+from .ramp import Ramped, between, check_recipe, ramp_share
 
 LOSSES = ("ibp", "crown-ibp", "crown", "sabr", "mtl-ibp")
 
@@ -90,12 +90,13 @@ def smoothed(share: float, bend: float = 0.25, power: int = 4) -> float:
     return (share**power if share < bend else bend**power + slope * (share - bend)) / whole
 
 
-def rate_factor(recipe: Recipe, progress: float) -> float:
+def rate_factor(recipe: Ramped, progress: float, falls: int = 1) -> float:
     """Share of the largest learning rate: all of it until the ramp ends, then falling in a line to a fiftieth.
 
     Where it falls more than once it begins anew at all of it (warm restarts, Loshchilov and Hutter 2017, in lines).
     """
     if progress <= recipe.ramp:
         return 1.0
-    ahead = recipe.falls * max(0.0, 1.0 - progress) / max(1e-12, 1.0 - recipe.ramp)  # falls, parts of one too
+    # Falls that are ahead, parts of one too.
+    ahead = falls * max(0.0, 1.0 - progress) / max(1e-12, 1.0 - recipe.ramp)
     return max(0.02, ahead if ahead <= 1.0 else ahead % 1.0 or 1.0)
