@@ -33,6 +33,7 @@ from utils.training.held_back import accuracies, evaluate, hold_back
 from utils.training.images.changes import random_change
 from utils.training.images.cnn import as_images, make_cnn_config, settle_statistics
 from utils.training.loop import Objective, plot_history, rehearse, train
+from utils.training.start import begin
 from utils.training.state import TrainingState
 
 
@@ -51,7 +52,7 @@ def main() -> None:
         # Build.
         config = make_cnn_config(args, data, recipe)
         model = build_model(config).to(device)
-        objective.prepare(model)
+        begin(model, config, args, objective)
         path = args.save_dir / model_name(config) / "cnn"
         if args.dry_run:
             return rehearse(model, images[0], labels[0], args, path, objective, change)

@@ -33,6 +33,7 @@ from utils.training.certified.objective import Certified
 from utils.training.held_back import accuracies, evaluate, hold_back
 from utils.training.images.mnist import check_slices, make_config, shift_of_frames
 from utils.training.loop import Objective, plot_history, rehearse, train
+from utils.training.start import begin
 from utils.training.state import TrainingState
 
 
@@ -52,7 +53,7 @@ def main() -> None:
         # Build.
         config = make_config(args, "lstm", None, data, recipe)
         model = build_model(config).to(device)
-        objective.prepare(model)
+        begin(model, config, args, objective)
         path = args.save_dir / model_name(config) / "lstm"
         if args.dry_run:
             return rehearse(model, frames[0], labels[0], args, path, objective, change)

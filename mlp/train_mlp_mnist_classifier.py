@@ -36,6 +36,7 @@ from utils.training.datasets import load_images
 from utils.training.held_back import accuracies, evaluate, hold_back
 from utils.training.images.mnist import make_mlp_config
 from utils.training.loop import plot_history, rehearse, train
+from utils.training.start import begin
 from utils.training.state import TrainingState
 
 
@@ -55,6 +56,7 @@ def main() -> None:
     # Build.
     config = make_mlp_config(args, data, recipe)
     model = build_model(config).to(device)
+    begin(model, config, args, objective)
     path = args.save_dir / model_name(config) / "mlp"
     if args.dry_run:
         return rehearse(model, pixels[0], labels[0], args, path, objective)

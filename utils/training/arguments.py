@@ -128,6 +128,12 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-dir", type=Path, default=ROOT / "models" / "mnist_classifier", help="folder of the model folders"
     )
     group.add_argument("--resume", action="store_true", help="continue an interrupted training of the same arguments")
+    group.add_argument(
+        "--start-from",
+        metavar="CHECKPOINT",
+        help="begin with the weights of a trained model of the same kind; in certified training with --clean-share 0 "
+        "--ramp-share 0 balls are full from the first step",
+    )
     add_common_arguments(parser)
 
 

@@ -40,7 +40,7 @@ def add_certified_arguments(parser: argparse.ArgumentParser, of_sequences: bool 
     group.add_argument("--clip", action="store_true", default=None, help="balls are cut to [0, 1]")
     group.add_argument("--overshoot", type=positive_float, help="the balls grow to this times --train-eps")
     group.add_argument("--clean-share", type=probability, help="share of the steps before the balls begin to grow")
-    group.add_argument("--ramp-share", type=positive_float, help="share of the steps after which they are full")
+    group.add_argument("--ramp-share", type=non_negative_float, help="share of the steps after which they are full")
     group.add_argument("--falls", type=positive_int, help="how often the learning rate falls after that (default: 1)")
     group.add_argument("--smooth-ramp", action="store_true", default=None, help="they begin to grow slowly")
     pair = {"type": non_negative_float, "nargs": 2, "metavar": ("FIRST", "LAST")}

@@ -18,12 +18,14 @@ def check_recipe(recipe: Ramped, losses: Sequence[str]) -> None:
     """Raise ValueError unless the loss is one of ``losses`` and the ramp lies within the training."""
     if recipe.loss not in losses:
         raise ValueError(f"the loss must be one of {', '.join(losses)}, not {recipe.loss!r}")
-    if not 0.0 <= recipe.clean < recipe.ramp <= 1.0:
-        raise ValueError("the ramp must end after the clean steps, and before the training does")
+    if not (0.0 <= recipe.clean < recipe.ramp <= 1.0 or recipe.clean == recipe.ramp == 0.0):
+        raise ValueError("the ramp must end after the clean steps, and before the training does, or both be 0")
 
 
 def ramp_share(recipe: Ramped, progress: float) -> float:
-    """How much of the ramp is over at a share ``progress`` of all steps."""
+    """How much of the ramp is over, all of one that has no length, at a share ``progress`` of all steps."""
+    if recipe.ramp == 0.0:
+        return 1.0
     return min(1.0, max(0.0, (progress - recipe.clean) / (recipe.ramp - recipe.clean)))
 
 
