@@ -11,6 +11,7 @@ Seeds are those from ``seed * starts`` on. The same command goes on after an int
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ def get_args(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--starts", type=positive_int, default=8, help="short trainings, of which one goes on")
     parser.add_argument("--start-epochs", type=positive_int, default=40, help="epochs of each")
     parser.add_argument("--epochs", type=positive_int, default=60, help="epochs of the one that goes on")
+    parser.add_argument("--last", type=shlex.split, default=[], metavar="FLAGS", help="more flags of that one, quoted")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of all: others have other starts")
     parser.add_argument("--jobs", type=positive_int, default=1, help="short trainings at once")
     parser.add_argument("--save-dir", type=Path, default=MODELS_DIR, help="folder of the model's folder")
@@ -55,7 +57,7 @@ def start_commands(args: argparse.Namespace) -> list[tuple[Path, Command]]:
 def last_command(args: argparse.Namespace, start: str) -> Command:
     """The training that goes on from a checkpoint."""
     flags = ["--epochs", str(args.epochs), "--seed", str(args.seed), "--save-dir", str(args.save_dir), "--resume"]
-    return [*args.training, *FULL, "--start-from", start, *flags]
+    return [*args.training, *FULL, *args.last, "--start-from", start, *flags]
 
 
 def run(command: Command) -> None:

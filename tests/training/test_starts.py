@@ -92,7 +92,7 @@ def test_the_best_start_goes_on(tmp_path, data):
     """Of three, the most verified; what is there is not trained again, and other seeds or flags have other starts."""
     training = (RNN, *SMALL, *BALLS, "--data-dir", data, "--lr", 0.02)
     given = ("--starts", 3, "--start-epochs", 6, "--epochs", 2, "--jobs", 2, "--starts-dir", tmp_path / "starts")
-    told = (*given, "--save-dir", tmp_path / "last", "--", *training)
+    told = (*given, "--last", "--batch-size 50", "--save-dir", tmp_path / "last", "--", *training)
     outcome = call(BEST, *told)
     assert outcome.code == 0, outcome.err
     (folder,) = (tmp_path / "starts").iterdir()
@@ -107,6 +107,7 @@ def test_the_best_start_goes_on(tmp_path, data):
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("rnn")}
     assert call(BEST, *told).code == 0
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("rnn")}
+    assert load_checkpoint(tmp_path / "last" / NAME)[1]["batch_size"] == 50
     planned = call(BEST, "--seed", 1, "--dry-run", *told).out
     assert [f"--seed {seed} " in planned for seed in (3, 4, 5)] == [True] * 3 and "--seed 0" not in planned
     assert folder.name not in call(BEST, "--dry-run", *told, "--hidden-shift", 0.9).out
