@@ -10,6 +10,7 @@ What follows a lone -- is handed to every training script. How the recipes were 
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -34,12 +35,13 @@ HALF = "--small-box 0.5"
 SHIFTED = "--hidden-scale 0.1 --hidden-shift 0.9"
 LARGE, LARGER, SLOWER = "--batch-size 512", "--batch-size 1024", "--lr 5e-3"
 MOVED = "--shift 1"
+CALM = f"{LARGE} --overshoot 1 --adam-beta2 0.99"
 SOONER = f"--overshoot 1 {SHIFTED} --input-rate 3 --adam-beta2 0.99"
 MODELS = [
-    ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 200, f"{SOONER} {LARGER}"),
+    ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 160, f"{SOONER} --batch-size 2048"),
     ("lstm_{}_64", 7, "ibp", "inf", 0.1, 300, LARGE),
     ("gru_{}_64", 7, "ibp", "inf", 0.1, 300, f"{LARGE} --input-penalty 3e-4"),
-    ("rnn_{}_64_tanh", 7, "ibp", "inf", 0.1, 160, f"{SHIFTED} {LARGE}"),
+    ("rnn_{}_64_tanh", 7, "ibp", "inf", 0.1, 160, f"{SHIFTED} {CALM}"),
     ("rnn_{}_128_relu_mean", 7, "sabr", "inf", 0.02, 200, f"{HALF} {LARGE} {MOVED}"),
     ("lstm_{}_64", 7, "sabr", "inf", 0.02, 40, f"{HALF} {MOVED}"),
     ("gru_{}_64", 7, "sabr", "inf", 0.02, 40, f"{SLOWER} {HALF} {MOVED}"),
@@ -47,11 +49,16 @@ MODELS = [
     ("rnn_{}_128_relu_mean", 7, "ibp", "2", 0.2, 30, ""),
     ("lstm_{}_64", 7, "ibp", "2", 0.2, 40, ""),
     ("gru_{}_64", 7, "ibp", "2", 0.2, 15, ""),
-    ("rnn_{}_64_tanh", 7, "ibp", "2", 0.2, 30, ""),
+    ("rnn_{}_64_tanh", 7, "ibp", "2", 0.2, 60, f"{SHIFTED} {LARGER}"),
     ("rnn_{}_256_relu_mean", 7, "ibp", "inf", 0.3, 15, SOONER),
     ("rnn_{}_128_relu_mean", 14, "ibp", "inf", 0.1, 15, SOONER),
     ("lstm_{}_64_mean", 14, "ibp", "inf", 0.1, 15, "--clean-share 0.1"),
 ]
+# Where the best of several starts goes on: their number and epochs, and what is different then.
+STARTS = {
+    "rnn_7_64_tanh_ibp_inf_0.1": (6, 40, ""),
+    "rnn_7_64_tanh_ibp_2_0.2": (3, 100, CALM),
+}
 # Others by folder: script, checkpoint and flags.
 OTHERS = {
     "cnn_small_32_bn_ibp_inf_0.3_clip": (
@@ -77,12 +84,32 @@ def commands(models_dir: Path) -> dict[str, list[str]]:
         name = f"{kind.format(frames)}_{loss}_{norm}_{eps:g}"
         if not (models_dir / name / checkpoint).exists():
             script = f"{folder}/train_{checkpoint}_mnist_classifier.py"
-            ball = f"--certified {loss} --p {norm} --train-eps {eps:g}"
-            found[name] = [script, *f"--time-step {frames} {flags} --epochs {epochs} {ball} {more}".split()]
+            own = f"--time-step {frames} {flags} --certified {loss} --p {norm} --train-eps {eps:g} {more}".split()
+            found[name] = [*first_words(name, epochs), script, *own, *["--epochs", str(epochs)] * (name not in STARTS)]
     for name, (script, checkpoint, flags) in OTHERS.items():
         if not (models_dir / name / checkpoint).exists():
             found[name] = [script, *flags.split()]
     return found
+
+
+def first_words(name: str, epochs: int) -> list[str]:
+    """Of the command of a model that goes on from the best of several starts."""
+    if name not in STARTS:
+        return []
+    starts, start_epochs, last = STARTS[name]
+    numbers = f"--starts {starts} --start-epochs {start_epochs} --epochs {epochs}".split()
+    return ["scripts/train_from_best.py", *numbers, *["--last", last] * bool(last), "--"]
+
+
+def with_flags(command: list[str], save_dir: Path, flags: list[str]) -> list[str]:
+    """A command that saves in a folder and goes on after an interruption; ``flags`` are for the training script."""
+    if "--" not in command:
+        return [*command, "--save-dir", str(save_dir), "--resume", *flags]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seed", default="0")
+    seed, rest = parser.parse_known_args(flags)  # the seed is that of all starts
+    place = command.index("--")
+    return [*command[:place], "--save-dir", str(save_dir), "--seed", seed.seed, *command[place:], *rest]
 
 
 def get_args() -> argparse.Namespace:
@@ -100,9 +127,9 @@ def main() -> None:
     missing = {name: command for name, command in commands(args.save_dir).items() if name in args.models}
     print(f"{len(missing)} models to train", flush=True)
     for command in missing.values():
-        flags = [*command[1:], "--save-dir", str(args.save_dir), "--resume", *args.flags]
-        print(" ".join(["python", command[0], *flags]), flush=True)
-        if not args.dry_run and subprocess.run([sys.executable, str(ROOT / command[0]), *flags]).returncode != 0:
+        script, *flags = with_flags(command, args.save_dir, args.flags)
+        print(shlex.join(["python", script, *flags]), flush=True)
+        if not args.dry_run and subprocess.run([sys.executable, str(ROOT / script), *flags]).returncode != 0:
             raise ValueError("training failed: see above")
 
 

@@ -45,9 +45,28 @@ def test_a_committed_model_was_trained_by_its_command(name, monkeypatch):
     (path,) = (path for path in (MODELS_DIR / name).iterdir() if path.name in KINDS)
     _, config = load_checkpoint(path)
     assert model_name(config) == name
+    if "--" in command:
+        best = module_of(command[0])
+        args = best.get_args(command[1:])
+        starts = [own for _, own in best.start_commands(args)]
+        start = next(own for own in starts if own[own.index("--seed") + 1] == str(config["started_from"]["seed"]))
+        assert differences(start, {"architecture": "rnn"} | config["started_from"], monkeypatch) == []
+        command = best.last_command(args, "start")
     assert differences(command, config, monkeypatch) == []
     changed = [*command, "--overshoot", "1.7", "--epochs", "7"]
     assert differences(changed, config, monkeypatch) == ["overshoot", "epochs"]
+
+
+def test_a_seed_is_that_of_all_starts():
+    script = module_of("scripts/train_certified.py")
+    name = "rnn_7_64_tanh_ibp_inf_0.1"
+    told = script.with_flags(COMMANDS[name], Path("there"), ["--seed", "2", "--threads", "1"])
+    best = module_of(told[0])
+    args = best.get_args(told[1:])
+    assert (args.seed, args.starts, args.save_dir) == (2, 6, Path("there"))
+    assert all(own.count("--threads") == 1 for _, own in best.start_commands(args))
+    plain = script.with_flags(COMMANDS["lstm_7_64_ibp_inf_0.1"], Path("there"), ["--seed", "2"])
+    assert plain[-5:] == ["--save-dir", "there", "--resume", "--seed", "2"]
 
 
 def test_every_model_of_certified_training_has_a_command():
