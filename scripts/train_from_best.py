@@ -14,6 +14,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def get_args(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=positive_int, default=60, help="epochs of the one that goes on")
     parser.add_argument("--last", type=shlex.split, default=[], metavar="FLAGS", help="more flags of that one, quoted")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of all: others have other starts")
-    parser.add_argument("--jobs", type=positive_int, default=1, help="short trainings at once")
+    parser.add_argument("--jobs", type=positive_int, default=1, help="short trainings at once; give them --threads too")
     parser.add_argument("--save-dir", type=Path, default=MODELS_DIR, help="folder of the model's folder")
     parser.add_argument("--starts-dir", type=Path, default=ROOT / "models" / "starts", help="folder of the short ones")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
@@ -88,6 +89,27 @@ def finished(start: tuple[Path, Command]) -> tuple[float, Path]:
     return verified, path
 
 
+def all_finished(starts: list[tuple[Path, Command]], jobs: int) -> list[tuple[float, Path]]:
+    """The short trainings, so many at once; none is begun after one has failed or was interrupted."""
+    stop = threading.Event()
+
+    def one(start: tuple[Path, Command]) -> tuple[float, Path] | None:
+        if stop.is_set():
+            return None
+        try:
+            return finished(start)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            return list(pool.map(one, starts))
+        except BaseException:
+            stop.set()
+            raise
+
+
 def main() -> None:
     args = get_args()
     starts = start_commands(args)
@@ -95,8 +117,7 @@ def main() -> None:
         for command in (*(command for _, command in starts), last_command(args, "THE_BEST_OF_THESE")):
             print(" ".join(["python", *command]))
         return
-    with ThreadPoolExecutor(args.jobs) as pool:
-        verified, best = max(pool.map(finished, starts), key=lambda found: found[0])
+    verified, best = max(all_finished(starts, args.jobs), key=lambda found: found[0])
     print(f"the best has {100 * verified:.1f} %: going on from {best}", flush=True)
     command = last_command(args, str(best))
     if subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode != 0:

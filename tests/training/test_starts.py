@@ -117,3 +117,9 @@ def test_the_best_start_goes_on(tmp_path, data):
 def test_starts_without_a_bound_cannot_be_compared(tmp_path, data):
     flags = ("--starts", 2, "--start-epochs", 1, "--starts-dir", tmp_path, "--", RNN, *SMALL, "--data-dir", data)
     assert_one_line(call(BEST, *flags), "nothing to choose by")
+
+
+def test_none_is_begun_after_one_has_failed(tmp_path, data, capfd):
+    flags = ("--starts", 3, "--starts-dir", tmp_path, "--", RNN, *SMALL, *BALLS, "--lr", -1, "--data-dir", data)
+    assert_one_line(call(BEST, *flags), "see above")
+    assert capfd.readouterr().err.count("--lr") == 1 and not list(tmp_path.rglob("rnn"))
