@@ -21,9 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.experiments.table_arguments import MODELS_DIR
-from utils.network.checkpoint import load_checkpoint
-from utils.runs.cli import ROOT, ArgumentParser, non_negative_int, positive_int, run_main
-from utils.runs.results import digest
+from utils.runs.cli import ROOT, ArgumentParser, answer_early, non_negative_int, positive_int, run_main
 
 Command = list[str]
 FULL = ("--clean-share", "0", "--ramp-share", "0")
@@ -42,6 +40,13 @@ def get_args(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     parser.add_argument("training", nargs="+", help="a training script and its flags, after --")
     return parser.parse_args(given)
+
+
+if __name__ == "__main__":
+    answer_early(get_args)  # before the imports below, which take seconds
+
+from utils.network.checkpoint import load_checkpoint
+from utils.runs.results import digest
 
 
 def start_commands(args: argparse.Namespace) -> list[tuple[Path, Command]]:
