@@ -80,6 +80,20 @@ def test_another_kind_of_model_is_refused(tmp_path, data):
     assert_one_line(call(RNN, *flags, *BALLS, "--clean-share", 0.1, "--ramp-share", 0, "--dry-run"), "both be 0")
 
 
+def test_images_that_were_trained_on_are_not_held_back_silently(tmp_path, data):
+    flags = (*SMALL, "--data-dir", data, "--epochs", 1, "--save-dir", tmp_path)
+    assert call(RNN, *flags).code == 0 and call(RNN, *flags, *BALLS).code == 0
+    for start, held_back, told in (
+        ("rnn_4_8_tanh/rnn", 40, True),
+        (NAME, 41, True),
+        (NAME, 40, False),
+        (NAME, 39, False),
+    ):
+        more = (*BALLS, "--held-back", held_back, "--start-from", tmp_path / start, "--dry-run")
+        outcome = call(RNN, *flags, *more)
+        assert outcome.code == 0 and ("trained on images that are held back" in outcome.out) == told
+
+
 def test_balls_are_full_from_the_first_step():
     recipe = Recipe(eps=0.2, overshoot=1.0, clean=0.0, ramp=0.0, kappa=(1.0, 0.5))
     check_recipe(recipe, LOSSES)

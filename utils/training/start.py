@@ -28,4 +28,6 @@ def begin(model: nn.Module, config: Config, args: argparse.Namespace, objective:
             told = f"its {key} is {facts.get(key)}, not {config[key]}"
             raise ValueError(f"--start-from {args.start_from} is another kind of model: {told}")
     model.load_state_dict(earlier.state_dict())
+    if (args.held_back or 0) > (facts.get("held_back") or 0):  # those of more images contain those of fewer
+        print("note: the model of --start-from was trained on images that are held back now", flush=True)
     config["started_from"] = {name: facts[name] for name in (*FLAGS, *REACHED, "started_from") if name in facts}
