@@ -66,8 +66,10 @@ def last_command(args: argparse.Namespace, start: str) -> Command:
     return [*args.training, *FULL, *args.last, "--start-from", start, *flags]
 
 
-def run(command: Command) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=subprocess.DEVNULL)
+def run(command: Command, quiet: bool = False) -> None:
+    """Run a training script in a process of its own; ``quiet`` leaves out what it prints, but not its errors."""
+    out = subprocess.DEVNULL if quiet else None
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], stdout=out)
     if done.returncode != 0:
         raise ValueError("training failed: see above")
 
@@ -82,7 +84,7 @@ def finished(start: tuple[Path, Command]) -> tuple[float, Path]:
     """Share of the images held back that a short training's model is verified on, and its path; trained if need be."""
     folder, command = start
     if checkpoint_in(folder) is None:
-        run(command)
+        run(command, quiet=True)
     path = checkpoint_in(folder)
     if path is None:
         raise ValueError(f"the training left no model in {folder}: give --dry-run before the lone --")
@@ -120,13 +122,11 @@ def main() -> None:
     starts = start_commands(args)
     if args.dry_run:
         for command in (*(command for _, command in starts), last_command(args, "THE_BEST_OF_THESE")):
-            print(" ".join(["python", *command]))
+            print(shlex.join(["python", *command]))
         return
     verified, best = max(all_finished(starts, args.jobs), key=lambda found: found[0])
     print(f"the best has {100 * verified:.1f} %: going on from {best}", flush=True)
-    command = last_command(args, str(best))
-    if subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode != 0:
-        raise ValueError("training failed: see above")
+    run(last_command(args, str(best)))
 
 
 if __name__ == "__main__":
