@@ -25,7 +25,7 @@ if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
 from data.mnist import as_frames, load_mnist
-from utils.network.checkpoint import build_model, model_name, save_checkpoint
+from utils.network.checkpoint import model_name, save_checkpoint
 from utils.runs.cli import apply_common_arguments
 from utils.runs.ranks import joined
 from utils.runs.results import check_writable
@@ -52,8 +52,7 @@ def main() -> None:
 
         # Build.
         config = make_config(args, "lstm", None, data, recipe)
-        model = build_model(config).to(device)
-        begin(model, config, args, objective)
+        model = begin(config, args, objective, device)
         path = args.save_dir / model_name(config) / "lstm"
         if args.dry_run:
             return rehearse(model, frames[0], labels[0], args, path, objective, change)

@@ -27,7 +27,7 @@ def get_args() -> argparse.Namespace:
 if __name__ == "__main__":
     answer_early(get_args)  # before the imports below, which take seconds
 
-from utils.network.checkpoint import build_model, model_name, save_checkpoint
+from utils.network.checkpoint import model_name, save_checkpoint
 from utils.runs.cli import apply_common_arguments
 from utils.runs.results import check_writable
 from utils.training.certified.objective import Certified
@@ -55,8 +55,7 @@ def main() -> None:
 
     # Build.
     config = make_mlp_config(args, data, recipe)
-    model = build_model(config).to(device)
-    begin(model, config, args, objective)
+    model = begin(config, args, objective, device)
     path = args.save_dir / model_name(config) / "mlp"
     if args.dry_run:
         return rehearse(model, pixels[0], labels[0], args, path, objective)

@@ -5,7 +5,8 @@
 
 What follows a lone -- is a training script and its flags, those of all of them. Short trainings go through the whole
 schedule; the one with most images verified of those held back goes on with balls that are full from the first step.
-Seeds are those from ``seed * starts`` on. The same command goes on after an interruption.
+It can go on with fewer units: --first "--hidden-size 256" --last "--start-size 256". Seeds are those from
+``seed * starts`` on. The same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ def get_args(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--starts", type=positive_int, default=8, help="short trainings, of which one goes on")
     parser.add_argument("--start-epochs", type=positive_int, default=40, help="epochs of each")
     parser.add_argument("--epochs", type=positive_int, default=60, help="epochs of the one that goes on")
+    parser.add_argument(
+        "--first", type=shlex.split, default=[], metavar="FLAGS", help="more flags of the short ones, quoted"
+    )
     parser.add_argument("--last", type=shlex.split, default=[], metavar="FLAGS", help="more flags of that one, quoted")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of all: others have other starts")
     parser.add_argument("--jobs", type=positive_int, default=1, help="short trainings at once; give them --threads too")
@@ -51,12 +55,13 @@ from utils.runs.results import digest
 
 def start_commands(args: argparse.Namespace) -> list[tuple[Path, Command]]:
     """The short trainings, each with the folder that it saves in: other flags have others."""
-    folder = args.starts_dir / digest(["\0".join([*args.training, str(args.start_epochs)]).encode()])[:12]
+    training = [*args.training, *args.first]
+    folder = args.starts_dir / digest(["\0".join([*training, str(args.start_epochs)]).encode()])[:12]
     found = []
     for seed in range(args.seed * args.starts, (args.seed + 1) * args.starts):
         own = folder / f"seed_{seed}"
         flags = ["--epochs", str(args.start_epochs), "--seed", str(seed), "--save-dir", str(own), "--resume"]
-        found.append((own, [*args.training, *flags]))
+        found.append((own, [*training, *flags]))
     return found
 
 

@@ -122,8 +122,9 @@ def test_images_are_shifted_where_that_is_asked_for(tmp_path, data, script, chec
 
 
 @pytest.mark.full
-def test_two_processes_train_the_weights_of_one(tmp_path, data):
-    flags = [str(word) for word in (*SMALL, *BALLS, "--shift", 1, "--epochs", 2, "--data-dir", data)]
+@pytest.mark.parametrize("more", [("--shift", 1), ("--start-size", 12, "--narrow-shares", 0, 1)])
+def test_two_processes_train_the_weights_of_one(tmp_path, data, more):
+    flags = [str(word) for word in (*SMALL, *BALLS, *more, "--epochs", 2, "--data-dir", data)]
     assert call(RNN, *flags, "--save-dir", tmp_path / "one").code == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(ROOT / RNN), *flags, "--save-dir", str(tmp_path / "two")]

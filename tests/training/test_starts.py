@@ -126,6 +126,15 @@ def test_the_best_start_goes_on(tmp_path, data):
     assert_one_line(call(BEST, *told, "--dry-run"), "left no model")
 
 
+def test_a_wide_start_goes_on_narrow(tmp_path, data):
+    wide = ("--first", "--hidden-size 12", "--last", "--start-size 12", "--save-dir", tmp_path / "last")
+    given = ("--starts", 1, "--start-epochs", 1, "--epochs", 2, "--starts-dir", tmp_path / "starts", *wide)
+    outcome = call(BEST, *given, "--", RNN, *SMALL, *BALLS, "--data-dir", data)
+    assert outcome.code == 0, outcome.err
+    model, config = load_checkpoint(tmp_path / "last" / NAME)
+    assert (model.rnn.hidden_size, config["started_from"]["hidden_size"]) == (8, 12)
+
+
 def test_starts_without_a_bound_cannot_be_compared(tmp_path, data):
     flags = ("--starts", 2, "--start-epochs", 1, "--starts-dir", tmp_path, "--", RNN, *SMALL, "--data-dir", data)
     assert_one_line(call(BEST, *flags), "nothing to choose by")

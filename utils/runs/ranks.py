@@ -45,6 +45,12 @@ class Ranks:
             distributed.all_reduce(value)
         return value
 
+    def of_first(self, value: Tensor) -> Tensor:
+        """The first process's value, in place."""
+        if self.world > 1:
+            distributed.broadcast(value, 0)
+        return value
+
     def wait(self) -> None:
         """Wait until all processes are here. Raises ValueError if one of them has ended."""
         if self.world == 1:

@@ -145,6 +145,17 @@ def add_stack_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pooling", choices=("last", "mean"), default="last", help="state that the classes are read off"
     )
+    group = parser.add_argument_group("networks that begin wider")
+    group.add_argument(
+        "--start-size", type=positive_int, metavar="UNITS", help="begin with more units; those that matter least go"
+    )
+    group.add_argument(
+        "--narrow-shares",
+        type=non_negative_float,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="shares of the steps when the first units go, and when all that are to go have gone (default: 0 0.35)",
+    )
 
 
 def add_vocabulary_arguments(group: argparse._ArgumentGroup) -> None:

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..network.checkpoint import Config, save_checkpoint
 from ..network.models import SequenceClassifier
 from ..runs.cli import versions
 from ..runs.ranks import ALONE, Ranks
+from .narrow import narrowing_of
 from .state import TrainingState
 
 CLIP_NORM = 1.0
@@ -217,20 +219,27 @@ def train(
     objective = objective or Objective()
     steps = steps_of_epoch(len(labels[0]), args.batch_size, ranks)
     optimizer = make_optimizer(model, args, steps * args.epochs, objective, change)
-    history = History(**state.restore(model, optimizer.parts(), labels[0].device))
+    narrowing, parts = narrowing_of(args, model, optimizer.adam), optimizer.parts()
+    if narrowing is not None:
+        parts = {"narrowing": narrowing, **parts}
+    history = History(**state.restore(model, parts, labels[0].device))
     finished, loss_of = len(history.loss), shared_loss(Loss(model, objective), ranks)
     try:
         # disable=None: a bar on a terminal, silence in a log file, where only errors go to stderr
         hidden = None if ranks.first else True
         with tqdm(total=args.epochs, initial=finished, unit="epoch", disable=hidden) as progress:
             for epoch in range(finished, args.epochs):
+                if narrowing is not None:
+                    loss_now = partial(objective.loss, model, progress=optimizer.progress)
+                    if narrowing.advance(loss_now, frames[0], labels[0], (epoch + 1) / args.epochs, ranks):
+                        loss_of = shared_loss(Loss(model, objective), ranks)  # of the parameters that there are now
                 loss = train_epoch(loss_of, frames[0], labels[0], optimizer, ranks)
                 if not math.isfinite(loss):
                     progress.leave = False
                     raise ValueError(f"the training diverged in epoch {epoch + 1}: try a smaller --lr than {args.lr:g}")
                 history.add(loss=loss, **objective.measure(model, frames[1], labels[1]))
                 if ranks.first:
-                    state.save(model, optimizer.parts(), vars(history))
+                    state.save(model, parts, vars(history))
                 watched = {name: f"{values[-1]:.4f}" for name, values in vars(history).items() if values}
                 progress.set_postfix(watched, refresh=False)
                 progress.update()

@@ -47,9 +47,9 @@ class TrainingState:
             kept = torch.load(self.path, map_location=device, weights_only=True)
             changes = differences(kept["identity"], self.identity)
             if not changes:
-                model.load_state_dict(kept["model"])
-                for name, part in parts.items():
+                for name, part in parts.items():  # before the weights: one can make the model as narrow as they are
                     part.load_state_dict(kept[name])
+                model.load_state_dict(kept["model"])
                 torch.set_rng_state(kept["random"].cpu())
         except Exception as error:  # a damaged file fails in whatever way its bytes lead to
             raise ValueError(f"{self.path} cannot be resumed from ({error}): remove it to start again") from error

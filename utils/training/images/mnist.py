@@ -13,6 +13,7 @@ from ...runs.cli import json_value
 from ..certified.arguments import recipe_facts
 from ..certified.recipe import Recipe
 from ..loop import Change, training_facts
+from ..narrow import shares_of
 from .changes import random_change
 
 MOVED = ("perturb", "perturb_eps", "perturb_norm", "perturb_method")  # flags of training against moves of weights
@@ -53,6 +54,7 @@ def make_config(
         "activation": activation,
         "pooling": getattr(args, "pooling", "last"),
         **({"shift": args.shift} if args.shift else {}),
+        **({"narrowed": {"from": args.start_size, "shares": list(shares_of(args))}} if args.start_size else {}),
         "input_mean": 0.0,
         "input_std": 1.0,
         **data_facts(args, data),
