@@ -54,10 +54,10 @@ MODELS = [
     ("rnn_{}_128_relu_mean", 14, "ibp", "inf", 0.1, 15, SOONER),
     ("lstm_{}_64_mean", 14, "ibp", "inf", 0.1, 15, "--clean-share 0.1"),
 ]
-# Where the best of several starts goes on: their number and epochs, what is different then, and the seed.
+# Where the best of several starts goes on: their number and epochs, what is different of them and then, and the seed.
 STARTS = {
-    "rnn_7_64_tanh_ibp_inf_0.1": (6, 40, "", 1),  # of three seeds that with most images held back verified
-    "rnn_7_64_tanh_ibp_2_0.2": (3, 100, CALM, 0),
+    "rnn_7_64_tanh_ibp_inf_0.1": (6, 40, "", "", 1),  # of three seeds that with most images held back verified
+    "rnn_7_64_tanh_ibp_2_0.2": (3, 100, "", CALM, 0),
 }
 # Others by folder: script, checkpoint and flags.
 OTHERS = {
@@ -96,9 +96,11 @@ def first_words(name: str, epochs: int) -> list[str]:
     """Of the command of a model that goes on from the best of several starts."""
     if name not in STARTS:
         return []
-    starts, start_epochs, last, seed = STARTS[name]
-    numbers = f"--starts {starts} --start-epochs {start_epochs} --epochs {epochs} --seed {seed}".split()
-    return ["scripts/train_from_best.py", *numbers, *["--last", last] * bool(last), "--"]
+    starts, start_epochs, first, last, seed = STARTS[name]
+    words = f"--starts {starts} --start-epochs {start_epochs} --epochs {epochs} --seed {seed}".split()
+    for flag, different in (("--first", first), ("--last", last)):
+        words += [flag, different] * bool(different)
+    return ["scripts/train_from_best.py", *words, "--"]
 
 
 def with_flags(command: list[str], save_dir: Path, flags: list[str]) -> list[str]:

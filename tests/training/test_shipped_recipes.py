@@ -13,6 +13,7 @@ from mnist_files import ROOT
 from utils.experiments.table_arguments import MODELS_DIR, RECURRENT, is_certified
 from utils.network.checkpoint import load_checkpoint, model_name
 from utils.training.certified.arguments import recipe_facts, recipe_of
+from utils.training.narrow import shares_of
 
 KINDS = (*RECURRENT, "cnn")
 
@@ -35,6 +36,10 @@ def differences(command: list[str], config: dict, monkeypatch) -> list[str]:
     told = recipe_facts(recipe)
     facts = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
     known = config["certified"] | {name: config[name] for name in facts}
+    if "hidden_size" in config:
+        known |= {"hidden_size": config["hidden_size"], "narrowed": config.get("narrowed")}
+        narrowed = {"from": args.start_size, "shares": list(shares_of(args))} if args.start_size else None
+        facts |= {"hidden_size": args.hidden_size, "narrowed": narrowed}
     told = told["certified"] | facts
     return [name for name in known if told[name] != known[name]]
 
