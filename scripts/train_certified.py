@@ -35,10 +35,11 @@ HALF = "--small-box 0.5"
 SHIFTED = "--hidden-scale 0.1 --hidden-shift 0.9"
 LARGE, LARGER, SLOWER = "--batch-size 512", "--batch-size 1024", "--lr 5e-3"
 MOVED = "--shift 1"
+NARROWED = "--start-size 256 --narrow-shares 0 0.3 --input-rate 1"
 CALM = f"{LARGE} --overshoot 1 --adam-beta2 0.99"
 SOONER = f"--overshoot 1 {SHIFTED} --input-rate 3 --adam-beta2 0.99"
 MODELS = [
-    ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 160, f"{SOONER} --batch-size 2048"),
+    ("rnn_{}_128_relu_mean", 7, "ibp", "inf", 0.1, 100, f"{SOONER} {LARGE}"),
     ("lstm_{}_64", 7, "ibp", "inf", 0.1, 300, LARGE),
     ("gru_{}_64", 7, "ibp", "inf", 0.1, 300, f"{LARGE} --input-penalty 3e-4"),
     ("rnn_{}_64_tanh", 7, "ibp", "inf", 0.1, 160, f"{SHIFTED} {CALM}"),
@@ -50,13 +51,15 @@ MODELS = [
     ("lstm_{}_64", 7, "ibp", "2", 0.2, 40, ""),
     ("gru_{}_64", 7, "ibp", "2", 0.2, 15, ""),
     ("rnn_{}_64_tanh", 7, "ibp", "2", 0.2, 60, f"{SHIFTED} {LARGER}"),
+    ("rnn_{}_256_relu_mean", 7, "ibp", "inf", 0.1, 100, f"{SOONER} {LARGER}"),
     ("rnn_{}_256_relu_mean", 7, "ibp", "inf", 0.3, 15, SOONER),
     ("rnn_{}_128_relu_mean", 14, "ibp", "inf", 0.1, 15, SOONER),
     ("lstm_{}_64_mean", 14, "ibp", "inf", 0.1, 15, "--clean-share 0.1"),
 ]
-# Where the best of several starts goes on: their number and epochs, what is different of them and then, and the seed.
+# Where the best of several starts, or a wider one, goes on: their number and epochs, their flags, those then, and the seed.
 STARTS = {
     "rnn_7_64_tanh_ibp_inf_0.1": (6, 40, "", "", 1),  # of three seeds that with most images held back verified
+    "rnn_7_128_relu_mean_ibp_inf_0.1": (1, 40, "--hidden-size 256", NARROWED, 2),  # of three seeds, likewise
     "rnn_7_64_tanh_ibp_2_0.2": (3, 100, "", CALM, 0),
 }
 # Others by folder: script, checkpoint and flags.
