@@ -56,7 +56,7 @@ MODELS = [
     ("rnn_{}_128_relu_mean", 14, "ibp", "inf", 0.1, 15, SOONER),
     ("lstm_{}_64_mean", 14, "ibp", "inf", 0.1, 15, "--clean-share 0.1"),
 ]
-# Where the best of several starts, or a wider one, goes on: their number and epochs, their flags, those then, and the seed.
+# Where the best of several starts, or a wider one, goes on: number, epochs and flags of starts, those then, the seed.
 STARTS = {
     "rnn_7_64_tanh_ibp_inf_0.1": (6, 40, "", "", 1),  # of three seeds that with most images held back verified
     "rnn_7_128_relu_mean_ibp_inf_0.1": (1, 40, "--hidden-size 256", NARROWED, 2),  # of three seeds, likewise
