@@ -79,6 +79,7 @@ class Narrowing:
         wanted = self.wanted(progress)
         if wanted >= self.units:
             return False
+        self.model.train()  # gradients through a recurrent layer on a GPU are of training only
         scores = importance(self.model, loss_of, x[:SCORED], y[:SCORED])
         self.keep(ranks.of_first(torch.topk(scores, wanted).indices.sort().values))
         return True
@@ -112,7 +113,7 @@ class Narrowing:
 def importance(model: SequenceClassifier, loss_of: LossOf, x: Tensor, y: Tensor) -> Tensor:
     """(units,): by how much a batch's loss changes, to first order, as a unit's outgoing weights vanish, squared."""
     weights = [model.rnn.weight_hh_l0, model.head.weight]
-    total = torch.zeros(model.rnn.hidden_size, device=x.device)
+    total = torch.zeros_like(model.head.weight[0])
     for images, classes in zip(x.split(SCORED_AT_ONCE), y.split(SCORED_AT_ONCE), strict=True):
         slopes = torch.autograd.grad(loss_of(images, classes), weights, materialize_grads=True, allow_unused=True)
         total += sum((weight.detach() * slope).sum(0) for weight, slope in zip(weights, slopes, strict=True)) ** 2
