@@ -33,8 +33,8 @@ from utils.training.certified.objective import Certified
 from utils.training.held_back import accuracies, evaluate, hold_back
 from utils.training.images.changes import random_change
 from utils.training.images.cnn import as_images, make_cnn_config, settle_statistics
+from utils.training.images.start import begin
 from utils.training.loop import Objective, plot_history, rehearse, train
-from utils.training.start import begin
 from utils.training.state import TrainingState
 
 

@@ -32,8 +32,8 @@ from utils.runs.results import check_writable
 from utils.training.certified.objective import Certified
 from utils.training.held_back import accuracies, evaluate, hold_back
 from utils.training.images.mnist import check_slices, make_config, shift_of_frames
+from utils.training.images.start import begin
 from utils.training.loop import Objective, plot_history, rehearse, train
-from utils.training.start import begin
 from utils.training.state import TrainingState
 
 

@@ -35,8 +35,8 @@ from utils.training.certified.weights import objective_of
 from utils.training.datasets import load_images
 from utils.training.held_back import accuracies, evaluate, hold_back
 from utils.training.images.mnist import make_mlp_config
+from utils.training.images.start import begin
 from utils.training.loop import plot_history, rehearse, train
-from utils.training.start import begin
 from utils.training.state import TrainingState
 
 

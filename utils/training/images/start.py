@@ -7,9 +7,9 @@ import argparse
 import torch
 from torch import nn
 
-from ..network.checkpoint import CONFIG_KEYS, KEYS, Config, build_model, load_checkpoint
-from .loop import Objective
-from .narrow import check_narrowing
+from ...network.checkpoint import CONFIG_KEYS, KEYS, Config, build_model, load_checkpoint
+from ..loop import Objective
+from ..narrow import check_narrowing
 
 # What a config keeps of the training before: its flags, what it reached, and in turn what it began with.
 FLAGS = ("hidden_size", "narrowed", "seed", "epochs", "batch_size", "lr", "weight_decay", "shift", "certified")
