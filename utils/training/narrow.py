@@ -111,7 +111,10 @@ class Narrowing:
 
 
 def importance(model: SequenceClassifier, loss_of: LossOf, x: Tensor, y: Tensor) -> Tensor:
-    """(units,): by how much a batch's loss changes, to first order, as a unit's outgoing weights vanish, squared."""
+    """(units,): by how much a batch's loss changes, to first order, as a unit's outgoing weights vanish.
+
+    Of all batches of x, (N, T, n), and y, (N,), the sum of squares.
+    """
     weights = [model.rnn.weight_hh_l0, model.head.weight]
     total = torch.zeros_like(model.head.weight[0])
     for images, classes in zip(x.split(SCORED_AT_ONCE), y.split(SCORED_AT_ONCE), strict=True):
